@@ -1,0 +1,50 @@
+"""nrcg: classifier guidance of unconditional diffusion models by classifiers that were never trained on noise.
+
+The names below are the public API; they are imported on first use, so that `import nrcg` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nrcg.classifiers import Classifier, load_classifier
+    from nrcg.guidance import ClassifierGuidance
+    from nrcg.sampling import GuidedDDPMPipeline
+    from nrcg.stabilizers import EMA, Adam, Identity, Stabilizer
+
+_HOME = {
+    "Adam": "stabilizers",
+    "Classifier": "classifiers",
+    "ClassifierGuidance": "guidance",
+    "EMA": "stabilizers",
+    "GuidedDDPMPipeline": "sampling",
+    "Identity": "stabilizers",
+    "Stabilizer": "stabilizers",
+    "load_classifier": "classifiers",
+}
+
+__all__ = [
+    "EMA",
+    "Adam",
+    "Classifier",
+    "ClassifierGuidance",
+    "GuidedDDPMPipeline",
+    "Identity",
+    "Stabilizer",
+    "__version__",
+    "load_classifier",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nrcg' has no attribute {name!r}")
+    return getattr(import_module(f"nrcg.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

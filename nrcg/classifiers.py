@@ -1,0 +1,240 @@
+"""Classifiers: the adapter that makes any logits network a guide, our own architectures, saving and loading."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nrcg.errors import DataError
+from nrcg.files import atomic_write_text, sha256_file
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+def class_log_prob(logits: Tensor, target: int) -> Tensor:
+    """log p(target | x) from logits.
+
+    Args:
+        logits: (B, K). K = 1 is binary: the logit of class 1 against class 0.
+        target: class index, 0..K-1 (0 or 1 for one logit).
+
+    Returns:
+        (B,) log-probabilities: log-softmax at the target, or log-sigmoid of plus or minus the one logit.
+    """
+    if logits.shape[1] == 1:
+        return F.logsigmoid(logits[:, 0] if target == 1 else -logits[:, 0])
+    return F.log_softmax(logits, dim=1)[:, target]
+
+
+def predicted_class(logits: Tensor) -> Tensor:
+    """(B,) most likely class of (B, K) logits; one logit means binary."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+
+
+class Classifier(nn.Module):
+    """An adapter: images in [-1, 1] in, (B, K) logits out, differentiable.
+
+    Args:
+        module: gives logits (B, K) as a tensor or an object with `.logits`.
+        image_size: the module's input height and width; other sizes are resized (bilinear, antialiased). None: any.
+        input_range: the module's value range, such as (0, 1); applied before mean and std.
+        mean: per channel, subtracted in that range.
+        std: per channel, divided by.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        image_size: int | None = None,
+        input_range: tuple[float, float] = (-1.0, 1.0),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.module = module
+        self.image_size = image_size
+        low, high = input_range
+        # (x + 1) / 2 * (high - low) + low, then (. - mean) / std, folded into one scale and shift.
+        mean_t = torch.tensor(mean if mean is not None else [0.0]).reshape(1, -1, 1, 1)
+        std_t = torch.tensor(std if std is not None else [1.0]).reshape(1, -1, 1, 1)
+        self.register_buffer("_scale", (high - low) / 2 / std_t, persistent=False)
+        self.register_buffer("_shift", ((high + low) / 2 - mean_t) / std_t, persistent=False)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] as the module expects them."""
+        if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
+            x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return x * self._scale.to(x.dtype) + self._shift.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) images in [-1, 1] to (B, K) logits."""
+        return logits_of(self.module(self.prepare(x)))
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the width of the last linear layer's input."""
+        return _last_linear(self.module).in_features
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate features: the input of the last linear layer, (B, D)."""
+        caught: list[Tensor] = []
+        hook = _last_linear(self.module).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        try:
+            self.module(self.prepare(x))
+        finally:
+            hook.remove()
+        return caught[0].flatten(1)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a network's output: a tensor or an object with `.logits`.
+
+    Raises:
+        TypeError: neither.
+        ValueError: not (B, K).
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the classifier gave {type(output).__name__}; expected logits (B, K) or an object with .logits"
+        )
+    if logits.ndim != 2:
+        raise ValueError(f"the classifier gave logits of shape {tuple(logits.shape)}; expected (B, K)")
+    return logits
+
+
+def _last_linear(module: nn.Module) -> nn.Linear:
+    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    if not linears:
+        raise ValueError("the classifier has no linear layer to take features from")
+    return linears[-1]
+
+
+class SmallCNN(nn.Module):
+    """Four 3 x 3 convolutions with batch norm, pooled over the image: a judge that is cheap on a CPU.
+
+    Args:
+        num_classes: K.
+        width: channels of the first layer; the features before the last linear layer have 2 * width.
+    """
+
+    def __init__(self, num_classes: int, width: int = 32):
+        super().__init__()
+        channels = (3, width, width, 2 * width, 2 * width)
+        layers: list[nn.Module] = []
+        for level, (inside, outside) in enumerate(itertools.pairwise(channels)):
+            layers += [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.SiLU()]
+            if level % 2:
+                layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, K) logits."""
+        return self.head(self.body(x).mean(dim=(2, 3)))
+
+
+def build_module(architecture: str, num_classes: int, batch_norm_momentum: float) -> nn.Module:
+    """A randomly initialised classification network.
+
+    Args:
+        architecture: `small_cnn` or the name of a torchvision classification model.
+        num_classes: K, the number of logits.
+        batch_norm_momentum: share of a batch in the running statistics of batch norm.
+
+    Raises:
+        DataError: no such architecture.
+    """
+    if architecture == "small_cnn":
+        module: nn.Module = SmallCNN(num_classes)
+    else:
+        from torchvision import models
+
+        # get_model would also build detection and segmentation models.
+        if architecture not in models.list_models(module=models):
+            raise DataError(
+                f"architecture {architecture!r} is unknown; allowed: small_cnn or a torchvision model's name"
+            )
+        module = models.get_model(architecture, weights=None, num_classes=num_classes)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = batch_norm_momentum
+    return module
+
+
+def save_classifier(folder: str | Path, module: nn.Module, config: dict) -> None:
+    """Write `model.safetensors`, then `config.json` (architecture, classes, image_size, ..., weights' SHA-256)."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{WEIGHTS_FILE}.tmp"
+    save_file({key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}, temporary)
+    config = config | {"sha256": sha256_file(temporary)}
+    atomic_write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    temporary.replace(folder / WEIGHTS_FILE)
+
+
+def read_classifier_config(folder: str | Path) -> dict:
+    """config.json of a saved classifier. Raises DataError when it is missing or damaged."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+        if not {"architecture", "classes", "image_size"} <= config.keys():
+            raise ValueError("a key is missing")
+        return config
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; {_remake(folder)}") from None
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error}); delete the folder, then {_remake(folder)}") from None
+
+
+def _remake(folder: str | Path) -> str:
+    return f"run: nrcg train-classifier --config config.yaml --experiment EXPERIMENT --role ROLE --out {folder}"
+
+
+def load_classifier(folder: str | Path) -> Classifier:
+    """A classifier saved by `save_classifier`, in eval mode, its parameters frozen.
+
+    Raises:
+        DataError: a file is missing, cut off or does not belong to the other.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from nrcg.diffusion import freeze
+
+    config = read_classifier_config(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    module = build_module(config["architecture"], len(config["classes"]), config.get("batch_norm_momentum", 0.1))
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; {_remake(folder)}") from None
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: damaged ({reason}); delete it, then {_remake(folder)}") from None
+    classifier = Classifier(module)
+    classifier.classes = list(config["classes"])
+    return freeze(classifier)
+
+
+def class_index(classes: Sequence[str], target: str | int) -> int:
+    """A class by name or by number. Raises DataError that lists the classes."""
+    text = str(target)
+    if text in classes:
+        return list(classes).index(text)
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    raise DataError(
+        f"target {text!r} is no class of the classifier; allowed: {', '.join(classes)} or 0..{len(classes) - 1}"
+    )

@@ -1,0 +1,742 @@
+"""The `nrcg` command: one verb for each step of the pipeline, and the sampler for anybody's models.
+
+The only module that knows the command line and the configuration files. Heavy libraries are imported by the verb that
+needs them, so that `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nrcg import __version__
+from nrcg.config import (
+    ROLES,
+    EvaluateStep,
+    ReportStep,
+    SampleStep,
+    StepSettings,
+    format_scale,
+    load,
+    read_step_settings,
+    write_schema,
+)
+from nrcg.errors import ConfigError, NrcgError
+
+if TYPE_CHECKING:
+    import torch
+
+KEPT_SAMPLES = 256
+"""Samples of each setting that figures and the report show."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code. A user's mistake prints one line and returns 1."""
+    _die_with_parent()
+    arguments = _parser().parse_args(argv)
+    if getattr(arguments, "threads", None):
+        # Read by the matrix libraries when they are loaded, so before any import of them.
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[name] = str(arguments.threads)
+    try:
+        return arguments.verb(arguments) or 0
+    except NrcgError as error:
+        print(f"nrcg: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe such as `nrcg table | head` has left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _die_with_parent() -> None:
+    """Under the workflow a job ends with its parent: after a kill -9 of Snakemake it must not write on."""
+    if os.environ.get("NRCG_WORKFLOW") != "1" or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+    import signal
+
+    parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before the call
+        os._exit(1)
+
+
+# --- The verbs --------------------------------------------------------------------------------------------------
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """Check config.yaml."""
+    config = load(arguments.config)
+    print(f"{arguments.config}: valid; experiments: {', '.join(config.experiments)}")
+
+
+def schema(arguments: argparse.Namespace) -> None:
+    """Write config.schema.json."""
+    write_schema(arguments.out)
+
+
+def dataset(arguments: argparse.Namespace) -> None:
+    """Make a data set."""
+    from nrcg.datasets import write_sportballs
+    from nrcg.progress import Progress
+
+    settings = _settings(arguments, "dataset")
+    data = settings.dataset
+    total = data.num_train + data.num_val
+    with Progress(f"dataset {data.name}", total, "image") as bar:
+        write_sportballs(
+            arguments.out,
+            image_size=data.image_size,
+            classes=data.classes,
+            num_train=data.num_train,
+            num_val=data.num_val,
+            diameter=tuple(data.diameter),
+            seed=data.seed,
+            workers=arguments.threads,
+            progress=lambda done, _: bar.set(done),
+        )
+
+
+def train_ddpm(arguments: argparse.Namespace) -> None:
+    """Train the diffusion model."""
+    from nrcg import tracking, training
+    from nrcg.datasets import load_manifest, mean_image, open_split
+    from nrcg.progress import Progress
+
+    settings = _settings(arguments, "train_ddpm")
+    config, manifest = settings.ddpm, load_manifest(arguments.data)
+    device, precision = _device(arguments, settings)
+    train = training.Images(*open_split(arguments.data, "train"), device)
+    val = training.Images(*open_split(arguments.data, "val"), device)
+    record = _record(settings, manifest, device, precision)
+    out = Path(arguments.out)
+    checkpoint = training.Checkpoint(
+        out.with_name(f"{out.name}.checkpoint.pt"), _identity(settings, manifest), config.checkpoint_minutes
+    )
+    steps = config.epochs * training.steps_per_epoch(len(train), config.batch_size)
+    grids: dict[int, Any] = {}
+    with (
+        tracking.run(
+            settings.experiment, "train_ddpm", kind="train", params=settings.model_dump(), tags=_data_tags(manifest)
+        ) as run,
+        Progress("train_ddpm", steps, "step") as bar,
+    ):
+
+        def keep_grid(unet: torch.nn.Module, epoch: int) -> None:
+            path = out.with_name(f"{out.name}.samples") / f"epoch{epoch:04d}.png"
+            grids[epoch] = _draw_grid(unet, config, mean_image(arguments.data), device, precision, path)
+            run.log_artifact(path, "samples")
+
+        unet, log = training.train_ddpm(
+            config,
+            train,
+            val,
+            image_size=manifest["image_size"],
+            channels=manifest["channels"],
+            device=device,
+            precision=precision,
+            checkpoint=checkpoint,
+            on_step=bar.set,
+            on_epoch=lambda row: _log_epoch(run, row),
+            on_samples=keep_grid,
+        )
+        training.save_pipeline(out, unet, config, mean_image(arguments.data), record | {"mlflow_run_id": run.id}, log)
+        _draw_grid(unet, config, mean_image(arguments.data), device, precision, out / "samples.png")
+        run.log_artifact(out / "samples.png", "samples")
+    checkpoint.remove()
+
+
+def train_classifier(arguments: argparse.Namespace) -> None:
+    """Train one classifier."""
+    from nrcg import tracking, training
+    from nrcg.classifiers import save_classifier
+    from nrcg.datasets import load_manifest, open_split
+    from nrcg.diffusion import Schedule
+    from nrcg.progress import Progress
+    from nrcg.results import write_csv
+
+    settings = _settings(arguments, "train_classifier", arguments.role)
+    config, manifest = settings.classifier, load_manifest(arguments.data)
+    device, precision = _device(arguments, settings)
+    train = training.Images(*open_split(arguments.data, "train"), device)
+    val = training.Images(*open_split(arguments.data, "val"), device)
+    schedule = Schedule.from_config(settings.schedule)
+    out, name = Path(arguments.out), f"train_{settings.role}"
+    steps = config.epochs * training.steps_per_epoch(len(train), config.batch_size)
+    with (
+        tracking.run(
+            settings.experiment, name, kind="train", params=settings.model_dump(), tags=_data_tags(manifest)
+        ) as run,
+        Progress(f"train_classifier {settings.role}", steps, "step") as bar,
+    ):
+        classifier, log = training.train_classifier(
+            config,
+            schedule,
+            train,
+            val,
+            num_classes=len(manifest["classes"]),
+            device=device,
+            precision=precision,
+            on_step=bar.set,
+            on_epoch=lambda row: _log_epoch(run, row),
+        )
+        over_t = training.accuracy_over_t(classifier, schedule, val)
+        for row in over_t:
+            run.log_metrics({"accuracy_at_t": row["accuracy"]}, step=row["t"])
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "training.csv", log, list(log[0]))
+        write_csv(out / "accuracy_over_t.csv", over_t, ["t", "accuracy"])
+        save_classifier(
+            out,
+            classifier.module,
+            {
+                "architecture": config.architecture,
+                "classes": manifest["classes"],
+                "image_size": manifest["image_size"],
+                "channels": manifest["channels"],
+                "batch_norm_momentum": config.batch_norm_momentum,
+                "validation_accuracy": log[-1]["val_accuracy"],
+                "mlflow_run_id": run.id,
+                **_record(settings, manifest, device, precision),
+            },
+        )
+
+
+def forward(arguments: argparse.Namespace) -> None:
+    """Forward analysis: figs. 1 to 4."""
+    import torch
+
+    from nrcg import stabilizers, tracking
+    from nrcg.classifiers import class_index, load_classifier, read_classifier_config
+    from nrcg.config import stabilizer_name
+    from nrcg.datasets import open_split, to_unit
+    from nrcg.progress import Progress
+    from nrcg.results import write_csv
+    from nrcg.sampling import GuidedDDPMPipeline
+    from nrcg.sensitivity import COLUMNS, forward_analysis
+
+    settings = _settings(arguments, "forward")
+    config = settings.forward
+    device, precision = _device(arguments, settings)
+    pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device)
+    schedule = pipe.schedule()
+    folders = {role: Path(arguments.classifiers) / role for role in ("robust", "non_robust")}
+    images, labels = open_split(arguments.data, "val")
+    count = min(config.num_images, len(images))
+    smoothing = {
+        stabilizer_name(entry): stabilizers.from_config(entry, schedule.num_steps) for entry in config.stabilizers
+    }
+    passes = -(-count // config.batch_size) * (schedule.num_steps + 1)
+    with (
+        tracking.run(settings.experiment, "forward", kind="forward", params=settings.model_dump()) as run,
+        Progress("forward", passes, "step") as bar,
+    ):
+        rows = forward_analysis(
+            to_unit(images[:count]).to(device),
+            torch.from_numpy(labels[:count]).to(device),
+            classifiers={role: load_classifier(folder).to(device) for role, folder in folders.items()},
+            predict_noise=pipe.noise_predictor(precision),
+            schedule=schedule,
+            stabilizers=smoothing,
+            target=class_index(read_classifier_config(folders["non_robust"])["classes"], settings.target),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            on_step=bar.update,
+        )
+        write_csv(arguments.out, rows, COLUMNS)
+        for row in rows:
+            run.log_metrics({f"{row['method']}.{key}": row[key] for key in COLUMNS[3:]}, step=row["t"])
+        run.log_artifact(arguments.out)
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Guided sampling: a shard of the pipeline, or anybody's model and classifier."""
+    if (arguments.config is None) == (arguments.ddpm is not None and arguments.shard is None):
+        _sample_own(arguments)
+    else:
+        _sample_shard(arguments)
+
+
+def _sample_shard(arguments: argparse.Namespace) -> None:
+    """Samples of one shard as uint8 .npy, and beside it what made them."""
+    from nrcg import stabilizers
+    from nrcg.classifiers import class_index, load_classifier, read_classifier_config
+    from nrcg.guidance import ClassifierGuidance
+
+    for flag in ("method", "scale", "shard"):
+        if getattr(arguments, flag) is None:
+            raise ConfigError(f"--{flag}: missing; with --config a shard needs --method, --scale and --shard")
+    settings: SampleStep = _settings(arguments, "sample", arguments.method)
+    method, config = settings.guidance, settings.sampling
+    first = arguments.shard * config.shard_size
+    count = min(config.shard_size, config.num_samples - first)
+    if count < 1:
+        raise ConfigError(f"--shard: {arguments.shard} is past the last of {config.num_samples} samples")
+    pipe, device, precision = _pipeline(arguments, settings)
+    guidance, weights = None, {"ddpm": _weights_hash(arguments.ddpm)}
+    if method.classifier is not None:
+        if arguments.classifier is None:
+            raise ConfigError(f"--classifier: missing; method {settings.method} is guided by {method.classifier}")
+        folder = arguments.classifier
+        guidance = ClassifierGuidance(
+            load_classifier(folder),
+            class_index(read_classifier_config(folder)["classes"], settings.target),
+            scale=arguments.scale,
+            input=method.input,
+            stabilizer=stabilizers.from_config(method.stabilizer, pipe.schedule().num_steps),
+            clip_pred_x0=config.clip_pred_x0,
+        )
+        weights["classifier"] = _weights_hash(folder)
+    label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
+    _draw_samples(
+        arguments.out,
+        pipe,
+        guidance,
+        device,
+        precision,
+        num_samples=count,
+        first_sample=first,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start=config.start,
+        label=label,
+        record={
+            "experiment": settings.experiment,
+            "method": settings.method,
+            "scale": arguments.scale,
+            "shard": arguments.shard,
+            "settings": settings.fingerprint(),
+            "weights_sha256": weights,
+        },
+    )
+
+
+def _sample_own(arguments: argparse.Namespace) -> None:
+    """`nrcg sample --ddpm ... --classifier ... --out DIR`: PNGs, samples.npy and a grid."""
+    from nrcg import stabilizers
+    from nrcg.classifiers import class_index, load_classifier, read_classifier_config
+    from nrcg.datasets import to_uint8  # noqa: F401  (imported early: a broken install should fail before the sampling)
+    from nrcg.figures import sample_grid, save_png
+    from nrcg.guidance import ClassifierGuidance
+
+    if arguments.ddpm is None:
+        raise ConfigError("--ddpm: missing; give a diffusers folder or hub id")
+    try:
+        stabilizer = stabilizers.parse(arguments.stabilizer)
+    except ValueError as error:
+        raise ConfigError(f"--stabilizer: {error}") from None
+    pipe, device, precision = _pipeline(arguments, None)
+    guidance = None
+    if arguments.classifier is not None:
+        classes = read_classifier_config(arguments.classifier)["classes"]
+        if arguments.target is None:
+            raise ConfigError(f"--target: missing; allowed: {', '.join(classes)} or 0..{len(classes) - 1}")
+        guidance = ClassifierGuidance(
+            load_classifier(arguments.classifier),
+            class_index(classes, arguments.target),
+            scale=1.0 if arguments.scale is None else arguments.scale,
+            input=arguments.input,
+            stabilizer=stabilizer,
+        )
+    out = Path(arguments.out)
+    record = {"ddpm": str(arguments.ddpm), "classifier": arguments.classifier, "target": arguments.target}
+    images = _draw_samples(
+        out / "samples.npy",
+        pipe,
+        guidance,
+        device,
+        precision,
+        num_samples=arguments.num_samples,
+        first_sample=0,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        start=arguments.start,
+        label="sample",
+        record=record | {"scale": arguments.scale, "input": arguments.input, "stabilizer": arguments.stabilizer},
+    )
+    from PIL import Image
+
+    for index, image in enumerate(images):
+        Image.fromarray(image.squeeze()).save(out / f"{index:05d}.png")
+    save_png(out / "grid.png", sample_grid(images[:KEPT_SAMPLES], max(1, round(min(len(images), KEPT_SAMPLES) ** 0.5))))
+    print(f"{len(images)} samples in {out}: samples.npy, grid.png, {0:05d}.png ...")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Metrics of one method over its scales."""
+    from nrcg.evaluation import evaluate_method
+    from nrcg.results import write_csv
+
+    settings: EvaluateStep = _settings(arguments, "evaluate", arguments.method)
+    device, _ = _device(arguments, settings)
+    rows, columns = evaluate_method(
+        settings, Path(arguments.samples), Path(arguments.data), Path(arguments.classifiers), arguments.scales, device
+    )
+    write_csv(arguments.out, rows, columns)
+
+
+def collect(arguments: argparse.Namespace) -> None:
+    """Join the methods' metrics into metrics.csv and summary.json."""
+    from nrcg.results import read_csv, summarize, write_csv
+
+    rows = [row for path in arguments.metrics for row in read_csv(path)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    write_csv(arguments.out, rows, columns)
+    if arguments.summary:
+        from nrcg.files import atomic_write_text
+
+        atomic_write_text(arguments.summary, json.dumps(summarize(rows), indent=2) + "\n")
+
+
+def figures(arguments: argparse.Namespace) -> None:
+    """Draw the figures."""
+    from nrcg.figures import make_figures
+
+    settings: ReportStep = _settings(arguments, "report")
+    make_figures(
+        arguments.forward,
+        arguments.metrics,
+        arguments.samples,
+        arguments.out,
+        target=settings.target,
+        num_classes=len(settings.classes),
+    )
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the self-contained HTML report."""
+    from nrcg.report import write_report
+    from nrcg.tracking import git_commit
+
+    settings: ReportStep = _settings(arguments, "report")
+    write_report(
+        arguments.out,
+        context={
+            "experiment": settings.experiment,
+            "description": settings.description,
+            "target": settings.target,
+            "classes": settings.classes,
+            "T": settings.ddpm.schedule.num_train_timesteps,
+            "num_samples": settings.sampling.num_samples,
+            "start": settings.sampling.start,
+            "dataset": settings.dataset.name,
+            "commit": git_commit(),
+            "versions": _versions(),
+            "settings": settings.model_dump(mode="json"),
+        },
+        forward_csv=arguments.forward,
+        metrics_csv=arguments.metrics,
+        figures_dir=arguments.figures,
+        samples_dir=arguments.samples,
+        models_dir=arguments.models,
+    )
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Print the comparison table of an experiment."""
+    from nrcg.results import format_table, read_csv
+
+    folder = Path("results") / arguments.experiment
+    print(format_table(read_csv(folder / "metrics.csv")))
+    if (folder / "report.html").exists():
+        print(f"\nReport: {(folder / 'report.html').resolve()}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run Snakemake with bars instead of pages of log."""
+    from nrcg.config import get_experiment
+    from nrcg.progress import watch
+
+    get_experiment(load("config.yaml"), arguments.experiment)
+    command = ["snakemake", "--cores", "all", "--resources", "gpu=1", arguments.experiment, *arguments.snakemake]
+    log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    code = watch(command, log)
+    if code == 0 and not {"-n", "--dry-run"} & set(arguments.snakemake):
+        table(arguments)
+    return code
+
+
+# --- What the verbs share ---------------------------------------------------------------------------------------
+
+
+def _settings(arguments: argparse.Namespace, step: str, part: str | None = None) -> Any:
+    return read_step_settings(arguments.config, step, arguments.experiment, part)
+
+
+def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[torch.device, torch.dtype]:
+    """Device and precision: the flags', else the settings'. Also sets the number of threads."""
+    import torch
+
+    from nrcg.diffusion import resolve_device, resolve_precision
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = resolve_device(arguments.device or getattr(settings, "device", "auto"))
+    if device.type == "cuda" and device.index is None and os.environ.get("NRCG_WORKFLOW") == "1":
+        from nrcg.devices import lease_cuda_device
+
+        device = torch.device("cuda", lease_cuda_device(torch.cuda.device_count()))
+    precision = getattr(arguments, "precision", None) or getattr(settings, "precision", "float32")
+    return device, resolve_precision(precision, device)
+
+
+def _pipeline(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[Any, torch.device, torch.dtype]:
+    from nrcg.sampling import GuidedDDPMPipeline
+
+    device, precision = _device(arguments, settings)
+    if arguments.ddpm is None:
+        raise ConfigError("--ddpm: missing; give the folder of the diffusion model")
+    return GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device), device, precision
+
+
+def _draw_samples(
+    path: str | Path,
+    pipe: Any,
+    guidance: Any,
+    device: torch.device,
+    precision: torch.dtype,
+    *,
+    num_samples: int,
+    first_sample: int,
+    batch_size: int,
+    seed: int,
+    start: str,
+    label: str,
+    record: dict,
+) -> Any:
+    """Draw samples, write them as uint8 (N, H, W, C) to `path` and their record beside it; returns them."""
+    import torch
+
+    from nrcg.datasets import to_uint8
+    from nrcg.files import atomic_save_array, atomic_write_text, sha256_file
+    from nrcg.progress import Progress
+
+    path = Path(path)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    steps = pipe.schedule().num_steps * -(-num_samples // batch_size)
+    with Progress(label, steps, "step") as bar:
+        try:
+            out = pipe(
+                num_samples=num_samples,
+                batch_size=batch_size,
+                seed=seed,
+                guidance=guidance,
+                first_sample=first_sample,
+                start=start,
+                precision=precision,
+                on_step=bar.update,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    images = to_uint8(out.samples)
+    atomic_save_array(path, images)
+    record = record | {
+        "first_sample": first_sample,
+        "num_samples": num_samples,
+        "seed": seed,
+        "start": start,
+        "precision": str(precision).removeprefix("torch."),
+        "device": _device_name(device),
+        "nonfinite": int(out.nonfinite.sum()),
+        "seconds": out.seconds,
+        "peak_memory_mib": _peak_memory_mib(device),
+        "sha256": sha256_file(path),
+        "versions": _versions(),
+    }
+    atomic_write_text(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    return images
+
+
+def _draw_grid(unet: Any, config: Any, mean: Any, device: Any, precision: Any, path: Path) -> None:
+    """A grid of 36 unguided samples."""
+    import torch
+
+    from nrcg.datasets import to_uint8
+    from nrcg.diffusion import build_scheduler
+    from nrcg.figures import sample_grid, save_png
+    from nrcg.sampling import GuidedDDPMPipeline
+
+    pipe = GuidedDDPMPipeline(unet, build_scheduler(config.schedule)).to(device)
+    pipe.data_mean = torch.from_numpy(mean)
+    out = pipe(num_samples=36, batch_size=36, seed=config.seed, precision=precision, on_step=lambda: None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(path, sample_grid(to_uint8(out.samples), 6))
+
+
+def _log_epoch(run: Any, row: dict) -> None:
+    """An epoch's row into the log file and the tracking run."""
+    print(", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+    run.log_metrics({key: value for key, value in row.items() if key not in ("epoch", "step")}, step=int(row["step"]))
+
+
+def _identity(settings: StepSettings, manifest: dict) -> str:
+    """Everything that shapes a training: its settings and the data's checksums."""
+    return f"{settings.fingerprint()}-{manifest['splits']['train']['sha256']['images']}"
+
+
+def _data_tags(manifest: dict) -> dict[str, str]:
+    return {"dataset": manifest["name"], "dataset_sha256": manifest["splits"]["train"]["sha256"]["images"]}
+
+
+def _record(settings: StepSettings, manifest: dict, device: torch.device, precision: torch.dtype) -> dict:
+    """What made a model: for its folder."""
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "dataset": _data_tags(manifest),
+        "device": _device_name(device),
+        "precision": str(precision).removeprefix("torch."),
+        "versions": _versions(),
+    }
+
+
+def _weights_hash(folder: str | Path) -> str | None:
+    """SHA-256 of a model's weights as its own record states it."""
+    for name in ("training.json", "config.json"):
+        path = Path(folder) / name
+        if path.exists():
+            return json.loads(path.read_text()).get("sha256")
+    return None
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "diffusers", "torchvision", "numpy")
+    return {"nrcg": __version__, "python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Peak memory: of the CUDA allocator, or the process's resident set on the CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+# --- The command line -------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nrcg", description="Classifier guidance for non-robust classifiers.")
+    parser.add_argument("--version", action="version", version=f"nrcg {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def add(name: str, verb: Callable, *, step: bool = False, compute: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=(verb.__doc__ or "").splitlines()[0], description=verb.__doc__)
+        sub.set_defaults(verb=verb)
+        if step:
+            sub.add_argument("--config", required=True, help="config.yaml, or a step's settings file")
+            sub.add_argument("--experiment", help="which experiment of config.yaml")
+        if compute:
+            sub.add_argument("--device", help="auto, cpu, cuda, cuda:N; default: the config's")
+            sub.add_argument("--threads", type=_positive, help="CPU threads")
+        return sub
+
+    sub = add("run", run)
+    sub.add_argument("experiment", nargs="?", default="quickstart")
+    sub.add_argument("snakemake", nargs=argparse.REMAINDER, help="further arguments for Snakemake")
+    sub = add("validate", validate)
+    sub.add_argument("--config", default="config.yaml")
+    sub = add("schema", schema)
+    sub.add_argument("--out", default="config.schema.json")
+    sub = add("table", table)
+    sub.add_argument("experiment", nargs="?", default="quickstart")
+
+    sub = add("dataset", dataset, step=True)
+    sub.add_argument("--out", required=True, help="data/<dataset>")
+    sub.add_argument("--threads", type=_positive, help="CPU threads")
+    sub = add("train-ddpm", train_ddpm, step=True, compute=True)
+    sub.add_argument("--data", required=True, help="data/<dataset>")
+    sub.add_argument("--out", required=True, help="models/<experiment>/ddpm")
+    sub = add("train-classifier", train_classifier, step=True, compute=True)
+    sub.add_argument("--role", choices=ROLES, help="which of the experiment's classifiers")
+    sub.add_argument("--data", required=True, help="data/<dataset>")
+    sub.add_argument("--out", required=True, help="models/<experiment>/classifiers/<role>")
+    sub = add("forward", forward, step=True, compute=True)
+    sub.add_argument("--data", required=True, help="data/<dataset>")
+    sub.add_argument("--ddpm", required=True, help="models/<experiment>/ddpm")
+    sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
+    sub.add_argument("--out", required=True, help="results/<experiment>/forward.csv")
+    _add_sample_arguments(add("sample", sample, compute=True))
+    sub = add("evaluate", evaluate, step=True, compute=True)
+    sub.add_argument("--method", help="a key of methods")
+    sub.add_argument("--scales", type=_scale, nargs="+", required=True, help="the method's scales")
+    sub.add_argument("--samples", required=True, help="results/<experiment>/samples")
+    sub.add_argument("--data", required=True, help="data/<dataset>")
+    sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
+    sub.add_argument("--out", required=True, help="results/<experiment>/metrics/<method>.csv")
+    sub = add("collect", collect)
+    sub.add_argument("--metrics", nargs="+", required=True, help="results/<experiment>/metrics/*.csv")
+    sub.add_argument("--out", required=True, help="results/<experiment>/metrics.csv")
+    sub.add_argument("--summary", help="results/<experiment>/summary.json")
+    for name, verb in (("figures", figures), ("report", report)):
+        sub = add(name, verb, step=True)
+        sub.add_argument("--forward", required=True, help="results/<experiment>/forward.csv")
+        sub.add_argument("--metrics", required=True, help="results/<experiment>/metrics.csv")
+        sub.add_argument("--samples", required=True, help="results/<experiment>/samples")
+        sub.add_argument("--out", required=True)
+    sub.add_argument("--figures", required=True, help="results/<experiment>/figures")
+    sub.add_argument("--models", required=True, help="models/<experiment>")
+    return parser
+
+
+def _add_sample_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--ddpm", help="a diffusers folder or hub id")
+    sub.add_argument("--classifier", help="a saved classifier's folder; without it nothing guides")
+    sub.add_argument("--scale", type=_scale, help="guidance scale s of eq. 1; default 1")
+    sub.add_argument("--out", required=True, help="a folder; for a shard the .npy file")
+    own = sub.add_argument_group("anybody's model")
+    own.add_argument("--target", help="class by name or number")
+    own.add_argument("--input", choices=("pred_x0", "x_t"), default="pred_x0", help="what the classifier sees")
+    own.add_argument("--stabilizer", default="none", help="none, ema:BETA, adam, adam:BETA1,BETA2,EPS; betas per step")
+    own.add_argument("--num-samples", type=_positive, default=16)
+    own.add_argument("--batch-size", type=_positive, default=16)
+    own.add_argument("--seed", type=int, default=0)
+    own.add_argument("--start", choices=("auto", "standard_normal", "data_mean"), default="auto")
+    own.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"))
+    shard = sub.add_argument_group("a shard of an experiment")
+    shard.add_argument("--config", help="config.yaml, or a step's settings file")
+    shard.add_argument("--experiment", help="which experiment of config.yaml")
+    shard.add_argument("--method", help="a key of methods")
+    shard.add_argument("--shard", type=int, help="number of the shard, from 0")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

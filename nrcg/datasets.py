@@ -1,0 +1,420 @@
+"""Image data sets on disk: arrays that `np.load(mmap_mode="r")` opens, and a manifest that vouches for them.
+
+    <folder>/{train,val}/images.npy   (N, H, W, C) uint8
+    <folder>/{train,val}/labels.npy   (N,) int64, positions in the manifest's `classes`
+    <folder>/train/mean.npy           (H, W, C) float32 in [-1, 1], the mean training image
+    <folder>/dataset.json             the manifest, written last: where it is, the data set is whole
+
+Arrays are written piece by piece through a memory map under a temporary name and renamed when whole, so a data
+set may be larger than the memory and a run that stops midway leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrcg import sportballs
+from nrcg.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+SPLITS = ("train", "val")
+_PARTIAL = ".partial"
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------
+
+
+class SplitWriter:
+    """Writes one split in pieces, in any order; a context manager that removes unfinished files.
+
+    Args:
+        folder: of the split, made if need be.
+        num_images: N > 0, known beforehand.
+        image_shape: (H, W, C).
+
+    Attributes:
+        total: (H, W, C) float64, the running sum of the images; exact, so the order of pieces does not matter.
+    """
+
+    def __init__(self, folder: Path | str, num_images: int, image_shape: tuple[int, int, int]) -> None:
+        if num_images < 1:
+            raise DataError(f"{folder}: a split needs at least one image")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.total = np.zeros(image_shape, np.float64)
+        self._images = self._open("images", np.uint8, (num_images, *image_shape))
+        self._labels = self._open("labels", np.int64, (num_images,))
+        self._written = np.zeros(num_images, bool)
+
+    def _open(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+        path = self.folder / f"{name}.npy{_PARTIAL}"
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+    def write_piece(self, start: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """Store images start .. start + n - 1.
+
+        Args:
+            start: position of the first image in the split.
+            images: (n, H, W, C) uint8.
+            labels: (n,) integers.
+
+        Raises:
+            DataError: wrong shape or type, beyond the end, or a place that has been written before.
+        """
+        place = slice(start, start + len(images))
+        if images.dtype != np.uint8 or images.shape[1:] != self.total.shape or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"{self.folder}: a piece must be uint8 (n, {', '.join(map(str, self.total.shape))}) with (n,)"
+                f" labels, got {images.dtype} {images.shape} with {labels.shape}"
+            )
+        if start < 0 or place.stop > len(self._written) or self._written[place].any():
+            raise DataError(
+                f"{self.folder}: images {start} .. {place.stop - 1} of {len(self._written)}"
+                " lie beyond the end or were written before"
+            )
+        self._images[place] = images
+        self._labels[place] = labels
+        self._written[place] = True
+        # 65,536 images of 255 fit in 32 bits, which add up several times faster than float64.
+        for s in range(0, len(images), 65536):
+            self.total += images[s : s + 65536].sum(axis=0, dtype=np.uint32)
+
+    def finish(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Move the whole arrays to their final names and return the split's entry of the manifest.
+
+        Raises:
+            DataError: images are missing or a label is not a position in `classes`.
+        """
+        missing = int((~self._written).sum())
+        if missing:
+            raise DataError(f"{self.folder}: {missing} of {len(self._written)} images were never written")
+        labels = np.array(self._labels)
+        _check_labels(self.folder, labels, len(classes))
+        self._images.flush()
+        self._labels.flush()
+        self._images = self._labels = None  # close the maps
+        for name in ("images", "labels"):
+            (self.folder / f"{name}.npy{_PARTIAL}").replace(self.folder / f"{name}.npy")
+        counts = np.bincount(labels, minlength=len(classes)).tolist()
+        return {
+            "num_images": len(labels),
+            "class_counts": dict(zip(classes, counts, strict=True)),
+            "sha256": {name: _sha256(self.folder / f"{name}.npy") for name in ("images", "labels")},
+        }
+
+    @property
+    def mean(self) -> NDArray[np.float32]:
+        """(H, W, C) float32 in [-1, 1]: mean of the images written so far."""
+        return (self.total / self._written.sum() / 127.5 - 1).astype(np.float32)
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._images = self._labels = None
+        for path in self.folder.glob(f"*{_PARTIAL}"):
+            path.unlink()
+
+
+@contextmanager
+def new_dataset(
+    folder: Path | str,
+    *,
+    name: str,
+    source: str,
+    classes: Sequence[str],
+    image_shape: tuple[int, int, int],
+    num_images: Mapping[str, int],
+    generation: Mapping[str, Any],
+) -> Iterator[dict[str, SplitWriter]]:
+    """Yield a `SplitWriter` per split; on leaving without an error, finish both and write the manifest.
+
+    Args:
+        folder: of the data set. A manifest that is there already is removed first.
+        name, source: of the data, for the manifest; `source` says where the images come from.
+        classes: names, in the order of the labels.
+        image_shape: (H, W, C) with H = W.
+        num_images: of "train" and of "val".
+        generation: the arguments that make this data set anew, for the manifest.
+
+    Raises:
+        DataError: see `SplitWriter`.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(SplitWriter(folder / split, num_images[split], image_shape)) for split in SPLITS
+        }
+        (folder / "dataset.json").unlink(missing_ok=True)
+        yield writers
+        splits = {split: writer.finish(classes) for split, writer in writers.items()}
+        mean = folder / "train" / f"mean.npy{_PARTIAL}"
+        with mean.open("wb") as file:
+            np.save(file, writers["train"].mean)
+        mean.replace(folder / "train" / "mean.npy")
+        splits["train"]["sha256"]["mean"] = _sha256(folder / "train" / "mean.npy")
+    manifest = {
+        "name": name,
+        "source": source,
+        "classes": list(classes),
+        "image_size": image_shape[0],
+        "channels": image_shape[2],
+        "splits": splits,
+        "generation": dict(generation),
+    }
+    partial = folder / f"dataset.json{_PARTIAL}"
+    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "dataset.json")
+
+
+def write_sportballs(
+    folder: Path | str,
+    *,
+    image_size: int,
+    classes: Sequence[str],
+    num_train: int,
+    num_val: int,
+    diameter: tuple[float, float],
+    seed: int,
+    workers: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, Any]:
+    """Draw and store SportBalls: images 0 .. num_train - 1 of `seed` train, the next num_val validate.
+
+    Args:
+        folder: of the data set.
+        image_size, classes, diameter, seed: see `nrcg.sportballs.attributes`.
+        num_train, num_val: images per split.
+        workers: threads that draw; None is one per processor this process may use. The files do not depend on it.
+        progress: called with (images done, images in all) after every piece.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: an argument out of range.
+        DataError: see `SplitWriter`.
+    """
+    drawing = {"image_size": image_size, "classes": list(classes), "diameter": list(diameter)}
+    counts = {"num_train": num_train, "num_val": num_val}
+    sportballs.attributes(seed, [], image_size=image_size, classes=classes, diameter=diameter)  # checks
+    with new_dataset(
+        folder,
+        name="sportballs",
+        source="drawn by nrcg.sportballs",
+        classes=classes,
+        image_shape=(image_size, image_size, 3),
+        num_images={"train": num_train, "val": num_val},
+        generation={"seed": seed, **drawing, **counts},
+    ) as writers:
+        size = max(1, 24_000_000 // (3 * image_size**2))  # a piece of 24 MB
+
+        def draw(piece: tuple[str, int, int]) -> tuple[str, int, NDArray[np.uint8], NDArray[np.int64]]:
+            split, start, stop = piece
+            offset = num_train if split == "val" else 0
+            images, labels = sportballs.render(
+                seed,
+                np.arange(offset + start, offset + stop),
+                image_size=image_size,
+                classes=classes,
+                diameter=diameter,
+            )
+            return split, start, images, labels
+
+        done = 0
+        pieces = [
+            (split, s, min(s + size, n))
+            for split, n in zip(SPLITS, (num_train, num_val), strict=True)
+            for s in range(0, n, size)
+        ]
+        for split, start, images, labels in _in_threads(draw, pieces, workers):
+            writers[split].write_piece(start, images, labels)
+            done += len(images)
+            if progress is not None:
+                progress(done, num_train + num_val)
+    return load_manifest(folder)
+
+
+def _processors() -> int:
+    """Processors this process may use; not every system can tell them from all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], workers: int | None) -> Iterator[Any]:
+    """Yield work(item) in order, from threads of one torch thread each, with few results waiting."""
+    import torch
+
+    workers = workers or _processors()
+    before = torch.get_num_threads()
+    waiting: deque[Any] = deque()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            torch.set_num_threads(before)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------
+
+
+def _damaged(path: Path, what: str, folder: Path, remake: str | None) -> DataError:
+    hint = remake or f"run: nrcg dataset --config config.yaml --experiment EXPERIMENT --out {folder}"
+    return DataError(f"{path}: {' '.join(what.split())}; {hint}")
+
+
+def load_manifest(folder: Path | str, *, remake: str | None = None) -> dict[str, Any]:
+    """The data set's manifest.
+
+    Args:
+        folder: of the data set.
+        remake: what the error tells the user to do, such as "run: snakemake data/mine/dataset.json"; by default
+            the command that makes a data set.
+
+    Raises:
+        DataError: missing, or not a manifest.
+    """
+    folder = Path(folder)
+    path = folder / "dataset.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _damaged(path, "no such file, the data set is missing or unfinished", folder, remake) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"cannot be read ({error})", folder, remake) from None
+    if not isinstance(manifest, dict):
+        raise _damaged(path, "is no manifest of a data set", folder, remake)
+    needed = ("name", "source", "classes", "image_size", "channels", "splits", "generation")
+    absent = [key for key in needed if key not in manifest]
+    absent += [f"splits.{split}" for split in SPLITS if split not in manifest.get("splits", ())]
+    if absent:
+        raise _damaged(path, f"lacks {', '.join(absent)}", folder, remake)
+    return manifest
+
+
+def open_split(folder: Path | str, split: str, *, remake: str | None = None) -> tuple[np.memmap, NDArray[np.int64]]:
+    """Open one split, checking types, shapes and file sizes against the manifest.
+
+    Args:
+        folder: of the data set.
+        split: "train" or "val".
+        remake: see `load_manifest`.
+
+    Returns:
+        images (N, H, W, C) uint8, a read-only memory map, and labels (N,) int64 in memory.
+
+    Raises:
+        DataError: a file is missing, cut off, unreadable or not what the manifest says.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    folder = Path(folder)
+    manifest = load_manifest(folder, remake=remake)
+    num, size = manifest["splits"][split]["num_images"], manifest["image_size"]
+    shape = (num, size, size, manifest["channels"])
+    images = _open_array(folder / split / "images.npy", np.uint8, shape, folder, remake)
+    labels = np.array(_open_array(folder / split / "labels.npy", np.int64, (num,), folder, remake))
+    try:
+        _check_labels(folder / split / "labels.npy", labels, len(manifest["classes"]))
+    except DataError as error:
+        raise _damaged(folder / split / "labels.npy", str(error).split(": ", 1)[1], folder, remake) from None
+    return images, labels
+
+
+def mean_image(folder: Path | str, *, remake: str | None = None) -> NDArray[np.float32]:
+    """(C, H, W) float32 in [-1, 1]: the mean training image. `remake` and errors as in `open_split`."""
+    folder = Path(folder)
+    manifest = load_manifest(folder, remake=remake)
+    shape = (manifest["image_size"], manifest["image_size"], manifest["channels"])
+    mean = _open_array(folder / "train" / "mean.npy", np.float32, shape, folder, remake)
+    return np.ascontiguousarray(mean.transpose(2, 0, 1))
+
+
+def verify(folder: Path | str, *, remake: str | None = None) -> None:
+    """Read every file of the data set and compare its SHA-256 with the manifest's.
+
+    Raises:
+        DataError: naming the first file that is not what was written.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder, remake=remake)
+    for split in SPLITS:
+        open_split(folder, split, remake=remake)
+        for name, expected in manifest["splits"][split]["sha256"].items():
+            path = folder / split / f"{name}.npy"
+            if not path.is_file():
+                raise _damaged(path, "no such file", folder, remake)
+            if _sha256(path) != expected:
+                raise _damaged(path, "has changed since it was written (SHA-256 differs)", folder, remake)
+
+
+def _check_labels(path: Path, labels: NDArray[np.int64], num_classes: int) -> None:
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise DataError(f"{path}: labels go from {labels.min()} to {labels.max()}, but there are {num_classes} classes")
+
+
+def _open_array(path: Path, dtype: type, shape: tuple[int, ...], folder: Path, remake: str | None) -> np.memmap:
+    """Map a .npy file that must hold exactly `shape` items of `dtype`."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise _damaged(path, "no such file", folder, remake) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, f"is cut off or unreadable ({error})", folder, remake) from None
+    if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape:
+        got = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
+        raise _damaged(path, f"holds {got}, the manifest says {np.dtype(dtype)} {shape}", folder, remake)
+    whole, found = array.offset + array.nbytes, path.stat().st_size
+    if whole != found:
+        raise _damaged(path, f"has {found} bytes, its header says {whole}", folder, remake)
+    return array
+
+
+# --- Pixels and tensors -----------------------------------------------------------------------------------------
+
+
+def to_unit(images: NDArray[np.uint8]) -> torch.Tensor:
+    """(N, H, W, C) uint8 images as a contiguous (N, C, H, W) float32 tensor in [-1, 1]: x / 127.5 - 1."""
+    import torch
+
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"need (N, H, W, C) uint8 images, got {images.dtype} of shape {images.shape}")
+    planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return torch.from_numpy(planes).to(torch.float32).div_(127.5).sub_(1)
+
+
+def to_uint8(images: torch.Tensor) -> NDArray[np.uint8]:
+    """(N, C, H, W) tensor in [-1, 1] as (N, H, W, C) uint8: rounded, clamped; NaN becomes 0.
+
+    The inverse of `to_unit`, exactly. Any floating type and device.
+    """
+    import torch
+
+    if images.ndim != 4:
+        raise ValueError(f"need an (N, C, H, W) tensor, got shape {tuple(images.shape)}")
+    levels = images.detach().to(torch.float32).add(1).mul(127.5).nan_to_num(nan=0.0).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,181 @@
+"""The diffusion model: schedule, forward process, one-step denoised image, posterior, and its U-Net.
+
+Time follows the paper: t = 1..T, with x_0 the clean image; diffusers' timestep is t - 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nrcg.errors import DataError
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    from nrcg.config import ScheduleConfig, UNetConfig
+
+DATA_MEAN_FILE = "data_mean.npy"
+"""Mean training image beside a pipeline's weights: (C, H, W) float32 in [-1, 1], for the start `data_mean`."""
+
+
+class Schedule:
+    """abar_t for t = 0..T in float64, abar_0 = 1.
+
+    Args:
+        betas: (T,) variances beta_1..beta_T, each in (0, 1).
+    """
+
+    def __init__(self, betas: Tensor):
+        betas = betas.detach().to("cpu", torch.float64)
+        if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError("betas: expected a vector of numbers in (0, 1)")
+        self.abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1.0 - betas, dim=0)])
+        self.num_steps = len(betas)
+
+    @classmethod
+    def linear(cls, num_steps: int, beta_start: float, beta_end: float) -> Schedule:
+        """Betas linear from beta_start to beta_end (Ho et al. 2020)."""
+        return cls(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
+
+    @classmethod
+    def from_config(cls, config: ScheduleConfig) -> Schedule:
+        return cls.linear(config.num_train_timesteps, config.beta_start, config.beta_end)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: DDPMScheduler) -> Schedule:
+        """The schedule of a diffusers scheduler."""
+        return cls(scheduler.betas)
+
+    def at(self, t: Tensor | int, like: Tensor) -> Tensor:
+        """abar_t shaped to broadcast over `like` (B, C, H, W), in like's dtype and device."""
+        abar = self.abar[torch.as_tensor(t, device="cpu").long()].reshape(-1, *[1] * (like.ndim - 1))
+        return abar.to(like.device, like.dtype)
+
+    def q_sample(self, x0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
+        """eq. 2: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+
+        Args:
+            x0: (B, C, H, W) in [-1, 1].
+            t: one step or (B,) steps, 0..T; x_0 at t = 0.
+            noise: eps, shaped like x0.
+        """
+        abar = self.at(t, x0)
+        return abar.sqrt() * x0 + (1.0 - abar).sqrt() * noise
+
+    def pred_x0(self, x_t: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
+        """eq. 5, the one-step denoised image: (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), not clipped."""
+        abar = self.at(t, x_t)
+        return (x_t - (1.0 - abar).sqrt() * eps) / abar.sqrt()
+
+    def posterior(self, t: int, t_prev: int | None = None) -> tuple[float, float, float]:
+        """q(x_prev | x_t, x_0) of Ho et al. 2020, eqs. 6 and 7.
+
+        Args:
+            t: step, 1..T.
+            t_prev: the step reached, t - 1 unless steps are skipped.
+
+        Returns:
+            (a, b, variance): the mean is a * x_0 + b * x_t; the variance is Sigma_t (`fixed_small`), 0 at t_prev = 0.
+        """
+        t_prev = t - 1 if t_prev is None else t_prev
+        abar, abar_prev = float(self.abar[t]), float(self.abar[t_prev])
+        alpha = abar / abar_prev
+        beta = 1.0 - alpha
+        return (
+            abar_prev**0.5 * beta / (1.0 - abar),
+            alpha**0.5 * (1.0 - abar_prev) / (1.0 - abar),
+            (1.0 - abar_prev) / (1.0 - abar) * beta,
+        )
+
+
+def build_unet(config: UNetConfig, image_size: int, channels: int) -> UNet2DModel:
+    """diffusers' UNet2DModel with self-attention at the levels that `config.attention` marks."""
+    from diffusers import UNet2DModel
+
+    levels = len(config.block_out_channels)
+    if image_size % 2 ** (levels - 1):
+        raise DataError(
+            f"image_size: {image_size} cannot be halved {levels - 1} times; "
+            f"take a multiple of {2 ** (levels - 1)} or fewer block_out_channels"
+        )
+    down = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention]
+    up = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
+    return UNet2DModel(
+        sample_size=image_size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=config.layers_per_block,
+        block_out_channels=tuple(config.block_out_channels),
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        dropout=config.dropout,
+    )
+
+
+def build_scheduler(config: ScheduleConfig) -> DDPMScheduler:
+    """diffusers' DDPMScheduler: linear betas, eps-prediction, Sigma_t = posterior variance, x0hat clipped."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule="linear",
+        variance_type="fixed_small",
+        prediction_type="epsilon",
+        clip_sample=True,
+    )
+
+
+def read_data_mean(folder: str | Path) -> Tensor | None:
+    """The mean training image stored with a pipeline, (C, H, W) in [-1, 1], or None where there is none."""
+    path = Path(folder) / DATA_MEAN_FILE
+    if not path.exists():
+        return None
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); train the diffusion model anew or delete the file"
+        ) from None
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises DataError for a device not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise DataError(f"device: {device} is not there; {torch.cuda.device_count()} CUDA devices are visible")
+    return resolved
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it, else float32."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # Without these instructions the CPU emulates bfloat16 and loses time.
+    native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Autocast of the networks; parameters, x_t, losses and gradients stay in float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode and no parameter gradients: guidance needs the gradient of its input alone."""
+    return module.eval().requires_grad_(False)

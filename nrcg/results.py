@@ -1,0 +1,335 @@
+"""Result tables: read and write the CSV files, choose the best scale of each method, print the comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from nrcg import paper
+from nrcg.config import format_scale
+from nrcg.errors import DataError
+
+Row = dict[str, str | float]
+
+TEXT_COLUMNS = ("experiment", "method", "mlflow_run_id")
+"""Columns that stay text; every other column holds numbers."""
+
+FORWARD_COLUMNS = (
+    "method",
+    "t",
+    "num_images",
+    "accuracy",
+    "logit_sensitivity_mean",
+    "logit_sensitivity_std",
+    "gradient_sensitivity_mean",
+    "gradient_sensitivity_std",
+)
+METRICS_COLUMNS = (
+    "experiment",
+    "method",
+    "scale",
+    "num_samples",
+    "accuracy_guide",
+    "accuracy_judge",
+    "precision",
+    "recall",
+    "nonfinite",
+    "images_per_second",
+    "peak_memory_mib",
+)
+"""Beside these a metrics.csv holds the Fréchet distances of one extractor: fid and cfid, or fd_NAME and cfd_NAME."""
+
+METHOD_LABELS = {
+    "unconditional": "unconditional",
+    "robust": "robust",
+    "robust_x0": "robust + x0",
+    "non_robust": "non-robust",
+    "non_robust_x0": "non-robust + x0",
+    "non_robust_x0_ema90": "non-robust + x0 + EMA 0.9",
+    "non_robust_x0_ema99": "non-robust + x0 + EMA 0.99",
+    "non_robust_x0_adam": "non-robust + x0 + ADAM",
+}
+"""Names to print, in the order of every table and legend."""
+
+BEST_RULE = "best scale of a method: the lowest class-conditional Fréchet distance"
+
+MAX_WIDTH = 110
+
+
+def method_label(method: str) -> str:
+    """A method's name to print; a method of one's own keeps its name."""
+    return METHOD_LABELS.get(method, method)
+
+
+def sort_methods(methods: Iterable[str]) -> list[str]:
+    """Distinct methods in the order of METHOD_LABELS, others after them in the order given."""
+    known = list(METHOD_LABELS)
+    distinct = list(dict.fromkeys(methods))
+    return sorted(distinct, key=lambda method: known.index(method) if method in known else len(known))
+
+
+def read_csv(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Row]:
+    """Read a table.
+
+    Args:
+        path: CSV file with a header line.
+        columns: columns that must be there; more are welcome.
+
+    Returns:
+        One dict per line. TEXT_COLUMNS are str, all others float; an empty number is nan.
+
+    Raises:
+        DataError: the file is missing, empty, cut off, lacks a column or holds text for a number. One line that
+            names the file and the command that makes it anew.
+    """
+    remedy = f"make it anew: snakemake --cores all --force {Path(path).as_posix()}"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            lines = [(reader.line_num, line) for line in reader if line]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; {remedy}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {remedy}") from None
+    missing = [name for name in columns if name not in header]
+    if header and missing:
+        raise DataError(f"{path}: lacks the column {', '.join(missing)}; {remedy}")
+    if not lines:
+        raise DataError(f"{path}: empty; {remedy}")
+    rows: list[Row] = []
+    for number, line in lines:
+        if len(line) != len(header):
+            raise DataError(f"{path}: line {number} has {len(line)} of {len(header)} fields; {remedy}")
+        row: Row = {}
+        for name, text in zip(header, line, strict=True):
+            try:
+                row[name] = text if name in TEXT_COLUMNS else float(text or "nan")
+            except ValueError:
+                raise DataError(f"{path}: line {number}: {name} is no number: {text!r}; {remedy}") from None
+        rows.append(row)
+    return rows
+
+
+def read_forward(path: str | os.PathLike) -> list[Row]:
+    """Read a forward.csv: one row per method and t = 1..T. Raises DataError."""
+    return read_csv(path, FORWARD_COLUMNS)
+
+
+def read_metrics(path: str | os.PathLike) -> list[Row]:
+    """Read a metrics.csv: one row per method and scale, with the Fréchet distances of one extractor.
+
+    Raises:
+        DataError: as read_csv; also without Fréchet columns.
+    """
+    rows = read_csv(path, METRICS_COLUMNS)
+    try:
+        frechet_columns(rows)
+    except DataError as error:
+        raise DataError(f"{path}: {error}; make it anew: snakemake --cores all --force {path}") from None
+    return rows
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Write a table; the file is there whole or not at all.
+
+    Args:
+        rows: mappings; a missing key or None becomes an empty field. Numbers are written so that they read back equal.
+        columns: the header, in this order.
+
+    Raises:
+        ValueError: a row has a key that is no column.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file that is there whole or not at all; makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def frechet_columns(rows: Sequence[Row]) -> tuple[str, str]:
+    """Names of the Fréchet distance to all training images and to those of the target class.
+
+    Returns:
+        ("fid", "cfid") where Inception features were used, otherwise such as ("fd_judge", "cfd_judge").
+
+    Raises:
+        DataError: the rows have no such pair of columns.
+    """
+    columns = list(rows[0]) if rows else []
+    if "fid" in columns and "cfid" in columns:
+        return "fid", "cfid"
+    for name in columns:
+        if name.startswith("fd_") and f"c{name}" in columns:
+            return name, f"c{name}"
+    raise DataError("no Fréchet distance: neither fid and cfid nor fd_NAME and cfd_NAME are among the columns")
+
+
+def extractor(rows: Sequence[Row]) -> str:
+    """The network whose features the Fréchet distances compare: `inception`, `judge`, ... Raises DataError."""
+    name = frechet_columns(rows)[0]
+    return "inception" if name == "fid" else name.removeprefix("fd_")
+
+
+def best_per_method(rows: Sequence[Row]) -> dict[str, Row]:
+    """The row of each method's best scale: lowest class-conditional Fréchet distance, nan last, then lowest scale.
+
+    The distance is the one that is reported as well, as in the paper: a little optimistic for long sweeps.
+
+    Raises:
+        DataError: no Fréchet columns.
+    """
+    _, conditional = frechet_columns(rows)
+
+    def rank(row: Row) -> tuple[bool, float, float]:
+        distance = row[conditional]
+        return math.isnan(distance), 0.0 if math.isnan(distance) else distance, row["scale"]
+
+    return {
+        method: min((row for row in rows if row["method"] == method), key=rank)
+        for method in sort_methods(row["method"] for row in rows)
+    }
+
+
+def at_edge(rows: Sequence[Row], method: str) -> bool:
+    """Whether the best scale is the lowest or highest of several tried, so that a better one may lie outside.
+
+    A scale without a finite distance counts as tried. False where no scale has one.
+
+    Raises:
+        KeyError: no row of this method.
+        DataError: no Fréchet columns.
+    """
+    best = best_per_method(rows)[method]
+    scales = {row["scale"] for row in rows if row["method"] == method}
+    if len(scales) < 2 or math.isnan(best[frechet_columns(rows)[1]]):
+        return False
+    return best["scale"] in (min(scales), max(scales))
+
+
+def format_number(value: float, digits: int = 4) -> str:
+    """A number with `digits` significant digits and no needless exponent; "-" for nan."""
+    if math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def format_count(value: float) -> str:
+    """A whole number with commas; "-" for nan."""
+    return "-" if math.isnan(value) else f"{value:,.0f}"
+
+
+def format_percent(value: float) -> str:
+    """A share in [0, 1] as a percentage with one decimal, no sign; "-" for nan."""
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The comparison for the terminal: each method at its best scale, at most 110 characters wide.
+
+    Beneath it stand the rule, what lies at the edge of its sweep, and the published rows.
+
+    Raises:
+        DataError: no Fréchet columns.
+    """
+    everything, conditional = frechet_columns(rows)
+    best = best_per_method(rows)
+    header = ["method", "scale", "judge %", "guide %", conditional, everything, "prec.", "recall", "nonfin.", "img/s"]
+    body = [
+        [
+            method,
+            format_scale(row["scale"]),
+            format_percent(row["accuracy_judge"]),
+            format_percent(row["accuracy_guide"]),
+            format_number(row[conditional]),
+            format_number(row[everything]),
+            format_number(row["precision"], 3),
+            format_number(row["recall"], 3),
+            format_count(row["nonfinite"]),
+            format_number(row["images_per_second"], 3),
+        ]
+        for method, row in best.items()
+    ]
+    lines = _align([header, *body])
+    lines.insert(1, "-" * len(lines[0]))
+    lines += ["", *_wrap(f"{BEST_RULE} ({conditional}); judge %, guide %: samples classified as the target")]
+    for note in edge_notes(rows):
+        lines += _wrap(note)
+    lines += _published_lines(rows)
+    return "\n".join(lines)
+
+
+def edge_notes(rows: Sequence[Row]) -> list[str]:
+    """One sentence for each method whose best scale lies at the edge of its sweep."""
+    notes = []
+    for method, row in best_per_method(rows).items():
+        if at_edge(rows, method):
+            scales = [other["scale"] for other in rows if other["method"] == method]
+            side = "lowest" if row["scale"] == min(scales) else "highest"
+            notes.append(
+                f"{method}: {format_scale(row['scale'])} is the {side} scale tried; a better one may lie outside."
+            )
+    return notes
+
+
+def _align(table: list[list[str]]) -> list[str]:
+    """Columns padded to equal width: the first to the left, numbers to the right. Too long a first is cut."""
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    spare = MAX_WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
+    widths[0] = min(widths[0], max(spare, 8))
+    lines = []
+    for line in table:
+        first = line[0] if len(line[0]) <= widths[0] else line[0][: widths[0] - 1] + "…"
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _published_lines(rows: Sequence[Row]) -> list[str]:
+    """The published rows, with what makes their values incomparable."""
+    experiment = str(rows[0].get("experiment", ""))
+    published = paper.published_rows(experiment)
+    if not published:
+        return []
+    counts = {int(row["num_samples"]) for row in rows if math.isfinite(row["num_samples"])}
+    changes = paper.differences(
+        experiment, features=extractor(rows), num_samples=counts.pop() if len(counts) == 1 else None
+    )
+    lines = ["", f"published, {published[0].dataset} (guide %, cFID, FID by Inception):"]
+    lines += _align(
+        [
+            [row.method, format_scale(row.scale), f"{row.accuracy:.2f} %", f"cFID {row.cfid:.2f}", f"FID {row.fid:.2f}"]
+            for row in published
+        ]
+    )
+    if changes:
+        lines += _wrap(f"not comparable in value: {'; '.join(changes)}")
+    return lines
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, MAX_WIDTH, subsequent_indent="  ")

@@ -1,0 +1,166 @@
+# The validated configuration and what the rules ask of it. No rules here.
+import sys
+from pathlib import Path
+
+from nrcg import config as nrcg_config
+from nrcg.config import ROLES, format_scale
+from nrcg.devices import has_nvidia_gpu
+from nrcg.errors import ConfigError
+
+try:
+    CONFIG = nrcg_config.parse(dict(config))
+except ConfigError as error:
+    sys.exit(f"nrcg: {error}")
+
+FIGURES = (
+    "forward_accuracy",
+    "logit_sensitivity",
+    "gradient_sensitivity",
+    "stabilizers",
+    "accuracy_vs_scale",
+    "fid_vs_scale",
+    "cfid_vs_scale",
+    "best_samples",
+)
+
+
+wildcard_constraints:
+    experiment="|".join(CONFIG.experiments),
+    dataset="|".join(
+        {experiment.dataset.name for experiment in CONFIG.experiments.values()}
+    ),
+    method="|".join(CONFIG.methods),
+    role="|".join(ROLES),
+    scale=r"[0-9.e+-]+",
+    shard=r"\d+",
+
+
+# `nrcg` is found without an activated environment, and a job ends with Snakemake also when that is killed by kill -9.
+shell.prefix(
+    f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=1; '
+)
+
+
+def experiment_results(experiment):
+    """What an experiment's target asks for."""
+    return [f"results/{experiment}/report.html", f"results/{experiment}/summary.json"]
+
+
+def settings_file(step, part=None):
+    """Params function: the file with the settings that a step reads. Its name changes when one of them changes."""
+
+    def write(wildcards):
+        values = dict(wildcards)
+        experiment = values.get("experiment") or nrcg_config.dataset_owner(
+            CONFIG, values["dataset"]
+        )
+        return nrcg_config.write_step_settings(
+            CONFIG, experiment, step, values.get(part)
+        )
+
+    return write
+
+
+def folder(pattern):
+    """Params function: a folder that a verb reads or writes."""
+
+    def fill(wildcards):
+        return pattern.format(**wildcards)
+
+    return fill
+
+
+def gpus(wildcards):
+    """1 where a job is to run on a GPU, else 0: on a CPU, jobs share the cores instead of waiting for each other."""
+    device = CONFIG.experiments[wildcards.experiment].device
+    if device == "auto":
+        return int(has_nvidia_gpu())
+    return int(device.startswith("cuda"))
+
+
+def data_folder(wildcards):
+    return f"data/{CONFIG.experiments[wildcards.experiment].dataset.name}"
+
+
+def dataset_files(wildcards):
+    """A data set's manifest, which holds the checksums of its arrays; the arrays' own times do not matter."""
+    folder = data_folder(wildcards)
+    arrays = [
+        f"{folder}/{split}/{array}.npy"
+        for split in ("train", "val")
+        for array in ("images", "labels")
+    ]
+    return [f"{folder}/dataset.json", *map(ancient, arrays)]
+
+
+def ddpm_files(wildcards):
+    folder = f"models/{wildcards.experiment}/ddpm"
+    return [
+        f"{folder}/training.json",
+        ancient(f"{folder}/unet/diffusion_pytorch_model.safetensors"),
+    ]
+
+
+def classifier_files(*roles):
+    """Input function: the classifiers of some roles."""
+
+    def files(wildcards):
+        folder = f"models/{wildcards.experiment}/classifiers"
+        configs = [f"{folder}/{role}/config.json" for role in roles]
+        return [
+            *configs,
+            *(ancient(f"{folder}/{role}/model.safetensors") for role in roles),
+        ]
+
+    return files
+
+
+def guide_role(wildcards):
+    """The role of a method's guiding classifier, or None."""
+    return CONFIG.methods[wildcards.method].classifier
+
+
+def guide_files(wildcards):
+    role = guide_role(wildcards)
+    return classifier_files(role)(wildcards) if role else []
+
+
+def guide_flag(wildcards):
+    role = guide_role(wildcards)
+    return (
+        f"--classifier models/{wildcards.experiment}/classifiers/{role}" if role else ""
+    )
+
+
+def scales(wildcards):
+    return [
+        format_scale(scale)
+        for scale in CONFIG.experiments[wildcards.experiment].sweep[wildcards.method]
+    ]
+
+
+def shard_files(wildcards):
+    """Every shard of a method: its scales times its shards."""
+    folder = f"results/{wildcards.experiment}/samples/{wildcards.method}"
+    shards = range(CONFIG.experiments[wildcards.experiment].num_shards)
+    return [
+        f"{folder}/scale{scale}/shard{shard:04d}.{ending}"
+        for scale in scales(wildcards)
+        for shard in shards
+        for ending in ("npy", "json")
+    ]
+
+
+def metric_files(wildcards):
+    sweep = CONFIG.experiments[wildcards.experiment].sweep
+    return [f"results/{wildcards.experiment}/metrics/{method}.csv" for method in sweep]
+
+
+def first_shards(wildcards):
+    """The shards whose first samples the figures and the report show."""
+    experiment = CONFIG.experiments[wildcards.experiment]
+    return [
+        f"results/{wildcards.experiment}/samples/{method}/scale{format_scale(scale)}/shard0000.npy"
+        for method, scales in experiment.sweep.items()
+        for scale in scales
+    ]

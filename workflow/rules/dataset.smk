@@ -1,0 +1,24 @@
+rule dataset:
+    """Images and labels as memory-mappable arrays, with a manifest that vouches for them."""
+    output:
+        "data/{dataset}/dataset.json",
+        "data/{dataset}/train/images.npy",
+        "data/{dataset}/train/labels.npy",
+        "data/{dataset}/train/mean.npy",
+        "data/{dataset}/val/images.npy",
+        "data/{dataset}/val/labels.npy",
+    log:
+        "logs/data/{dataset}.log",
+    benchmark:
+        "logs/data/{dataset}.tsv"
+    conda:
+        "../envs/nrcg.yaml"
+    threads: 4
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        config=settings_file("dataset"),
+        folder=folder("data/{dataset}"),
+    shell:
+        "nrcg dataset --config {params.config} --threads {threads} --out {params.folder} > {log} 2>&1"

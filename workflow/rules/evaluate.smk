@@ -1,0 +1,50 @@
+rule evaluate:
+    """Accuracies and distances of a method at each of its scales."""
+    input:
+        dataset_files,
+        classifier_files("judge", "robust", "non_robust"),
+        shard_files,
+    output:
+        "results/{experiment}/metrics/{method}.csv",
+    log:
+        "logs/{experiment}/evaluate_{method}.log",
+    benchmark:
+        "logs/{experiment}/evaluate_{method}.tsv"
+    conda:
+        "../envs/nrcg.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=8000,
+        runtime=240,
+    params:
+        config=settings_file("evaluate", "method"),
+        data=data_folder,
+        classifiers=folder("models/{experiment}/classifiers"),
+        samples=folder("results/{experiment}/samples"),
+        scales=scales,
+    shell:
+        "nrcg evaluate --config {params.config} --method {wildcards.method} --scales {params.scales}"
+        " --samples {params.samples} --data {params.data} --classifiers {params.classifiers}"
+        " --threads {threads} --out {output} > {log} 2>&1"
+
+
+rule collect:
+    """metrics.csv of all methods, and its best rows as summary.json."""
+    input:
+        metric_files,
+    output:
+        metrics="results/{experiment}/metrics.csv",
+        summary="results/{experiment}/summary.json",
+    log:
+        "logs/{experiment}/collect.log",
+    benchmark:
+        "logs/{experiment}/collect.tsv"
+    conda:
+        "../envs/nrcg.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    shell:
+        "nrcg collect --metrics {input} --out {output.metrics} --summary {output.summary} > {log} 2>&1"

@@ -1,0 +1,26 @@
+rule forward:
+    """Accuracy, logit and gradient sensitivity along the forward process (figs. 1 to 4)."""
+    input:
+        dataset_files,
+        ddpm_files,
+        classifier_files("robust", "non_robust"),
+    output:
+        "results/{experiment}/forward.csv",
+    log:
+        "logs/{experiment}/forward.log",
+    benchmark:
+        "logs/{experiment}/forward.tsv"
+    conda:
+        "../envs/nrcg.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=6000,
+        runtime=720,
+    params:
+        config=settings_file("forward"),
+        data=data_folder,
+        models=folder("models/{experiment}"),
+    shell:
+        "nrcg forward --config {params.config} --data {params.data} --ddpm {params.models}/ddpm"
+        " --classifiers {params.models}/classifiers --threads {threads} --out {output} > {log} 2>&1"

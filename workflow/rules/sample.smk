@@ -1,0 +1,27 @@
+rule sample:
+    """One shard of the samples of a method at a scale (algorithm 1)."""
+    input:
+        ddpm_files,
+        guide_files,
+    output:
+        images="results/{experiment}/samples/{method}/scale{scale}/shard{shard}.npy",
+        record="results/{experiment}/samples/{method}/scale{scale}/shard{shard}.json",
+    log:
+        "logs/{experiment}/sample/{method}_scale{scale}_shard{shard}.log",
+    benchmark:
+        "logs/{experiment}/sample/{method}_scale{scale}_shard{shard}.tsv"
+    conda:
+        "../envs/nrcg.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=6000,
+        runtime=240,
+    params:
+        config=settings_file("sample", "method"),
+        ddpm=folder("models/{experiment}/ddpm"),
+        classifier=guide_flag,
+    shell:
+        "nrcg sample --config {params.config} --method {wildcards.method} --scale {wildcards.scale}"
+        " --shard {wildcards.shard} --ddpm {params.ddpm} {params.classifier} --threads {threads}"
+        " --out {output.images} > {log} 2>&1"
