@@ -73,7 +73,9 @@ class Classifier(nn.Module):
         """Images (B, C, H, W) in [-1, 1] as the module expects them."""
         if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
-        return x * self._scale.to(x.dtype) + self._shift.to(x.dtype)
+        x = x * self._scale.to(x.dtype) + self._shift.to(x.dtype)
+        # Depthwise convolutions run 2 to 3 times faster on a CPU with the channels last, and no slower elsewhere.
+        return x.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K) logits."""
@@ -218,12 +220,15 @@ def load_classifier(folder: str | Path) -> Classifier:
     module = build_module(config["architecture"], len(config["classes"]), config.get("batch_norm_momentum", 0.1))
     try:
         module.load_state_dict(load_file(path))
+        digest = sha256_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: not found; {_remake(folder)}") from None
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: damaged ({reason}); delete it, then {_remake(folder)}") from None
-    classifier = Classifier(module)
+    if config.get("sha256", digest) != digest:
+        raise DataError(f"{path}: not the weights of {CONFIG_FILE}; delete the folder, then {_remake(folder)}")
+    classifier = Classifier(module.to(memory_format=torch.channels_last))
     classifier.classes = list(config["classes"])
     return freeze(classifier)
 

@@ -13,15 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nrcg import __version__
 from nrcg.config import (
     ROLES,
     EvaluateStep,
+    ExperimentConfig,
     ReportStep,
     SampleStep,
     StepSettings,
+    checked_device,
     format_scale,
     load,
     read_step_settings,
@@ -146,6 +148,7 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
             precision=precision,
             checkpoint=checkpoint,
             on_step=bar.set,
+            on_resume=bar.resume,
             on_epoch=lambda row: _log_epoch(run, row),
             on_samples=keep_grid,
         )
@@ -157,6 +160,8 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
 
 def train_classifier(arguments: argparse.Namespace) -> None:
     """Train one classifier."""
+    import torch
+
     from nrcg import tracking, training
     from nrcg.classifiers import save_classifier
     from nrcg.datasets import load_manifest, open_split
@@ -167,6 +172,8 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments, "train_classifier", arguments.role)
     config, manifest = settings.classifier, load_manifest(arguments.data)
     device, precision = _device(arguments, settings)
+    if device.type == "cpu" and settings.precision == "auto":
+        precision = torch.float32  # bfloat16 slows depthwise convolutions down on a CPU
     train = training.Images(*open_split(arguments.data, "train"), device)
     val = training.Images(*open_split(arguments.data, "val"), device)
     schedule = Schedule.from_config(settings.schedule)
@@ -260,10 +267,13 @@ def forward(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Guided sampling: a shard of the pipeline, or anybody's model and classifier."""
-    if (arguments.config is None) == (arguments.ddpm is not None and arguments.shard is None):
-        _sample_own(arguments)
-    else:
-        _sample_shard(arguments)
+    try:
+        if arguments.config is None:
+            _sample_own(arguments)
+        else:
+            _sample_shard(arguments)
+    except (ValueError, TypeError) as error:  # a model or setting that the library refuses
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def _sample_shard(arguments: argparse.Namespace) -> None:
@@ -324,7 +334,6 @@ def _sample_own(arguments: argparse.Namespace) -> None:
     """`nrcg sample --ddpm ... --classifier ... --out DIR`: PNGs, samples.npy and a grid."""
     from nrcg import stabilizers
     from nrcg.classifiers import class_index, load_classifier, read_classifier_config
-    from nrcg.datasets import to_uint8  # noqa: F401  (imported early: a broken install should fail before the sampling)
     from nrcg.figures import sample_grid, save_png
     from nrcg.guidance import ClassifierGuidance
 
@@ -386,9 +395,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def collect(arguments: argparse.Namespace) -> None:
     """Join the methods' metrics into metrics.csv and summary.json."""
-    from nrcg.results import read_csv, summarize, write_csv
+    from nrcg.results import read_metrics, summarize, write_csv
 
-    rows = [row for path in arguments.metrics for row in read_csv(path)]
+    rows = [row for path in arguments.metrics for row in read_metrics(path)]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_csv(arguments.out, rows, columns)
     if arguments.summary:
@@ -456,10 +465,11 @@ def run(arguments: argparse.Namespace) -> int:
     from nrcg.config import get_experiment
     from nrcg.progress import watch
 
-    get_experiment(load("config.yaml"), arguments.experiment)
-    command = ["snakemake", "--cores", "all", "--resources", "gpu=1", arguments.experiment, *arguments.snakemake]
+    settings = get_experiment(load("config.yaml"), arguments.experiment)
+    # The target stands first: --resources takes every word after it.
+    command = ["snakemake", arguments.experiment, "--cores", "all", "--resources", "gpu=1", *arguments.snakemake]
     log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    code = watch(command, log)
+    code = watch(command, log, weights=_job_weights(settings))
     if code == 0 and not {"-n", "--dry-run"} & set(arguments.snakemake):
         table(arguments)
     return code
@@ -470,6 +480,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace, step: str, part: str | None = None) -> Any:
     return read_step_settings(arguments.config, step, arguments.experiment, part)
+
+
+def _job_weights(settings: ExperimentConfig) -> dict[str, float]:
+    """Relative cost of one job of each rule, for the estimate of what is left: passes of one image through the U-Net,
+    a gradient counting as two further ones; a classifier's pass counts as a quarter."""
+    data, steps = settings.dataset, settings.ddpm.schedule.num_train_timesteps
+    classifiers = settings.classifiers
+    epochs = [getattr(classifiers, role).epochs for role in ROLES]
+    return {
+        "train_ddpm": 3.0 * data.num_train * settings.ddpm.epochs,
+        "train_classifier": 3 / 4 * data.num_train * sum(epochs) / len(epochs),
+        "forward": 5.0 * settings.forward.num_images * steps,
+        "sample": 2.5 * min(settings.sampling.shard_size, settings.sampling.num_samples) * steps,
+        "evaluate": 1 / 4 * data.num_train,
+        "dataset": data.num_train / 10,
+    }
 
 
 def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[torch.device, torch.dtype]:
@@ -490,8 +516,11 @@ def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tup
 
 
 def _pipeline(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[Any, torch.device, torch.dtype]:
+    from diffusers.utils import logging
+
     from nrcg.sampling import GuidedDDPMPipeline
 
+    logging.disable_progress_bar()  # a bar for two files
     device, precision = _device(arguments, settings)
     if arguments.ddpm is None:
         raise ConfigError("--ddpm: missing; give the folder of the diffusion model")
@@ -525,19 +554,16 @@ def _draw_samples(
         torch.cuda.reset_peak_memory_stats(device)
     steps = pipe.schedule().num_steps * -(-num_samples // batch_size)
     with Progress(label, steps, "step") as bar:
-        try:
-            out = pipe(
-                num_samples=num_samples,
-                batch_size=batch_size,
-                seed=seed,
-                guidance=guidance,
-                first_sample=first_sample,
-                start=start,
-                precision=precision,
-                on_step=bar.update,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        out = pipe(
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+            guidance=guidance,
+            first_sample=first_sample,
+            start=start,
+            precision=precision,
+            on_step=bar.update,
+        )
     images = to_uint8(out.samples)
     atomic_save_array(path, images)
     record = record | {
@@ -636,8 +662,15 @@ def _peak_memory_mib(device: torch.device) -> float:
 # --- The command line -------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nrcg: {message}; see: {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nrcg", description="Classifier guidance for non-robust classifiers.")
+    parser = _Parser(prog="nrcg", description="Classifier guidance for non-robust classifiers.")
     parser.add_argument("--version", action="version", version=f"nrcg {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -648,7 +681,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--config", required=True, help="config.yaml, or a step's settings file")
             sub.add_argument("--experiment", help="which experiment of config.yaml")
         if compute:
-            sub.add_argument("--device", help="auto, cpu, cuda, cuda:N; default: the config's")
+            sub.add_argument("--device", type=_device_flag, help="auto, cpu, cuda, cuda:N; default: the config's")
             sub.add_argument("--threads", type=_positive, help="CPU threads")
         return sub
 
@@ -721,11 +754,17 @@ def _add_sample_arguments(sub: argparse.ArgumentParser) -> None:
     shard.add_argument("--shard", type=int, help="number of the shard, from 0")
 
 
+def _device_flag(text: str) -> str:
+    try:
+        return checked_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
+    return int(text)
 
 
 def _scale(text: str) -> float:

@@ -24,8 +24,23 @@ PUBLISHED_STEPS = 400
 
 ROLES = ("non_robust", "robust", "judge")
 
+RULES = (
+    "all",
+    "dataset",
+    "train_ddpm",
+    "train_classifier",
+    "forward",
+    "sample",
+    "evaluate",
+    "collect",
+    "figures",
+    "report",
+)
+"""Rules of the workflow. An experiment is a rule too, so it cannot have one of these names."""
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 # A name becomes a folder and a Snakemake rule.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
@@ -34,10 +49,17 @@ Role = Literal["non_robust", "robust", "judge"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+def checked_device(device: str) -> str:
+    """A device's name as it is. Raises ValueError for anything else."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device):
+        raise ValueError(f"{device!r} is no device; allowed: auto, cpu, cuda, cuda:N, mps")
+    return device
+
+
 class Section(BaseModel):
     """A part of the configuration. Unknown keys and wrong types are errors, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DatasetConfig(Section):
@@ -170,9 +192,9 @@ class StabilizerConfig(Section):
     for T steps the code uses beta^(400/T)."""
 
     name: Literal["none", "ema", "adam"] = "none"
-    beta: Fraction | None = Field(default=None, description="ema: momentum at 400 steps (eq. 7).")
-    beta1: Fraction | None = Field(default=None, description="adam: first-moment beta at 400 steps (eq. 8).")
-    beta2: Fraction | None = Field(default=None, description="adam: second-moment beta at 400 steps (eq. 8).")
+    beta: Beta | None = Field(default=None, description="ema: momentum at 400 steps (eq. 7).")
+    beta1: Beta | None = Field(default=None, description="adam: first-moment beta at 400 steps (eq. 8).")
+    beta2: Beta | None = Field(default=None, description="adam: second-moment beta at 400 steps (eq. 8).")
     eps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="adam: added to the root.")
 
     @model_validator(mode="after")
@@ -196,6 +218,14 @@ class ForwardConfig(Section):
         description="Stabilizers measured on non_robust_x0 (fig. 4)."
     )
     seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check(self) -> ForwardConfig:
+        names = [stabilizer_name(entry) for entry in self.stabilizers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"stabilizers: {name} is listed twice; forward.csv has one line for each name")
+        return self
 
 
 class MethodConfig(Section):
@@ -254,19 +284,19 @@ class ExperimentConfig(Section):
     @field_validator("device")
     @classmethod
     def _device(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device):
-            raise ValueError(f"{device!r} is no device; allowed: auto, cpu, cuda, cuda:N, mps")
-        return device
+        return checked_device(device)
 
     @field_validator("sweep")
     @classmethod
     def _sweep(cls, sweep: dict[str, list[float]]) -> dict[str, list[float]]:
         for method, scales in sweep.items():
             for scale in scales:
-                if not (math.isfinite(scale) and scale >= 0):
+                if scale < 0:
                     raise ValueError(f"{method}: {scale} is no guidance scale; a finite number >= 0 is allowed")
             if len(set(scales)) != len(scales):
                 raise ValueError(f"{method}: a scale is listed twice")
+        if not any(sweep.values()):
+            raise ValueError("no method has a scale; give at least one")
         return {method: scales for method, scales in sweep.items() if scales}
 
     @model_validator(mode="after")
@@ -274,6 +304,16 @@ class ExperimentConfig(Section):
         if self.target not in self.dataset.classes:
             raise ValueError(
                 f"target: {self.target!r} is no class of the data set; allowed: {', '.join(self.dataset.classes)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _size_halves(self) -> ExperimentConfig:
+        size, halvings = self.dataset.image_size, len(self.ddpm.unet.block_out_channels) - 1
+        if size % 2**halvings:
+            raise ValueError(
+                f"dataset.image_size: {size} cannot be halved {halvings} times, once for each entry of"
+                f" ddpm.unet.block_out_channels after the first; a multiple of {2**halvings} is allowed"
             )
         return self
 
@@ -302,17 +342,6 @@ class Config(Section):
                     )
         return self
 
-    @model_validator(mode="after")
-    def _datasets_agree(self) -> Config:
-        for name, experiment in self.experiments.items():
-            owner = dataset_owner(self, experiment.dataset.name)
-            if self.experiments[owner].dataset != experiment.dataset:
-                raise ValueError(
-                    f"experiments.{name}.dataset.name: {experiment.dataset.name!r} is also the data set of {owner},"
-                    " with other settings; give it another name"
-                )
-        return self
-
 
 def dataset_owner(config: Config, dataset: str) -> str:
     """The first experiment that uses a data set; all that do have equal settings of it."""
@@ -338,6 +367,8 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key is no plain text", problem_mark=key_node.start_mark)
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
@@ -364,7 +395,10 @@ def read_yaml(path: str | os.PathLike) -> dict:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: no valid YAML: {getattr(error, 'problem', error)}") from None
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise ConfigError(f"{path}{place}: no valid YAML: {reason}") from None
+    except ValueError as error:  # a date such as 2024-13-45
+        raise ConfigError(f"{path}: no valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds no mapping; expected the keys defaults, methods, experiments")
     return data
@@ -374,13 +408,15 @@ def _explain(error: ValidationError) -> str:
     """The first mistake in one line: key, what is wrong, what is allowed."""
     errors = error.errors()
     first = errors[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     value = first.get("input")
     kind = first["type"]
     if kind == "extra_forbidden":
         text = f"unknown key; allowed here: {', '.join(_fields_at(first['loc'][:-1]))}"
     elif kind == "missing":
         text = "missing; give it here or in defaults"
+    elif kind in ("model_type", "dict_type"):
+        text = f"should be a mapping, got {value!r}"
     elif kind == "value_error":
         text = str(first["ctx"]["error"])
         # A validator names the keys below the model it belongs to.
@@ -429,20 +465,25 @@ def parse(raw: dict, source: str = "config.yaml") -> Config:
     Raises:
         ConfigError: one line that names the key and what is allowed.
     """
-    raw = json.loads(json.dumps(raw))  # plain dicts, whatever mapping type the reader made
+    try:
+        raw = json.loads(json.dumps(raw, default=str))  # plain dicts, whatever mapping type the reader made
+    except ValueError as error:  # an anchor that holds itself
+        raise ConfigError(f"{source}: {error}") from None
     for key in raw:
         if key not in ("defaults", "methods", "experiments"):
             raise ConfigError(f"{source}: {key}: unknown key; allowed here: defaults, experiments, methods")
     for key in ("defaults", "methods", "experiments"):
-        if not isinstance(raw.get(key), dict):
-            raise ConfigError(f"{source}: {key}: missing or no mapping")
+        if not isinstance(raw.get(key), dict) or not raw[key]:
+            raise ConfigError(f"{source}: {key}: missing, empty or no mapping")
     merged = {}
     for name, block in raw["experiments"].items():
+        if name in RULES:
+            raise ConfigError(f"{source}: experiments.{name}: the name of a rule of the workflow; choose another")
         if not isinstance(block, dict):
             raise ConfigError(f"{source}: experiments.{name}: should be a mapping, got {block!r}")
         merged[name] = merge(raw["defaults"], block)
     try:
-        return Config(methods=raw["methods"], experiments=merged)
+        config = Config(methods=raw["methods"], experiments=merged)
     except ValidationError as error:
         message = _explain(error)
         # A mistake in `defaults` would be reported for the first experiment that inherits it.
@@ -450,6 +491,14 @@ def parse(raw: dict, source: str = "config.yaml") -> Config:
         if match and _holds(raw["defaults"], match[2]) and not _holds(raw["experiments"][match[1]], match[2]):
             message = f"defaults.{message.split('.', 2)[2]}"
         raise ConfigError(f"{source}: {message}") from None
+    for name, experiment in config.experiments.items():
+        owner = dataset_owner(config, experiment.dataset.name)
+        if config.experiments[owner].dataset != experiment.dataset:
+            raise ConfigError(
+                f"{source}: experiments.{name}.dataset.name: {experiment.dataset.name!r} is also the data set of"
+                f" {owner}, with other settings; give it another name"
+            )
+    return config
 
 
 def _holds(mapping: Any, dotted: str) -> bool:
@@ -555,7 +604,7 @@ class ForwardStep(StepSettings):
 
 
 class SampleStep(StepSettings):
-    # num_samples says how many shards there are; a shard that is whole stays whole.
+    # num_samples says how many shards there are; a shard that is whole stays whole. The rule passes each shard's size.
     UNAFFECTING = ("device", "sampling.batch_size", "sampling.num_samples")
     device: str
     precision: Precision
@@ -566,12 +615,13 @@ class SampleStep(StepSettings):
 
 
 class EvaluateStep(StepSettings):
-    UNAFFECTING = ("device",)
+    UNAFFECTING = ("device", "sampling.batch_size")
     device: str
     precision: Precision
     target: str
     method: str
     guidance: MethodConfig
+    sampling: SamplingConfig
     evaluation: EvaluationConfig
 
 

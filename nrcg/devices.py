@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from pathlib import Path
-from typing import IO
 
-_held: list[IO[str]] = []
-"""Locks of this process, kept open until it ends; the kernel releases them also after a kill -9."""
+from nrcg.files import try_lock
 
 
 def has_nvidia_gpu() -> bool:
@@ -28,17 +25,9 @@ def lease_cuda_device(num_devices: int, folder: str | Path = ".nrcg/leases", pol
     """
     # Jobs that see different devices by CUDA_VISIBLE_DEVICES must not share a lock.
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
         for device in range(num_devices):
             name = names[device].strip() if device < len(names) and names[device].strip() else str(device)
-            file = open(folder / f"{os.uname().nodename}-{name}.lock", "a")  # noqa: SIM115  (held until exit)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                continue
-            _held.append(file)
-            return device
+            if try_lock(Path(folder) / f"{os.uname().nodename}-{name}.lock"):
+                return device
         time.sleep(poll_seconds)

@@ -21,6 +21,7 @@ from nrcg.files import sha256_file
 from nrcg.progress import Progress
 
 GRID_SAMPLES = 64
+RECORD_KEYS = {"first_sample", "nonfinite", "seconds", "peak_memory_mib", "sha256"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ def setting_folder(samples: Path, method: str, scale: float) -> Path:
     return samples / method / f"scale{format_scale(scale)}"
 
 
-def read_samples(folder: Path) -> SampleSet:
+def read_samples(folder: Path, num_samples: int) -> SampleSet:
     """Join the shards of a setting, checked against their records.
+
+    Args:
+        num_samples: expected; shards past them, left by an earlier and larger run, are not read.
 
     Raises:
         DataError: a shard or its record is missing, damaged or does not belong to the other.
@@ -55,13 +59,17 @@ def read_samples(folder: Path) -> SampleSet:
         raise DataError(f"{folder}: holds no shard*.npy; run: snakemake --cores all --resources gpu=1")
     parts, records = [], []
     for path in paths:
+        if sum(map(len, parts)) >= num_samples:
+            break
         remedy = f"delete it, then run: snakemake --cores all --resources gpu=1 {path}"
         try:
             record = json.loads(path.with_suffix(".json").read_text())
+            if not isinstance(record, dict) or not record.keys() >= RECORD_KEYS:
+                raise ValueError("a key is missing")
             images = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path}: damaged or without its .json ({error}); {remedy}") from None
-        if record.get("sha256") != sha256_file(path):
+        if record["sha256"] != sha256_file(path):
             raise DataError(f"{path}: is not what its .json says (checksum); {remedy}")
         parts.append(images)
         records.append(record)
@@ -70,6 +78,8 @@ def read_samples(folder: Path) -> SampleSet:
     if firsts != expected:
         raise DataError(f"{folder}: its shards begin at samples {firsts}, expected {expected}; delete the folder")
     images = np.concatenate(parts)
+    if len(images) != num_samples:
+        raise DataError(f"{folder}: its shards hold {len(images)} samples, expected {num_samples}; delete the folder")
     seconds = sum(record["seconds"] for record in records)
     return SampleSet(
         images=images,
@@ -123,7 +133,7 @@ def evaluate_method(
     with Progress(f"evaluate {settings.method}", count + len(scales), "image") as bar:
         reference = extract(extractor, images[:count], progress=lambda done, _: bar.set(done))
         for scale in scales:
-            drawn = read_samples(setting_folder(samples, settings.method, scale))
+            drawn = read_samples(setting_folder(samples, settings.method, scale), settings.sampling.num_samples)
             row = {
                 "experiment": settings.experiment,
                 "method": settings.method,

@@ -35,6 +35,7 @@ from PIL import Image
 
 from nrcg.config import format_scale
 from nrcg.errors import DataError
+from nrcg.files import atomic_write
 from nrcg.results import (
     Row,
     best_per_method,
@@ -45,7 +46,6 @@ from nrcg.results import (
     read_forward,
     read_metrics,
     sort_methods,
-    write_atomically,
 )
 
 DPI = 150
@@ -146,7 +146,7 @@ def make_figures(
     ):
         for kind in ("png", "svg"):
             path = out / f"{name}.{kind}"
-            write_atomically(path, render(draw, kind))
+            atomic_write(path, render(draw, kind))
             written.append(path)
     return written
 
@@ -218,12 +218,11 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: Style, method: str, m
     )
 
 
-def _legend(axes: Axes, columns: int = 3) -> None:
+def _legend(axes: Axes, columns: int | None = None) -> None:
     """Below the axes, where it hides no line."""
     handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=9, handlelength=2.4
-    )
+    columns = columns or (len(labels) if len(labels) <= 4 else 3)
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, handlelength=2.2)
 
 
 def logit_sensitivity(rows: Sequence[Row], styles: Mapping[str, Style]) -> Figure:
@@ -265,7 +264,8 @@ def _sensitivity(rows: Sequence[Row], methods: Sequence[str], styles: Mapping[st
         color = styles[method].color
         axes.fill_between(t, lower, upper, color=color, alpha=0.13 if len(methods) < 5 else 0.08, linewidth=0)
         _line(axes, t, mean, styles[method], method)
-    axes.set_yscale("log")
+    if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):  # an empty log axis cannot be drawn
+        axes.set_yscale("log")
     axes.set(xlabel="diffusion step $t$", ylabel=f"{quantity} sensitivity (mean, band of one std)")
     _legend(axes)
     return figure
@@ -347,6 +347,7 @@ def _scale_axis(axes: Axes, scales: Sequence[float]) -> None:
         axes.set_xscale("symlog", linthresh=min(positive))
     else:
         axes.set_xscale("log")
+        axes.set_xlim(min(positive) / 1.3, max(positive) * 1.3)  # also where every value is nan
     _plain_numbers(axes.xaxis)
 
 
@@ -508,4 +509,4 @@ def png_bytes(array: np.ndarray) -> bytes:
 
 def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
     """Write an image (see png_bytes) as a PNG file, whole or not at all."""
-    write_atomically(path, png_bytes(array))
+    atomic_write(path, png_bytes(array))

@@ -47,9 +47,14 @@ def log_prob_gradient(
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        logits = logits_of(classifier(x if see is None else see(x))).float()
+        seen = x if see is None else see(x)
+        logits = logits_of(classifier(seen)).float()
         # One sum over the batch: no sample's log-probability depends on another's image.
-        (grad,) = torch.autograd.grad(class_log_prob(logits, target).sum(), x)
+        (grad,) = torch.autograd.grad(class_log_prob(logits, target).sum(), seen)
+        if see is not None:
+            # Each sample's gradient goes through the U-Net at size one: a float16 U-Net flushes small ones to zero.
+            size = grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+            grad = torch.autograd.grad(seen, x, grad / size)[0] * size
     return grad.float(), logits.detach()
 
 

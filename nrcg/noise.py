@@ -55,8 +55,8 @@ def sample_noise(
 
     Args:
         seed: 64-bit seed of the run.
-        samples: (B,) global sample indices, 0 <= index < 2^64.
-        step: stream within a sample, 0 <= step < 2^32; a sampler uses its steps left, the start being the largest.
+        samples: (B,) global sample indices, 0 <= index < 2^63.
+        step: stream within a sample, 0 <= step < 2^32; the sampler starts with 0 and leaves t with t.
         shape: shape of one sample, e.g. (C, H, W).
         device: where the noise is made.
 

@@ -88,6 +88,11 @@ class Progress:
         if now >= self._next:
             self._show(now)
 
+    def resume(self, done: int) -> None:
+        """`done` units were done by a former process: they do not count for the estimate of what is left."""
+        self.initial = done
+        self.set(done)
+
     def set(self, done: int) -> None:
         """`done` units are done in all."""
         self.update(done - self.done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from nrcg.claims import check_claims
 from nrcg.config import format_scale, scaled_beta
 from nrcg.errors import DataError
 from nrcg.figures import classifier_accuracy, load_samples, png_bytes, render, sample_grid, training_loss
+from nrcg.files import atomic_write
 from nrcg.results import (
     BEST_RULE,
     Row,
@@ -35,7 +37,6 @@ from nrcg.results import (
     read_forward,
     read_metrics,
     sort_methods,
-    write_atomically,
 )
 
 STRIP_COLUMNS = 16
@@ -174,12 +175,18 @@ def write_report(
         settings=_flatten(context.get("settings", {})),
         betas=_betas(context.get("T")),
     )
-    write_atomically(out, page.encode())
+    atomic_write(out, page.encode())
 
 
 def data_uri(content: bytes, kind: str) -> str:
     """An image's bytes as the address of an <img>; kind is `png` or `svg+xml`."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _picture(content: bytes) -> dict[str, Any]:
+    """A PNG to show: its address, and whether it will be enlarged, so that its pixels should stay crisp."""
+    width, _ = Image.open(io.BytesIO(content)).size
+    return {"uri": data_uri(content, "png"), "crisp": width <= 820}
 
 
 def _best_setup(rows: Sequence[Row]) -> Row | None:
@@ -328,7 +335,7 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
     return np.stack([np.asarray(image).reshape(size[1], size[0], channels) for image in small])
 
 
-def _strips(rows: Sequence[Row], samples_dir: str | os.PathLike) -> tuple[list[dict[str, str]], int | None]:
+def _strips(rows: Sequence[Row], samples_dir: str | os.PathLike) -> tuple[list[dict[str, Any]], int | None]:
     """The first samples of each method at its best scale, and the samples' height in pixels."""
     conditional = frechet_columns(rows)[1]
     strips, size = [], None
@@ -342,7 +349,7 @@ def _strips(rows: Sequence[Row], samples_dir: str | os.PathLike) -> tuple[list[d
                 "name": _name(row),
                 "numbers": f"judge {format_percent(row['accuracy_judge'])} %, "
                 f"{conditional} {format_number(row[conditional])}",
-                "uri": data_uri(png_bytes(sample_grid(shrink(images, 96), STRIP_COLUMNS, 2)), "png"),
+                **_picture(png_bytes(sample_grid(shrink(images, 96), STRIP_COLUMNS, 2))),
             }
         )
     return strips, size
@@ -355,12 +362,12 @@ def _gallery(row: Row | None, samples_dir: str | os.PathLike) -> dict[str, Any] 
         return None
     columns = math.ceil(math.sqrt(len(images)))
     grid = sample_grid(shrink(images, 64), columns, 1)
-    return {"name": _name(row), "count": len(images), "uri": data_uri(png_bytes(grid), "png")}
+    return {"name": _name(row), "count": len(images), **_picture(png_bytes(grid))}
 
 
-def _training(folder: Path) -> dict[str, str]:
-    """The DDPM's loss curve and sample grid, as far as they are there."""
-    found = {}
+def _training(folder: Path) -> dict[str, Any]:
+    """The DDPM's loss curve and sample grid; None for what is not there."""
+    found: dict[str, Any] = dict.fromkeys(("loss", "words", "samples"))
     if (folder / "training.csv").exists():
         rows = read_csv(folder / "training.csv", ("epoch", "train_loss"))
         found["loss"] = data_uri(render(lambda: training_loss(rows), "svg"), "svg+xml")
@@ -369,7 +376,7 @@ def _training(folder: Path) -> dict[str, str]:
         if not math.isnan(last.get("val_loss", math.nan)):
             found["words"] += f", validation loss {format_number(last['val_loss'])}"
     if (folder / "samples.png").exists():
-        found["samples"] = data_uri((folder / "samples.png").read_bytes(), "png")
+        found["samples"] = _picture((folder / "samples.png").read_bytes())
     return found
 
 

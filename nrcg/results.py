@@ -13,6 +13,7 @@ from pathlib import Path
 from nrcg import paper
 from nrcg.config import format_scale
 from nrcg.errors import DataError
+from nrcg.files import atomic_write
 
 Row = dict[str, str | float]
 
@@ -148,20 +149,13 @@ def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, object]], col
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    writer.writerows({name: _field(value) for name, value in row.items()} for row in rows)
+    atomic_write(path, text.getvalue().encode())
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file that is there whole or not at all; makes its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _field(value: object) -> object:
+    """Whole numbers without a point: 128, not 128.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def frechet_columns(rows: Sequence[Row]) -> tuple[str, str]:
@@ -205,6 +199,16 @@ def best_per_method(rows: Sequence[Row]) -> dict[str, Row]:
     return {
         method: min((row for row in rows if row["method"] == method), key=rank)
         for method in sort_methods(row["method"] for row in rows)
+    }
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+    """Each method's numbers at its best scale, for summary.json; a number that is not finite becomes None."""
+    return {
+        method: {
+            name: (value if math.isfinite(value) else None) for name, value in row.items() if isinstance(value, float)
+        }
+        for method, row in best_per_method(rows).items()
     }
 
 

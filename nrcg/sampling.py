@@ -87,18 +87,20 @@ def ddpm_sample(
     if guidance is not None:
         guidance.stabilizer.reset()
     for t in range(schedule.num_steps, 0, -1):
-        if guidance is None:
-            with torch.no_grad():
-                eps = predict_noise(x, t)
-        else:
+        a, b, variance = schedule.posterior(t)
+        # The last step has no variance, so nothing to shift by.
+        guided = guidance is not None and guidance.scale > 0 and variance > 0
+        if guided:
             step = guidance.gradient(x, t, predict_noise, schedule)
             eps = step.eps
+        else:
+            with torch.no_grad():
+                eps = predict_noise(x, t)
         x0 = schedule.pred_x0(x, eps, t)
         if clip_pred_x0:
             x0 = x0.clamp(-1.0, 1.0)
-        a, b, variance = schedule.posterior(t)
         mean = a * x0 + b * x
-        if guidance is not None:
+        if guided:
             mean = mean + guidance.scale * variance * guidance.stabilizer(step.grad)
         if t > 1:
             mean = mean + variance**0.5 * sample_noise(seed, samples, t, x.shape[1:], x.device)
@@ -134,7 +136,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
                 raise DataError(
                     f"{folder}: no such folder, and no such diffusers model could be fetched; {_remake(folder)}"
                 ) from error
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(f"{folder}: damaged ({reason}); delete it, then {_remake(folder)}") from error
         pipe.data_mean = read_data_mean(folder) if folder.exists() else None
         pipe.set_progress_bar_config(leave=False)
@@ -145,7 +147,13 @@ class GuidedDDPMPipeline(DDPMPipeline):
         config = self.scheduler.config
         if type(self.scheduler).__name__ != "DDPMScheduler":
             raise ValueError(f"scheduler {type(self.scheduler).__name__} is not supported; allowed: DDPMScheduler")
-        for key, allowed in (("prediction_type", "epsilon"), ("variance_type", "fixed_small")):
+        supported = {
+            "prediction_type": "epsilon",
+            "variance_type": "fixed_small",
+            "thresholding": False,
+            "clip_sample_range": 1.0,
+        }
+        for key, allowed in supported.items():
             if config[key] != allowed:
                 raise ValueError(f"scheduler {key} {config[key]!r} is not supported; allowed: {allowed}")
         return Schedule.from_scheduler(self.scheduler)
@@ -187,6 +195,13 @@ class GuidedDDPMPipeline(DDPMPipeline):
         Raises:
             ValueError: a setting or a scheduler that is not supported, a classifier that does not fit.
         """
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("batch_size", batch_size, 1),
+            ("first_sample", first_sample, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: {value} is less than {least}")
         schedule, device = self.schedule(), self.device
         data_mean = self._start_mean(start)
         size = self.unet.config.sample_size

@@ -146,7 +146,7 @@ class Checkpoint:
         except Exception as error:
             print(f"{self.path}: damaged ({type(error).__name__}), training starts anew")
             return None
-        if state.get("identity") != self.identity:
+        if not isinstance(state, dict) or state.get("identity") != self.identity:
             print(f"{self.path}: from other settings or data, training starts anew")
             return None
         return state
@@ -222,6 +222,7 @@ def train_ddpm(
     on_step: OnStep,
     on_epoch: OnEpoch,
     on_samples: Callable[[nn.Module, int], None],
+    on_resume: OnStep = lambda step: None,
 ) -> tuple[nn.Module, list[LogRow]]:
     """Train the U-Net of an unconditional DDPM.
 
@@ -229,6 +230,7 @@ def train_ddpm(
         on_step: called after each step with the number of steps done.
         on_epoch: called with each epoch's row: epoch, step, train_loss, val_loss, learning_rate, images_per_second.
         on_samples: called with the EMA's U-Net and the epoch when a sample grid is due.
+        on_resume: called with the number of steps that a checkpoint brings.
 
     Returns:
         The U-Net with the EMA's weights, frozen, and all rows.
@@ -249,12 +251,16 @@ def train_ddpm(
         ema.load_state_dict(state["ema"])
         ema.to(device)
         epoch_loss = state["epoch_loss"].to(device)
+        on_resume(trainer.step)
     unet.train()
-    for epoch in range(trainer.step // per_epoch, config.epochs):
+    # By the rows, not the steps: a checkpoint of an epoch's last step comes before its row.
+    for epoch in range(len(trainer.log), config.epochs):
         batches = list(epoch_batches(len(train), config.batch_size, config.seed, epoch))
         for indices in batches[trainer.step - epoch * per_epoch :]:
             x0, _ = train.batch(indices)
             t, noise = _step_noise(config.seed, trainer.step, x0, schedule.num_steps)
+            if config.unet.dropout:
+                torch.manual_seed(spawn_seed(config.seed, trainer.step, 4))
             loss = ddpm_loss(unet, schedule, x0, t, noise, precision)
             trainer.update(loss)
             ema.step(unet.parameters())
@@ -329,7 +335,8 @@ def train_classifier(
         The classifier, frozen, and a row per epoch: epoch, step, train_loss, val_accuracy, learning_rate.
     """
     torch.manual_seed(spawn_seed(config.seed, 0, 3))
-    module = build_module(config.architecture, num_classes, config.batch_norm_momentum).to(device)
+    module = build_module(config.architecture, num_classes, config.batch_norm_momentum)
+    module = module.to(device, memory_format=torch.channels_last)
     classifier = Classifier(module).to(device)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     trainer = _Trainer(module, config.optimizer, per_epoch * config.epochs, device, precision)

@@ -6,11 +6,21 @@ from nrcg import config as nrcg_config
 from nrcg.config import ROLES, format_scale
 from nrcg.devices import has_nvidia_gpu
 from nrcg.errors import ConfigError
+from nrcg.files import join_group
 
 try:
-    CONFIG = nrcg_config.parse(dict(config))
+    # Snakemake reads these too, but lets a key stand twice.
+    for path in workflow.configfiles:
+        nrcg_config.read_yaml(path)
+    CONFIG = nrcg_config.parse(dict(config), " + ".join(map(str, workflow.configfiles)))
 except ConfigError as error:
     sys.exit(f"nrcg: {error}")
+
+# Snakemake's lock outlives a kill -9 and then wants `snakemake --unlock`. Where no other snakemake is alive in this
+# folder, a lock that lies there is such a leftover.
+if workflow.is_main_process and join_group(".nrcg/snakemake.lock"):
+    for leftover in Path(".snakemake/locks").glob("*.lock"):
+        leftover.unlink(missing_ok=True)
 
 FIGURES = (
     "forward_accuracy",
@@ -35,10 +45,9 @@ wildcard_constraints:
     shard=r"\d+",
 
 
-# `nrcg` is found without an activated environment, and a job ends with Snakemake also when that is killed by kill -9.
-shell.prefix(
-    f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=1; '
-)
+# `nrcg` is found without an activated environment. It takes the shell's place (exec), so that it is Snakemake's child and
+# ends with it, also when that is killed by kill -9.
+shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=1; exec ')
 
 
 def experiment_results(experiment):
@@ -137,6 +146,13 @@ def scales(wildcards):
         format_scale(scale)
         for scale in CONFIG.experiments[wildcards.experiment].sweep[wildcards.method]
     ]
+
+
+def shard_size(wildcards):
+    """Params function: samples in a shard. The last shard grows when an experiment asks for more samples."""
+    sampling = CONFIG.experiments[wildcards.experiment].sampling
+    first = int(wildcards.shard) * sampling.shard_size
+    return min(sampling.shard_size, sampling.num_samples - first)
 
 
 def shard_files(wildcards):

@@ -19,6 +19,7 @@ rule sample:
         runtime=240,
     params:
         config=settings_file("sample", "method"),
+        num_samples=shard_size,  # not on the command line: a change makes the shard anew
         ddpm=folder("models/{experiment}/ddpm"),
         classifier=guide_flag,
     shell:

@@ -1,0 +1,316 @@
+"""The command line: help, mistakes in one line, and sampling with anybody's models."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toys import TINY_SIZE, write_tiny_pipeline
+
+from nrcg import config
+from nrcg.classifiers import SmallCNN, save_classifier
+from nrcg.cli import main
+from nrcg.datasets import write_sportballs
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "config.yaml")
+VERBS = [
+    *("run", "validate", "schema", "table", "dataset", "train-ddpm", "train-classifier"),
+    *("forward", "sample", "evaluate", "collect", "figures", "report"),
+]
+CLASSES = ["baseball", "basketball", "soccer"]
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path, monkeypatch):
+    """Each test in a folder of its own, without a network, untracked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NRCG_TRACKING", "off")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with `ddpm`, `classifier`, `data` and `toy.yaml`: 8 x 8 pixels, six steps, nothing trained."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_pipeline(folder / "ddpm")
+    torch.manual_seed(0)
+    save_classifier(
+        folder / "classifier",
+        SmallCNN(len(CLASSES)),
+        {"architecture": "small_cnn", "classes": CLASSES, "image_size": TINY_SIZE},
+    )
+    write_sportballs(
+        folder / "data", image_size=16, classes=CLASSES, num_train=8, num_val=4, diameter=(0.5, 0.9), seed=0, workers=1
+    )
+    raw = config.merge(config.read_yaml(CONFIG), config.read_yaml(ROOT / "tests/data/toy.yaml"))
+    (folder / "toy.yaml").write_text(json.dumps(raw))
+    return folder
+
+
+def nrcg(*arguments: object) -> int:
+    """Run the command in this process; its exit code."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        return exit_.code
+
+
+# --- Help -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    assert nrcg(verb, "--help") == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"usage: nrcg {verb} ")
+    assert said.err == ""
+
+
+def test_help_names_every_verb(capsys):
+    assert nrcg("--help") == 0
+    assert re.findall(r"^ {4}(\S+)", capsys.readouterr().out, re.MULTILINE) == VERBS
+
+
+def test_help_and_mistakes_answer_without_loading_torch():
+    """A loaded torch takes seconds. Mistakes are found before it is."""
+    code = (
+        "import sys; from nrcg.cli import main\n"
+        "try: sys.exit(main(sys.argv[1:]))\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    for arguments in (["sample", "--help"], ["validate", "--config", "nope.yaml"]):
+        began = time.monotonic()
+        found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert found.stdout.endswith("False\n")
+        assert time.monotonic() - began < 10  # about 0.4 s on an idle core
+
+
+def test_version(capsys):
+    from nrcg import __version__
+
+    assert nrcg("--version") == 0
+    assert capsys.readouterr().out == f"nrcg {__version__}\n"
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------
+
+# A command, and what its one line on stderr says. {tiny} is the folder of tiny models.
+SAMPLE = "sample --ddpm {tiny}/ddpm --out out"
+GUIDED = f"{SAMPLE} --classifier {{tiny}}/classifier"
+SHARD = "sample --config {tiny}/toy.yaml --experiment toy --ddpm {tiny}/ddpm --out out/s.npy"
+CLASSIFIER = "train-classifier --config {tiny}/toy.yaml --experiment toy --role judge --out out"
+MISTAKES = {
+    "no verb": ("", "nrcg: the following arguments are required: VERB"),
+    "unknown verb": ("smaple", "nrcg: argument VERB: invalid choice: 'smaple'"),
+    "unknown flag": (f"{SAMPLE} --stabiliser none", "nrcg: unrecognized arguments: --stabiliser none"),
+    "missing flag": ("sample --ddpm {tiny}/ddpm", "nrcg: the following arguments are required: --out"),
+    "missing config": ("validate --config nope.yaml", "nrcg: nope.yaml: no such config file"),
+    "unknown experiment": (
+        "dataset --config {tiny}/toy.yaml --experiment nope --out out",
+        "nrcg: experiment 'nope' is unknown; allowed: quickstart, sportballs",
+    ),
+    "no experiment": ("dataset --config {tiny}/toy.yaml --out out", "holds several experiments; name one by --exp"),
+    "unknown method": (f"{SHARD} --method nope --scale 1 --shard 0", "nrcg: method 'nope' is unknown; allowed: "),
+    "no method": (f"{SHARD} --scale 1 --shard 0", "nrcg: --method: missing"),
+    "no shard": (f"{SHARD} --method unconditional --scale 1", "nrcg: --shard: missing"),
+    "shard past the end": (
+        f"{SHARD} --method unconditional --scale 0 --shard 2",
+        "nrcg: --shard: 2 is past the last of 12 samples",
+    ),
+    "shard before the start": (f"{SHARD} --method unconditional --scale 0 --shard=-1", "is less than 0"),
+    "no classifier": (f"{SHARD} --method robust --scale 1 --shard 0", "nrcg: --classifier: missing; method robust"),
+    "no ddpm": ("sample --out out", "nrcg: --ddpm: missing"),
+    "missing ddpm": ("sample --ddpm nope --out out", "nrcg: nope: no such folder"),
+    "no pipeline": ("sample --ddpm {tiny} --out out", "model_index.json: not found"),
+    "missing classifier": (f"{SAMPLE} --classifier nope --target 0", "nrcg: nope/config.json: not found"),
+    "bad stabilizer": (f"{SAMPLE} --stabilizer ema", "nrcg: --stabilizer: stabilizer 'ema' is unknown; allowed: none"),
+    "bad beta": (f"{SAMPLE} --stabilizer ema:1.5", "nrcg: --stabilizer: "),
+    "no target": (f"{GUIDED}", "nrcg: --target: missing; allowed: baseball, basketball, soccer or 0..2"),
+    "unknown target": (f"{GUIDED} --target tennis", "nrcg: target 'tennis' is no class of the classifier; allowed: "),
+    "target past the end": (f"{GUIDED} --target 3", "nrcg: target '3' is no class of the classifier; allowed: "),
+    "scale that is text": (f"{GUIDED} --target 0 --scale big", "nrcg: argument --scale: 'big' is no number"),
+    "negative scale": (f"{GUIDED} --target 0 --scale=-1", "nrcg: argument --scale: -1 is not a finite number >= 0"),
+    "nan scale": (f"{GUIDED} --target 0 --scale nan", "nrcg: argument --scale: nan is not a finite number >= 0"),
+    "no samples": (f"{SAMPLE} --num-samples 0", "nrcg: argument --num-samples: 0 is not a whole number >= 1"),
+    "half a sample": (f"{SAMPLE} --num-samples 1.5", "nrcg: argument --num-samples: 1.5 is not a whole number >= 1"),
+    "device that is not there": (f"{SAMPLE} --device cuda:99", "nrcg: device: cuda:99 is not there"),
+    "device that is none": (
+        f"{SAMPLE} --device tpu",
+        "nrcg: argument --device: 'tpu' is no device; allowed: auto, cpu",
+    ),
+    "no mean image": (f"{SAMPLE} --start data_mean", "nrcg: start: "),
+    "missing data": (f"{CLASSIFIER} --data nope", "nrcg: nope/dataset.json: no such file"),
+    "missing metrics": ("collect --metrics nope.csv --out out.csv", "nrcg: nope.csv: "),
+    "missing table": ("table nope", "nrcg: results/nope/metrics.csv: "),
+}
+
+
+def assert_one_line(capsys, text: str) -> None:
+    error = capsys.readouterr().err
+    assert error.startswith("nrcg: ")
+    assert text in error
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(tiny, tmp_path, capsys, mistake):
+    command, text = MISTAKES[mistake]
+    assert nrcg(*command.format(tiny=tiny).split()) in (1, 2)
+    assert_one_line(capsys, text)
+    assert not (tmp_path / "out").exists()
+
+
+# The file that is cut off, and the command that reads it.
+CUT_OFF = {
+    "images": ("data/train/images.npy", f"{CLASSIFIER} --data {{tiny}}/data"),
+    "labels": ("data/val/labels.npy", f"{CLASSIFIER} --data {{tiny}}/data"),
+    "manifest": ("data/dataset.json", f"{CLASSIFIER} --data {{tiny}}/data"),
+    "classifier": ("classifier/model.safetensors", f"{GUIDED} --target 0"),
+    "classifier's config": ("classifier/config.json", f"{GUIDED} --target 0"),
+    "ddpm's weights": ("ddpm/unet/diffusion_pytorch_model.safetensors", SAMPLE),
+    "ddpm's index": ("ddpm/model_index.json", SAMPLE),
+}
+
+
+@pytest.mark.parametrize("what", CUT_OFF)
+def test_a_file_that_is_cut_off_is_named_with_its_remedy(tiny, tmp_path, capsys, what):
+    name, command = CUT_OFF[what]
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    path = copy / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert nrcg(*command.format(tiny=copy).split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"nrcg: {copy / name.split('/')[0]}")
+    assert "run: nrcg " in error
+    assert error.count("\n") == 1
+
+
+def test_a_mistake_shows_no_traceback_in_a_shell(tmp_path):
+    command = [Path(sys.executable).parent / "nrcg", "validate", "--config", "nope.yaml"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 1
+    assert found.stdout == ""
+    assert found.stderr == "nrcg: nope.yaml: no such config file; give its path by --config\n"
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    """`nrcg validate | true`."""
+    script = f"'{Path(sys.executable).parent / 'nrcg'}' schema --help | true; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" not in found.stderr
+
+
+# --- Verbs ------------------------------------------------------------------------------------------------------
+
+
+def test_validate_names_the_experiments(capsys):
+    assert nrcg("validate", "--config", CONFIG) == 0
+    assert "valid; experiments: quickstart, sportballs" in capsys.readouterr().out
+
+
+def test_schema_writes_the_models_schema(tmp_path):
+    assert nrcg("schema", "--out", tmp_path / "schema.json") == 0
+    assert json.loads((tmp_path / "schema.json").read_text()) == config.json_schema()
+
+
+def sample(tiny: Path, out: Path, *more: object) -> np.ndarray:
+    guided = ["--classifier", tiny / "classifier", "--target", "soccer", "--scale", 30, "--stabilizer", "ema:0.5"]
+    flags = ["--num-samples", 5, "--seed", 3, "--precision", "float32", "--threads", 1]
+    assert nrcg("sample", "--ddpm", tiny / "ddpm", *guided, *flags, "--out", out, *more) == 0
+    return np.load(out / "samples.npy")
+
+
+def test_sampling_with_anybodys_models_writes_pictures_and_what_made_them(tiny, tmp_path, capsys):
+    images = sample(tiny, tmp_path / "out")
+    assert (images.shape, images.dtype) == ((5, TINY_SIZE, TINY_SIZE, 3), np.uint8)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [*(f"{i:05d}.png" for i in range(5)), "grid.png", "samples.json", "samples.npy"]
+    from PIL import Image
+
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{index:05d}.png")), image)
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert {key: record[key] for key in ("target", "scale", "seed", "input", "stabilizer", "num_samples")} == {
+        "target": "soccer",
+        "scale": 30.0,
+        "seed": 3,
+        "input": "pred_x0",
+        "stabilizer": "ema:0.5",
+        "num_samples": 5,
+    }
+    assert capsys.readouterr().out.startswith(f"5 samples in {tmp_path / 'out'}: samples.npy")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_batch_size_does_not_change_the_samples(tiny, tmp_path, batch_size):
+    """Float32 sums may differ in the last bit between batch sizes, so one of 256 levels is allowed, seldom."""
+    whole = sample(tiny, tmp_path / "whole")
+    parts = sample(tiny, tmp_path / "parts", "--batch-size", batch_size)
+    difference = np.abs(whole.astype(int) - parts)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--seed", 4],
+        ["--scale", 0],
+        ["--target", "0"],
+        ["--input", "x_t"],
+        ["--stabilizer", "none"],
+        ["--stabilizer", "adam"],
+    ],
+    ids=lambda change: " ".join(map(str, change)),
+)
+def test_each_setting_reaches_the_sampler(tiny, tmp_path, change):
+    assert not np.array_equal(sample(tiny, tmp_path / "a"), sample(tiny, tmp_path / "b", *change))
+
+
+def test_without_a_classifier_nothing_guides(tiny, tmp_path):
+    """As a scale of 0 does. Tolerance: one of 256 levels, for the rounding of another path through the code."""
+    flags = ["--num-samples", 5, "--seed", 3, "--precision", "float32", "--out", tmp_path / "plain"]
+    assert nrcg("sample", "--ddpm", tiny / "ddpm", *flags) == 0
+    guided = sample(tiny, tmp_path / "zero", "--scale", 0)
+    plain = np.load(tmp_path / "plain" / "samples.npy")
+    assert np.abs(plain.astype(int) - guided).max() <= 1
+
+
+def test_shards_are_parts_of_one_run(tiny, tmp_path):
+    """Shards of 8 and 4 samples; the second begins at the run's ninth."""
+    command = f"{SHARD} --method unconditional --scale 0".format(tiny=tiny).split()
+    for shard in (0, 1):
+        assert nrcg(*command, "--shard", shard, "--out", tmp_path / f"shard{shard}.npy") == 1  # no mean image stored
+    np.save(tmp_path / "mean.npy", np.zeros((3, TINY_SIZE, TINY_SIZE), np.float32))
+    ddpm = tmp_path / "ddpm"
+    shutil.copytree(tiny / "ddpm", ddpm)
+    (tmp_path / "mean.npy").rename(ddpm / "data_mean.npy")
+    for shard in (0, 1):
+        assert nrcg(*command, "--ddpm", ddpm, "--shard", shard, "--out", tmp_path / f"shard{shard}.npy") == 0
+    shards = [np.load(tmp_path / f"shard{shard}.npy") for shard in (0, 1)]
+    records = [json.loads((tmp_path / f"shard{shard}.json").read_text()) for shard in (0, 1)]
+    assert [len(shard) for shard in shards] == [8, 4]
+    assert [record["first_sample"] for record in records] == [0, 8]
+    assert len({image.tobytes() for shard in shards for image in shard}) == 12
+    flags = ["--num-samples", 12, "--seed", records[0]["seed"], "--precision", "float32", "--out", tmp_path / "whole"]
+    assert nrcg("sample", "--ddpm", ddpm, *flags) == 0
+    whole = np.load(tmp_path / "whole" / "samples.npy")
+    assert np.abs(whole.astype(int) - np.concatenate(shards)).max() <= 1
+
+
+def test_threads_reach_the_matrix_libraries(tiny, tmp_path, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "7")
+    sample(tiny, tmp_path / "out")
+    assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "1"
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,85 @@
+"""The lease of GPUs between the processes of a machine. Needs no GPU: a device is a number here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nrcg.devices import has_nvidia_gpu
+
+# Leases a device, says which, and holds it until its standard input ends.
+JOB = """
+import sys
+from nrcg.devices import lease_cuda_device
+print(lease_cuda_device(int(sys.argv[1]), sys.argv[2], poll_seconds=0.02), flush=True)
+sys.stdin.read()
+"""
+
+
+class Job:
+    """A process that leases one of `num_devices` devices."""
+
+    def __init__(self, folder: Path, num_devices: int, visible: str | None = None):
+        environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", JOB, str(num_devices), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def device(self) -> int:
+        """The device leased; waits for it."""
+        return int(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        """End as by kill -9."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def start(tmp_path):
+    jobs = []
+
+    def start_one(num_devices: int, visible: str | None = None) -> Job:
+        jobs.append(Job(tmp_path / "leases", num_devices, visible))
+        return jobs[-1]
+
+    yield start_one
+    for job in jobs:
+        job.kill()
+
+
+def test_concurrent_processes_get_distinct_devices(start):
+    jobs = [start(4) for _ in range(4)]
+    assert sorted(job.device() for job in jobs) == [0, 1, 2, 3]
+
+
+def test_a_killed_process_gives_its_device_back_to_the_one_that_waits(start):
+    first, second = start(2), start(2)
+    held = {first.device(), second.device()}
+    assert held == {0, 1}
+    third = start(2)
+    with pytest.raises(subprocess.TimeoutExpired):
+        third.process.wait(timeout=0.5)  # waits, as both are held
+    first.kill()
+    assert third.device() in held
+
+
+def test_the_device_that_is_free_is_found(start):
+    jobs = {job.device(): job for job in (start(3), start(3), start(3))}
+    jobs[1].kill()
+    assert start(3).device() == 1
+
+
+def test_processes_that_see_different_devices_do_not_wait_for_each_other(start):
+    assert [job.device() for job in (start(1, visible="0"), start(1, visible="1"))] == [0, 0]
+
+
+def test_has_nvidia_gpu_says_what_the_machine_shows():
+    assert has_nvidia_gpu() == bool(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -1,0 +1,226 @@
+"""Reading and writing result tables, the choice of the best scale, the table for the terminal."""
+
+import math
+
+import pytest
+from synthetic import COLUMNS, NAN, inception_rows, metric_rows
+
+from nrcg import paper
+from nrcg.errors import DataError
+from nrcg.results import (
+    FORWARD_COLUMNS,
+    at_edge,
+    best_per_method,
+    extractor,
+    format_count,
+    format_number,
+    format_percent,
+    format_table,
+    frechet_columns,
+    read_csv,
+    read_forward,
+    read_metrics,
+    sort_methods,
+    write_csv,
+)
+
+
+def sweep(*distances, method="robust", column="cfd_judge"):
+    """Rows of one method at the scales 1, 2, 3, ... with the given class-conditional distances."""
+    return [
+        {"method": method, "scale": float(scale), "fd_judge": 5.0, column: distance}
+        for scale, distance in enumerate(distances, 1)
+    ]
+
+
+def test_write_then_read_keeps_every_value(tmp_path):
+    rows = [
+        {"method": "robust", "scale": 0.1, "fd_judge": 1 / 3, "mlflow_run_id": "1e5"},
+        {"method": 'a, "b"', "scale": 1e-12, "fd_judge": None, "mlflow_run_id": ""},
+    ]
+    path = tmp_path / "new" / "metrics.csv"
+    write_csv(path, rows, ["method", "scale", "fd_judge", "mlflow_run_id"])
+    first, second = read_csv(path)
+    assert first == rows[0]  # the run id stays text, floats are exact
+    assert second["method"] == 'a, "b"' and second["scale"] == 1e-12 and math.isnan(second["fd_judge"])
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.csv"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.csv"
+    write_csv(path, [{"t": 1}], ["t"])
+    with pytest.raises(ValueError, match="surplus"):
+        write_csv(path, [{"t": 2}, {"t": 3, "surplus": 4}], ["t"])
+    assert read_csv(path) == [{"t": 1.0}]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        ("", "empty"),
+        ("t,accuracy\n", "empty"),
+        ("t\n1\n", "lacks the column accuracy"),
+        ("t,accuracy\n1,0.5\n2\n", "line 3 has 1 of 2 fields"),
+        ("t,accuracy\n1,high\n", "line 2: accuracy is no number: 'high'"),
+        (b"t,accuracy\n\xff\xfe,1\n", "cannot be read"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_remedy(tmp_path, content, words):
+    path = tmp_path / "forward.csv"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as error:
+        read_csv(path, ("t", "accuracy"))
+    text = str(error.value)
+    assert words in text and str(path) in text and "snakemake" in text and "\n" not in text
+
+
+def test_readers_ask_for_their_columns(tmp_path):
+    path = tmp_path / "some.csv"
+    write_csv(path, [{"method": "robust", "t": 1}], ["method", "t"])
+    with pytest.raises(DataError, match="gradient_sensitivity_std"):
+        read_forward(path)
+    write_csv(path, [dict.fromkeys(FORWARD_COLUMNS, 1)], FORWARD_COLUMNS)
+    assert read_forward(path)[0]["t"] == 1
+    columns = [name for name in COLUMNS if not name.startswith("fd_")]
+    write_csv(path, [{name: row[name] for name in columns} for row in metric_rows()], columns)
+    with pytest.raises(DataError, match=r"some\.csv: no Fréchet distance"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected", "network"),
+    [
+        (("fid", "cfid"), ("fid", "cfid"), "inception"),
+        (("cfd_judge", "fd_judge"), ("fd_judge", "cfd_judge"), "judge"),
+        (("fd_dinov2", "kd_dinov2", "cfd_dinov2"), ("fd_dinov2", "cfd_dinov2"), "dinov2"),
+        (("fd_a", "fd_b", "cfd_b", "fid"), ("fd_b", "cfd_b"), "b"),
+    ],
+)
+def test_frechet_columns_are_named_after_their_features(columns, expected, network):
+    rows = [dict.fromkeys(columns, 1.0)]
+    assert frechet_columns(rows) == expected
+    assert extractor(rows) == network
+
+
+def test_no_frechet_columns():
+    with pytest.raises(DataError, match="neither fid and cfid"):
+        frechet_columns([{"method": "robust", "fid": 1.0}])
+    with pytest.raises(DataError):
+        frechet_columns([])
+
+
+@pytest.mark.parametrize(
+    ("distances", "best", "edge"),
+    [
+        ((3.0, 1.0, 2.0), 2.0, False),
+        ((1.0, 2.0, 3.0), 1.0, True),
+        ((3.0, 2.0, 1.0), 3.0, True),
+        ((3.0, 1.0, NAN), 2.0, False),  # the scale beyond was tried, and it failed
+        ((NAN, 2.0), 2.0, True),
+        ((2.0, 2.0, 5.0), 1.0, True),  # a tie goes to the lower scale
+        ((NAN, NAN), 1.0, False),
+        ((4.0,), 1.0, False),
+    ],
+)
+def test_best_scale_and_edge_of_the_sweep(distances, best, edge):
+    rows = sweep(*distances)[::-1]  # the order of the rows does not matter
+    assert best_per_method(rows)["robust"]["scale"] == best
+    assert at_edge(rows, "robust") is edge
+
+
+def test_methods_come_in_the_order_of_the_paper_and_own_ones_last():
+    names = ["mine", "non_robust_x0_adam", "robust", "yours", "unconditional", "robust"]
+    assert sort_methods(names) == ["unconditional", "robust", "non_robust_x0_adam", "mine", "yours"]
+    rows = [row for name in names for row in sweep(1.0, method=name)]
+    assert list(best_per_method(rows)) == sort_methods(names)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (12.5, "12.50"),
+        (155.19, "155.2"),
+        (12345.6, "12346"),
+        (0.012345, "0.01235"),
+        (1.5e-7, "1.500e-07"),
+        (-2.0, "-2.000"),
+        (NAN, "-"),
+        (math.inf, "inf"),
+    ],
+)
+def test_numbers_are_readable(value, text):
+    assert format_number(value) == text
+
+
+def test_percent_and_count():
+    assert (format_percent(0.9105), format_percent(NAN)) == ("91.0", "-")
+    assert (format_count(50176.0), format_count(NAN)) == ("50,176", "-")
+
+
+def test_table_shows_each_method_once_at_its_best_scale():
+    text = format_table(metric_rows())
+    line = next(line for line in text.splitlines() if line.startswith("non_robust_x0_ema99"))
+    assert line.split() == [
+        "non_robust_x0_ema99",
+        "25",
+        "92.0",
+        "99.0",
+        "12.50",
+        "25.00",
+        "0.858",
+        "0.684",
+        "0",
+        "2.40",
+    ]
+    assert "cfd_judge" in text.splitlines()[0]
+    assert "robust: 20 is the highest scale tried" in text
+    assert "155.19" in text and "18.52" in text  # the published rows
+    assert "not comparable in value: features of the judge network" in text and "128 samples" in text
+
+
+@pytest.mark.parametrize("method", ["robust", "a_method_with_a_very_long_name_that_would_not_fit_the_line" * 2])
+@pytest.mark.parametrize("value", [NAN, 0.5, 123456.789, 1e-9])
+def test_table_is_never_wider_than_110_characters(method, value):
+    rows = [
+        {key: value if isinstance(entry, float) and key != "scale" else entry for key, entry in row.items()}
+        | {"method": method if row["method"] == "robust" else row["method"], "num_samples": 128.0}
+        for row in metric_rows()
+    ]
+    assert max(len(line) for line in format_table(rows).splitlines()) <= 110
+
+
+def test_table_with_inception_features_at_the_published_size_has_no_caveat():
+    rows = [row | {"num_samples": 50176.0, "experiment": "celeba"} for row in inception_rows(metric_rows())]
+    text = format_table(rows)
+    assert "13.90" in text and "not comparable" not in text
+    assert "published" not in format_table([row | {"experiment": "my_own"} for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "cfid"), [("quickstart", 18.52), ("sportballs", 18.52), ("celeba", 13.9), ("celebahq", 42.18)]
+)
+def test_published_rows(experiment, cfid):
+    unconditional, guided = paper.published_rows(experiment)
+    assert unconditional.method == "unconditional" and guided.cfid == cfid
+    assert paper.published_rows("my_own") == ()
+
+
+def test_differences_name_what_is_not_as_published():
+    same = {
+        "features": "inception",
+        "num_samples": 50176,
+        "image_size": 64,
+        "num_steps": 400,
+        "start": "standard_normal",
+    }
+    assert paper.differences("sportballs", **same) == []
+    assert paper.differences("celebahq", **same) == [
+        "50,176 samples instead of 1,024",
+        "64 pixels a side instead of 256",
+        "400 diffusion steps instead of 1,000",
+    ]
+    assert paper.differences("my_own", features="judge") == []

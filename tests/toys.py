@@ -1,0 +1,134 @@
+"""Toy models whose answers are known: analytic diffusion models, a tiny U-Net, tiny classifiers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nrcg.classifiers import class_log_prob
+from nrcg.diffusion import Schedule
+from nrcg.guidance import ClassifierGuidance, GuidedStep, PredictNoise
+
+TINY_STEPS = 6
+TINY_SIZE = 8
+
+
+def vp_schedule(num_steps: int) -> Schedule:
+    """The variance-preserving SDE's betas (0.1 .. 20) / T: abar_T is near 4e-5 at any T, so x_T is N(0, I)."""
+    return Schedule.linear(num_steps, 0.1 / num_steps, 20.0 / num_steps)
+
+
+class TwoGaussians:
+    """Data p(x_0) = 1/2 N(centre, std^2) + 1/2 N(-centre, std^2), each pixel by itself; class 1 is the mean +centre.
+
+    Its noise prediction and its class probabilities are exact at every t. centre = 0 leaves one Gaussian.
+    """
+
+    def __init__(self, schedule: Schedule, centre: float, std: float):
+        self.schedule, self.centre, self.std = schedule, centre, std
+
+    def marginal(self, t: int) -> tuple[float, float]:
+        """Centre and variance of the components of p(x_t)."""
+        abar = float(self.schedule.abar[t])
+        return math.sqrt(abar) * self.centre, abar * self.std**2 + 1.0 - abar
+
+    def logit(self, x: Tensor, t: int) -> Tensor:
+        """log p(class 1 | x_t) - log p(class 0 | x_t), shaped like x."""
+        centre, variance = self.marginal(t)
+        return 2.0 * centre / variance * x
+
+    def predict_noise(self, x: Tensor, t: int) -> Tensor:
+        """eps = -sqrt(1 - abar_t) * score(x_t)."""
+        centre, variance = self.marginal(t)
+        score = (centre * torch.tanh(self.logit(x, t) / 2) - x) / variance
+        return -math.sqrt(1.0 - float(self.schedule.abar[t])) * score
+
+
+class ClassOfTwoGaussians(nn.Module):
+    """The exact noise-aware classifier of `TwoGaussians` for images of one pixel: (B, 1, 1, 1) to one logit."""
+
+    def __init__(self, data: TwoGaussians):
+        super().__init__()
+        self.data, self.t = data, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.data.logit(x, self.t).flatten(1)
+
+
+class TimeAwareGuidance(ClassifierGuidance):
+    """Guidance that tells its classifier the step: classifiers of the package see the image alone."""
+
+    def gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
+        self.classifier.t = t
+        return super().gradient(x_t, t, predict_noise, schedule)
+
+
+class LinearClassifier(nn.Module):
+    """logits = W x, W (K, C * H * W)."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T
+
+
+class SmoothCNN(nn.Module):
+    """A small smooth network, for finite differences: no kinks, batch norm only in eval mode."""
+
+    def __init__(self, num_classes: int, channels: int = 3, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(channels, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 4, num_classes)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+            self.norm.running_mean.uniform_(-0.5, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.norm(self.conv(x)))
+        return self.head(nn.functional.adaptive_avg_pool2d(hidden, 2).flatten(1))
+
+
+def smooth_noise_predictor(channels: int = 3, seed: int = 1) -> PredictNoise:
+    """eps_theta of a small smooth convolution in float64 that depends on t."""
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(channels, channels, 3, padding=1).double().requires_grad_(False)
+
+    def predict_noise(x: Tensor, t: int) -> Tensor:
+        return torch.tanh(conv(x) + 0.1 * t)
+
+    return predict_noise
+
+
+def log_prob(classifier: nn.Module, x: Tensor, target: int) -> Tensor:
+    """(B,) log p(target | x), without a gradient."""
+    with torch.no_grad():
+        return class_log_prob(classifier(x), target)
+
+
+def write_tiny_pipeline(folder: str | Path, channels: int = 3, seed: int = 0, **scheduler: object) -> Path:
+    """A diffusers pipeline folder of an untrained U-Net of 8 x 8 pixels and 6 steps."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=TINY_SIZE,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    settings = {"num_train_timesteps": TINY_STEPS, "beta_start": 0.02, "beta_end": 0.8} | scheduler
+    DDPMPipeline(unet, DDPMScheduler(**settings)).save_pretrained(folder)
+    return Path(folder)
