@@ -14,10 +14,10 @@ env: $(STAMP)
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'nrcg needs Python 3.11 or newer; name one by: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; }
-	@echo 'Creating .venv (about 7 GB, mostly PyTorch with CUDA) ...'
+	@echo 'Creating .venv (about 7 GB, mostly PyTorch with CUDA; half a minute to some minutes) ...'
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@{ .venv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION) && \
-		.venv/bin/uv pip install --python .venv/bin/python -r requirements.lock; } || \
+		.venv/bin/uv pip install $$(test -t 1 || echo --quiet) --python .venv/bin/python -r requirements.lock; } || \
 		.venv/bin/pip install --disable-pip-version-check --progress-bar on -r requirements.lock
 	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

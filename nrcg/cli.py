@@ -466,6 +466,8 @@ def run(arguments: argparse.Namespace) -> int:
     from nrcg.progress import watch
 
     settings = get_experiment(load("config.yaml"), arguments.experiment)
+    # Snakemake of this environment, also where it is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # The target stands first: --resources takes every word after it.
     command = ["snakemake", arguments.experiment, "--cores", "all", "--resources", "gpu=1", *arguments.snakemake]
     log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"

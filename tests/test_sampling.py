@@ -307,10 +307,10 @@ def test_the_stabilizer_smooths_and_starts_anew():
 # --- non-finite samples ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["eps", "gradient"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("broken_at", [5, 3, 1])
-def test_a_non_finite_sample_is_frozen_counted_and_alone(where, value, broken_at):
+# No gradient is taken at t = 1.
+@pytest.mark.parametrize(("where", "broken_at"), [("eps", 5), ("eps", 3), ("eps", 1), ("gradient", 5), ("gradient", 2)])
+def test_a_non_finite_sample_is_frozen_counted_and_alone(where, broken_at, value):
     schedule = Schedule.linear(5, 0.1, 0.5)
     samples = range(4)
     seen = {}
