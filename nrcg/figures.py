@@ -120,7 +120,7 @@ def make_figures(
     """Write every figure as PNG and SVG.
 
     Args:
-        samples_dir: holds METHOD/scaleSCALE/shard0000.npy; a method without is left out of best_samples.
+        samples_dir: holds METHOD/scaleSCALE/shardNNNN.npy; a method without is left out of best_samples.
         target: name of the class to generate.
         num_classes: K; the chance level drawn is 1 / K.
 
@@ -410,9 +410,14 @@ def load_samples(samples_dir: str | os.PathLike, method: str, scale: float, coun
     Raises:
         DataError: the file is no such array.
     """
-    path = Path(samples_dir) / method / f"scale{format_scale(scale)}" / "shard0000.npy"
-    if not path.exists():
-        return None
+    parts: list[np.ndarray] = []
+    for path in sorted((Path(samples_dir) / method / f"scale{format_scale(scale)}").glob("shard*.npy")):
+        if sum(map(len, parts)) < count:
+            parts.append(_load_shard(path))
+    return np.concatenate(parts)[:count] if parts else None
+
+
+def _load_shard(path: Path) -> np.ndarray:
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -422,7 +427,7 @@ def load_samples(samples_dir: str | os.PathLike, method: str, scale: float, coun
             f"{path}: {images.dtype} {images.shape} where uint8 (n, H, W, 1 or 3) is expected; "
             "delete it and run snakemake again"
         )
-    return np.array(images[:count])
+    return images
 
 
 def training_loss(rows: Sequence[Row]) -> Figure:

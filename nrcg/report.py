@@ -125,7 +125,7 @@ def write_report(
 
     Args:
         figures_dir: what `nrcg.figures.make_figures` wrote.
-        samples_dir: holds METHOD/scaleSCALE/shard0000.npy.
+        samples_dir: holds METHOD/scaleSCALE/shardNNNN.npy.
         models_dir: the experiment's folder of models, with ddpm/ and classifiers/.
 
     Raises:

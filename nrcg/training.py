@@ -134,6 +134,8 @@ class Checkpoint:
 
     def __init__(self, path: Path, identity: str, minutes: float):
         self.path, self.identity, self.seconds = path, identity, 60 * minutes
+        # The same name in every process: what a kill left half written is written over, not left behind.
+        self._temporary = path.with_name(f".{path.name}.tmp")
         self._saved = time.monotonic()
 
     def load(self) -> dict | None:
@@ -156,16 +158,16 @@ class Checkpoint:
 
     def save(self, state: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(self.path)
         try:
-            torch.save(state | {"identity": self.identity}, temporary)
-            temporary.replace(self.path)
+            torch.save(state | {"identity": self.identity}, self._temporary)
+            self._temporary.replace(self.path)
         finally:
-            temporary.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
         self._saved = time.monotonic()
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 # --- The diffusion model ----------------------------------------------------------------------------------------

@@ -283,13 +283,21 @@ def test_a_methods_change_reruns_that_methods_jobs(finished):
     assert planned(run.stdout) == {"sample": 4, "evaluate": 1} | END
 
 
-def test_a_lost_result_is_made_anew_without_its_inputs(finished):
-    lost = finished / "results/toy/figures/stabilizers.png"
-    lost.rename(finished / "kept.png")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("figures/stabilizers.svg", {"figures": 1, "report": 1}),
+        ("forward.csv", {"forward": 1, "figures": 1, "report": 1}),
+        ("summary.json", END),
+    ],
+)
+def test_a_lost_result_is_made_anew(finished, name, expected):
+    lost, kept = finished / "results/toy" / name, finished / "kept"
+    lost.rename(kept)
     try:
-        assert planned(snakemake(finished, "--dry-run", "toy").stdout) == {"figures": 1, "report": 1}
+        assert planned(snakemake(finished, "--dry-run", "toy", "--quiet", "rules").stdout) == expected
     finally:
-        (finished / "kept.png").rename(lost)
+        kept.rename(lost)
 
 
 # --- Kills ------------------------------------------------------------------------------------------------------

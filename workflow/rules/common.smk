@@ -36,9 +36,7 @@ FIGURES = (
 
 wildcard_constraints:
     experiment="|".join(CONFIG.experiments),
-    dataset="|".join(
-        {experiment.dataset.name for experiment in CONFIG.experiments.values()}
-    ),
+    dataset="|".join({experiment.dataset.name for experiment in CONFIG.experiments.values()}),
     method="|".join(CONFIG.methods),
     role="|".join(ROLES),
     scale=r"[0-9.e+-]+",
@@ -51,8 +49,10 @@ shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=1
 
 
 def experiment_results(experiment):
-    """What an experiment's target asks for."""
-    return [f"results/{experiment}/report.html", f"results/{experiment}/summary.json"]
+    """What an experiment's target asks for: every result, so that a lost one is made anew."""
+    tables = ["forward.csv", "metrics.csv", "summary.json", "report.html"]
+    figures = [f"figures/{figure}.{ending}" for figure in FIGURES for ending in ("png", "svg")]
+    return [f"results/{experiment}/{name}" for name in tables + figures]
 
 
 def settings_file(step, part=None):
@@ -60,12 +60,8 @@ def settings_file(step, part=None):
 
     def write(wildcards):
         values = dict(wildcards)
-        experiment = values.get("experiment") or nrcg_config.dataset_owner(
-            CONFIG, values["dataset"]
-        )
-        return nrcg_config.write_step_settings(
-            CONFIG, experiment, step, values.get(part)
-        )
+        experiment = values.get("experiment") or nrcg_config.dataset_owner(CONFIG, values["dataset"])
+        return nrcg_config.write_step_settings(CONFIG, experiment, step, values.get(part))
 
     return write
 
@@ -94,11 +90,7 @@ def data_folder(wildcards):
 def dataset_files(wildcards):
     """A data set's manifest, which holds the checksums of its arrays; the arrays' own times do not matter."""
     folder = data_folder(wildcards)
-    arrays = [
-        f"{folder}/{split}/{array}.npy"
-        for split in ("train", "val")
-        for array in ("images", "labels")
-    ]
+    arrays = [f"{folder}/{split}/{array}.npy" for split in ("train", "val") for array in ("images", "labels")]
     return [f"{folder}/dataset.json", *map(ancient, arrays)]
 
 
@@ -136,16 +128,11 @@ def guide_files(wildcards):
 
 def guide_flag(wildcards):
     role = guide_role(wildcards)
-    return (
-        f"--classifier models/{wildcards.experiment}/classifiers/{role}" if role else ""
-    )
+    return f"--classifier models/{wildcards.experiment}/classifiers/{role}" if role else ""
 
 
 def scales(wildcards):
-    return [
-        format_scale(scale)
-        for scale in CONFIG.experiments[wildcards.experiment].sweep[wildcards.method]
-    ]
+    return [format_scale(scale) for scale in CONFIG.experiments[wildcards.experiment].sweep[wildcards.method]]
 
 
 def shard_size(wildcards):

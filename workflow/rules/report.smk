@@ -38,9 +38,7 @@ rule report:
     input:
         first_shards,
         expand("results/{{experiment}}/figures/{figure}.png", figure=FIGURES),
-        expand(
-            "models/{{experiment}}/classifiers/{role}/accuracy_over_t.csv", role=ROLES
-        ),
+        expand("models/{{experiment}}/classifiers/{role}/accuracy_over_t.csv", role=ROLES),
         "models/{experiment}/ddpm/training.csv",
         forward="results/{experiment}/forward.csv",
         metrics="results/{experiment}/metrics.csv",
