@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from nrcg.classifiers import Classifier, load_classifier
     from nrcg.guidance import ClassifierGuidance
     from nrcg.sampling import GuidedDDPMPipeline
-    from nrcg.stabilizers import EMA, Adam, Identity, Stabilizer
+    from nrcg.stabilizers import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, Stabilizer, UnitNorm
 
 _HOME = {
     "Adam": "stabilizers",
     "Classifier": "classifiers",
     "ClassifierGuidance": "guidance",
+    "AdaptiveClip": "stabilizers",
+    "Chain": "stabilizers",
     "EMA": "stabilizers",
+    "NormClip": "stabilizers",
+    "UnitNorm": "stabilizers",
     "GuidedDDPMPipeline": "sampling",
     "Identity": "stabilizers",
     "Stabilizer": "stabilizers",
@@ -30,11 +34,15 @@ _HOME = {
 __all__ = [
     "EMA",
     "Adam",
+    "AdaptiveClip",
+    "Chain",
     "Classifier",
     "ClassifierGuidance",
     "GuidedDDPMPipeline",
     "Identity",
+    "NormClip",
     "Stabilizer",
+    "UnitNorm",
     "__version__",
     "load_classifier",
 ]

@@ -355,9 +355,15 @@ def _sample_own(arguments: argparse.Namespace) -> None:
             scale=1.0 if arguments.scale is None else arguments.scale,
             input=arguments.input,
             stabilizer=stabilizer,
+            grad_mode=arguments.grad_mode,
+            every_k=arguments.every_k,
         )
+    if arguments.sampler is not None:
+        _set_sampler(pipe, arguments.sampler)
     out = Path(arguments.out)
-    record = {"ddpm": str(arguments.ddpm), "classifier": arguments.classifier, "target": arguments.target}
+    # What was asked for, as the flags name it.
+    asked = ("ddpm", "classifier", "target", "scale", "input", "stabilizer", "grad_mode", "every_k", "sampler", "eta")
+    record = {name: getattr(arguments, name) for name in asked}
     images = _draw_samples(
         out / "samples.npy",
         pipe,
@@ -370,7 +376,9 @@ def _sample_own(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         start=arguments.start,
         label="sample",
-        record=record | {"scale": arguments.scale, "input": arguments.input, "stabilizer": arguments.stabilizer},
+        record=record,
+        num_inference_steps=arguments.steps,
+        eta=arguments.eta,
     )
     from PIL import Image
 
@@ -378,6 +386,14 @@ def _sample_own(arguments: argparse.Namespace) -> None:
         Image.fromarray(image.squeeze()).save(out / f"{index:05d}.png")
     save_png(out / "grid.png", sample_grid(images[:KEPT_SAMPLES], max(1, round(min(len(images), KEPT_SAMPLES) ** 0.5))))
     print(f"{len(images)} samples in {out}: samples.npy, grid.png, {0:05d}.png ...")
+
+
+def _set_sampler(pipe: Any, name: str) -> None:
+    """Give the pipeline another scheduler with the same betas."""
+    import diffusers
+
+    classes = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
+    pipe.scheduler = getattr(diffusers, classes[name]).from_config(pipe.scheduler.config)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -543,6 +559,8 @@ def _draw_samples(
     start: str,
     label: str,
     record: dict,
+    num_inference_steps: int | None = None,
+    eta: float = 0.0,
 ) -> Any:
     """Draw samples, write them as uint8 (N, H, W, C) to `path` and their record beside it; returns them."""
     import torch
@@ -554,7 +572,7 @@ def _draw_samples(
     path = Path(path)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    steps = pipe.schedule().num_steps * -(-num_samples // batch_size)
+    steps = len(pipe.timesteps(num_inference_steps)) * -(-num_samples // batch_size)
     with Progress(label, steps, "step") as bar:
         out = pipe(
             num_samples=num_samples,
@@ -563,6 +581,8 @@ def _draw_samples(
             guidance=guidance,
             first_sample=first_sample,
             start=start,
+            num_inference_steps=num_inference_steps,
+            eta=eta,
             precision=precision,
             on_step=bar.update,
         )
@@ -573,6 +593,7 @@ def _draw_samples(
         "num_samples": num_samples,
         "seed": seed,
         "start": start,
+        "num_inference_steps": num_inference_steps,
         "precision": str(precision).removeprefix("torch."),
         "device": _device_name(device),
         "nonfinite": int(out.nonfinite.sum()),
@@ -743,7 +764,12 @@ def _add_sample_arguments(sub: argparse.ArgumentParser) -> None:
     own = sub.add_argument_group("anybody's model")
     own.add_argument("--target", help="class by name or number")
     own.add_argument("--input", choices=("pred_x0", "x_t"), default="pred_x0", help="what the classifier sees")
-    own.add_argument("--stabilizer", default="none", help="none, ema:BETA, adam, adam:BETA1,BETA2,EPS; betas per step")
+    own.add_argument("--stabilizer", default="none", help="none, ema:BETA, adam, ...; betas per step; join by +")
+    own.add_argument("--grad-mode", choices=("full", "checkpoint", "no_jacobian"), default="full")
+    own.add_argument("--every-k", type=_positive, default=1, help="a new gradient each k-th step")
+    own.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp"), help="default: the model's own scheduler")
+    own.add_argument("--steps", type=_positive, help="sampling steps; default: all")
+    own.add_argument("--eta", type=_scale, default=0.0, help="ddim: share of the ancestral noise, 0..1")
     own.add_argument("--num-samples", type=_positive, default=16)
     own.add_argument("--batch-size", type=_positive, default=16)
     own.add_argument("--seed", type=int, default=0)

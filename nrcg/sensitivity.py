@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nrcg.classifiers import predicted_class
-from nrcg.diffusion import Schedule
+from nrcg.diffusion import Schedule, as_prediction
 from nrcg.guidance import PredictNoise, log_prob_gradient
 from nrcg.noise import sample_noise
 from nrcg.stabilizers import Stabilizer
@@ -99,7 +99,7 @@ def forward_analysis(
             def denoise(x: Tensor, t: int = t) -> Tensor:
                 if t == 0:
                     return x
-                x0hat = schedule.pred_x0(x, predict_noise(x, t), t)
+                x0hat = schedule.pred_x0(x, as_prediction(predict_noise(x, t)).eps, t)
                 return x0hat.clamp(-1.0, 1.0) if clip_pred_x0 else x0hat
 
             grad, logits = now[DENOISED] = log_prob_gradient(classifiers["non_robust"], target, x_t, denoise)

@@ -1,5 +1,6 @@
 """The guidance gradient against finite differences, and what it may and may not touch."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from toys import LinearClassifier, SmoothCNN, log_prob, smooth_noise_predictor, 
 from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline, Identity
 from nrcg.diffusion import Schedule
 from nrcg.guidance import log_prob_gradient
+from nrcg.stabilizers import Stabilizer
 
 SCHEDULE = Schedule.linear(20, 0.01, 0.2)
 PREDICT = smooth_noise_predictor()
@@ -52,9 +54,9 @@ def test_gradient_equals_finite_differences(see, num_classes, target, t):
     # The logits and the gradient pass through float32: 1e-6 relative to the largest.
     torch.testing.assert_close(step.grad.double(), expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
     assert step.grad.dtype == torch.float32
-    torch.testing.assert_close(step.eps, PREDICT(x, t))
+    torch.testing.assert_close(step.prediction.eps, PREDICT(x, t))
     torch.testing.assert_close(step.logits, classifier(shown(x)).float())
-    assert not (step.grad.requires_grad or step.eps.requires_grad or step.logits.requires_grad)
+    assert not (step.grad.requires_grad or step.prediction.eps.requires_grad or step.logits.requires_grad)
 
 
 def test_the_u_nets_jacobian_is_part_of_the_gradient():
@@ -221,7 +223,7 @@ class Gives(nn.Module):
         (SmoothCNN(3), 2),
         (SmoothCNN(1), 0),
         (SmoothCNN(1), 1),
-        (Gives(SimpleNamespace(logits=torch.zeros(1, 4))), 3),
+        (Gives(SimpleNamespace(logits=torch.zeros(1, 4, requires_grad=True))), 3),
     ],
 )
 def test_a_classifier_that_fits_passes(classifier, target):
@@ -243,3 +245,83 @@ def test_a_classifier_that_does_not_fit_is_refused(classifier, target, error, me
     with pytest.raises(error, match=message) as raised:
         ClassifierGuidance(classifier, target).check(torch.empty(2, 3, 8, 8))
     assert "\n" not in str(raised.value)
+
+
+# --- how the gradient is taken ---------------------------------------------------------------------------------------
+
+
+def test_no_jacobian_is_the_classifiers_gradient_at_the_denoised_image():
+    """With eps a constant, x0hat = x_t / sqrt(abar) + ..., so the gradient is the classifier's over sqrt(abar)."""
+    guidance = ClassifierGuidance(SmoothCNN(3).double(), 1, grad_mode="no_jacobian", clip_pred_x0=False)
+    x, t = images(), 3
+    step = guidance.gradient(x, t, PREDICT, SCHEDULE)
+    x0 = SCHEDULE.pred_x0(x, PREDICT(x, t).detach(), t)
+    expected, _ = log_prob_gradient(guidance.classifier, 1, x0)
+    torch.testing.assert_close(step.grad, expected / math.sqrt(float(SCHEDULE.abar[t])), rtol=1e-4, atol=1e-7)
+    full = ClassifierGuidance(guidance.classifier, 1, clip_pred_x0=False).gradient(x, t, PREDICT, SCHEDULE)
+    assert not torch.allclose(step.grad, full.grad, rtol=1e-2)
+
+
+def test_checkpointing_changes_memory_and_nothing_else(tmp_path):
+    pipe = GuidedDDPMPipeline.from_pretrained(write_tiny_pipeline(tmp_path))
+    samples = {
+        mode: pipe(
+            2, guidance=ClassifierGuidance(SmoothCNN(3), 1, scale=2.0, grad_mode=mode), on_step=lambda: None
+        ).samples
+        for mode in ("full", "checkpoint")
+    }
+    # The same operations on the same numbers.
+    torch.testing.assert_close(samples["checkpoint"], samples["full"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("every_k, expected", [(1, [6, 5, 4, 3, 2, 1]), (2, [6, 4, 2]), (4, [6, 2]), (9, [6])])
+def test_every_k_asks_for_a_gradient_each_kth_step_and_feeds_the_stabilizer_at_each(every_k, expected):
+    asked, fed = [], []
+
+    class Guide(ClassifierGuidance):
+        def gradient(self, x_t, t, predict_noise, schedule):
+            asked.append(t)
+            return super().gradient(x_t, t, predict_noise, schedule)
+
+    class Spy(Stabilizer):
+        def reset(self):
+            fed.clear()
+
+        def __call__(self, grad):
+            fed.append(grad.clone())
+            return grad
+
+    guide = Guide(SmoothCNN(3).double(), 1, scale=2.0, stabilizer=Spy(), every_k=every_k)
+    x = images()
+    for t in range(6, 0, -1):
+        _, shift = guide(x, t, PREDICT, SCHEDULE)
+        torch.testing.assert_close(shift, 2.0 * fed[-1])
+    assert asked == expected and len(fed) == 6
+    for step, grad in enumerate(fed):
+        assert torch.equal(grad, fed[step - step % every_k])
+    guide.reset()
+    guide(x, 5, PREDICT, SCHEDULE)
+    assert asked[-1] == 5  # a new batch takes a gradient of its own at once
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach().flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"grad_mode": "half"}, "grad_mode: 'half' is unknown; allowed: full, checkpoint, no_jacobian"),
+        ({"every_k": 0}, "every_k: 0 is less than 1"),
+    ],
+)
+def test_wrong_gradient_settings_are_refused(settings, message):
+    with pytest.raises(ValueError) as error:
+        ClassifierGuidance(SmoothCNN(3), 0, **settings)
+    assert str(error.value) == message
+
+
+def test_a_classifier_without_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="have no gradient with respect to its input"):
+        ClassifierGuidance(Detached(), 0).check(torch.zeros(1, 3, 8, 8))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import nn
 from toys import (
     TINY_SIZE,
@@ -14,17 +14,18 @@ from toys import (
     SmoothCNN,
     TimeAwareGuidance,
     TwoGaussians,
+    ddpm_sample,
     log_prob,
     vp_schedule,
     write_tiny_pipeline,
 )
 
 from nrcg import EMA, Adam, ClassifierGuidance, GuidedDDPMPipeline, Identity
-from nrcg.diffusion import DATA_MEAN_FILE, Schedule
+from nrcg.diffusion import DATA_MEAN_FILE, Schedule, as_prediction
 from nrcg.errors import DataError
 from nrcg.guidance import GuidedStep
 from nrcg.noise import sample_noise
-from nrcg.sampling import START_STREAM, ddpm_sample, start_samples
+from nrcg.sampling import START_STREAM, start_samples
 
 SHAPE = (3, TINY_SIZE, TINY_SIZE)
 CPU = torch.device("cpu")
@@ -266,15 +267,17 @@ def test_each_step_has_noise_of_its_own(monkeypatch):
 # --- algorithm 1 by hand ---------------------------------------------------------------------------------------------
 
 
-class ConstantGuide:
+class ConstantGuide(ClassifierGuidance):
     """Gives the gradient 1 and records what it was asked."""
 
-    def __init__(self, scale, stabilizer=None):
-        self.scale, self.stabilizer, self.asked = scale, stabilizer or Identity(), []
+    def __init__(self, scale, stabilizer=None, every_k=1):
+        super().__init__(nn.Identity(), 0, scale, stabilizer=stabilizer, every_k=every_k)
+        self.asked = []
 
     def gradient(self, x_t, t, predict_noise, schedule):
         self.asked.append(t)
-        return GuidedStep(torch.ones_like(x_t), predict_noise(x_t, t), torch.zeros(len(x_t), 2))
+        prediction = as_prediction(predict_noise(x_t, t)).detach()
+        return GuidedStep(torch.ones_like(x_t), prediction, torch.zeros(len(x_t), 2))
 
 
 def test_two_guided_steps_by_hand():
@@ -478,13 +481,19 @@ def test_wrong_settings_are_refused_before_any_step(pipe, settings, message):
 @pytest.mark.parametrize(
     "scheduler, message",
     [
-        (DDPMScheduler(prediction_type="v_prediction"), "prediction_type 'v_prediction' is not supported"),
-        (DDPMScheduler(prediction_type="sample"), "prediction_type 'sample' is not supported; allowed: epsilon"),
-        (DDPMScheduler(variance_type="fixed_large"), "variance_type 'fixed_large' is not supported"),
-        (DDPMScheduler(variance_type="learned_range"), "variance_type 'learned_range' is not supported"),
+        (
+            DDPMScheduler(variance_type="learned"),
+            "variance_type 'learned' is not supported; allowed: fixed",
+        ),
+        (
+            DDPMScheduler(variance_type="learned_range"),
+            "variance learned_range needs a U-Net with twice",
+        ),
         (DDPMScheduler(thresholding=True), "thresholding True is not supported; allowed: False"),
         (DDPMScheduler(clip_sample_range=2.0), "clip_sample_range 2.0 is not supported; allowed: 1.0"),
-        (DDIMScheduler(), "scheduler DDIMScheduler is not supported; allowed: DDPMScheduler"),
+        (DDIMScheduler(set_alpha_to_one=False), "set_alpha_to_one False is not supported; allowed: True"),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "algorithm_type 'sde-dpmsolver++' is not supp"),
+        (PNDMScheduler(), "scheduler PNDMScheduler is not supported; allowed: DDPMScheduler, DDIMScheduler, DPMSolver"),
     ],
 )
 def test_schedulers_of_other_mathematics_are_refused(pipe, scheduler, message):

@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from nrcg.config import StabilizerConfig
-from nrcg.stabilizers import EMA, Adam, Identity, Stabilizer, from_config, parse
+from nrcg.stabilizers import (
+    EMA,
+    Adam,
+    AdaptiveClip,
+    Chain,
+    Identity,
+    NormClip,
+    Stabilizer,
+    UnitNorm,
+    from_config,
+    parse,
+)
 
 ALL = [Identity(), EMA(0.9), Adam(0.9, 0.999, 1e-4)]
 
@@ -169,7 +180,9 @@ def test_parse(spec, expected):
 def test_parse_teaches_the_allowed_forms(spec):
     with pytest.raises(ValueError) as error:
         parse(spec)
-    assert str(error.value) == (f"stabilizer {spec!r} is unknown; allowed: none, ema:BETA, adam, adam:BETA1,BETA2,EPS")
+    assert str(error.value).startswith(
+        f"stabilizer {spec!r} is unknown; allowed: none, ema:BETA, adam[:BETA1,BETA2,EPS]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,3 +213,97 @@ def test_scaled_betas_smooth_over_the_same_share_of_the_trajectory():
         curves[steps] = run(from_config(ema, steps), pixel(*torch.sin(6 * u).tolist())).flatten()
     # One step of 1/400 of a curve of slope <= 6 is 0.015; the discretisations differ by half of one.
     torch.testing.assert_close(curves[800][1::2], curves[400], rtol=0, atol=0.0075)
+
+
+# --- what the paper leaves to future work ----------------------------------------------------------------------------
+
+
+def test_debiased_adam_by_hand():
+    """On a constant gradient the debiased averages are exact from the first step: g / (|g| + eps)."""
+    adam = Adam(0.9, 0.999, eps=0.1, debias=True)
+    grad = torch.tensor([0.3, -2.0]).reshape(2, 1, 1, 1)
+    for _ in range(5):
+        torch.testing.assert_close(adam(grad), grad / (grad.abs() + 0.1), rtol=1e-4, atol=0)  # float32 powers
+    adam.reset()
+    torch.testing.assert_close(adam(grad), grad / (grad.abs() + 0.1), rtol=1e-4, atol=0)
+
+
+def norms(grad):
+    return grad.flatten(1).norm(dim=1)
+
+
+def test_unit_norm_and_norm_clip_are_per_sample():
+    grad = torch.stack([torch.full((1, 2, 2), value) for value in (2.0, 0.1, 0.0)])  # norms 4, 0.2, 0
+    torch.testing.assert_close(norms(UnitNorm()(grad)), torch.tensor([1.0, 1.0, 0.0]))
+    clipped = NormClip(1.0)(grad)
+    torch.testing.assert_close(norms(clipped), torch.tensor([1.0, 0.2, 0.0]))
+    assert torch.equal(clipped[1], grad[1])
+
+
+def test_adaptive_clip_bounds_an_outlier_by_the_samples_own_past():
+    clip = AdaptiveClip(factor=2.0, beta=0.5)
+    one = torch.ones(2, 1, 1, 1)
+    assert torch.equal(clip(one), one)
+    spike = torch.tensor([100.0, 1.5]).reshape(2, 1, 1, 1)
+    # Both averages are 1: the first sample is cut to 2, the second, below 2, stays.
+    torch.testing.assert_close(clip(spike).flatten(), torch.tensor([2.0, 1.5]))
+    # Averages 0.5 + 0.5 * 2 = 1.5 and 1.25: bounds 3 and 2.5.
+    torch.testing.assert_close(clip(spike * 10).flatten(), torch.tensor([3.0, 2.5]))
+    clip.reset()
+    torch.testing.assert_close(clip(spike), spike)
+
+
+def test_chain_feeds_one_with_the_last_ones_result():
+    chain = Chain(NormClip(1.0), EMA(0.5))
+    grad = torch.full((1, 1, 1, 1), 8.0)
+    assert [float(chain(grad)) for _ in range(2)] == [0.5, 0.75]
+    chain.reset()
+    assert float(chain(grad)) == 0.5
+
+
+class Half(Stabilizer):
+    """A user's own."""
+
+    def __init__(self, factor: float = 0.5):
+        self.factor = factor
+
+    def reset(self) -> None:
+        pass
+
+    def __call__(self, grad):
+        return self.factor * grad
+
+
+@pytest.mark.parametrize(
+    "spec, shown",
+    [
+        ("unit_norm", "UnitNorm()"),
+        ("norm_clip:2.5", "NormClip(2.5)"),
+        ("adaptive_clip", "AdaptiveClip(2, 0.9)"),
+        ("adaptive_clip:3,0.5+ema:0.99", "Chain(AdaptiveClip(3, 0.5), EMA(0.99))"),
+        ("adam_debiased", "Adam(0.9, 0.999, eps=0.0001, debias=True)"),
+    ],
+)
+def test_specs_of_the_others(spec, shown):
+    assert repr(parse(spec)) == shown
+
+
+def test_ones_own_class_by_its_name():
+    assert parse(f"{__name__}:Half").factor == 0.5
+    assert parse(f"{__name__}:Half:0.25").factor == 0.25
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("norm_clip:0", "max_norm: 0.0 is not positive"),
+        ("adaptive_clip:2,1", "beta: 1.0 is not in [0, 1)"),
+        ("nowhere:Half", "cannot be imported: No module named 'nowhere'"),
+        ("math:pi", "math.pi is no subclass of nrcg.Stabilizer"),
+        (f"{__name__}:Half:1,2", "is unknown; allowed"),
+    ],
+)
+def test_wrong_specs_of_the_others(spec, message):
+    with pytest.raises(ValueError) as error:
+        parse(spec)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from nrcg.classifiers import class_log_prob
 from nrcg.diffusion import Schedule
 from nrcg.guidance import ClassifierGuidance, GuidedStep, PredictNoise
+from nrcg.samplers import DDPM
+from nrcg.sampling import guided_sample
 
 TINY_STEPS = 6
 TINY_SIZE = 8
@@ -64,6 +67,22 @@ class TimeAwareGuidance(ClassifierGuidance):
     def gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
         self.classifier.t = t
         return super().gradient(x_t, t, predict_noise, schedule)
+
+
+def ddpm_sample(
+    x: Tensor,
+    predict_noise: PredictNoise,
+    schedule: Schedule,
+    *,
+    seed: int,
+    samples: Sequence[int],
+    guidance: ClassifierGuidance | None = None,
+    clip_pred_x0: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1: ancestral sampling over all steps."""
+    timesteps = range(schedule.num_steps, 0, -1)
+    sampler = DDPM(schedule, clip_pred_x0)
+    return guided_sample(x, predict_noise, sampler, timesteps, seed=seed, samples=samples, guidance=guidance)
 
 
 class LinearClassifier(nn.Module):

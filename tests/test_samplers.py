@@ -1,0 +1,211 @@
+"""The samplers' steps against diffusers' own, and against distributions that are known exactly."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from toys import TwoGaussians, vp_schedule
+
+from nrcg import ClassifierGuidance
+from nrcg.diffusion import Prediction, Schedule, to_eps
+from nrcg.guidance import GuidedStep
+from nrcg.noise import sample_noise
+from nrcg.samplers import DDIM, DDPM, DPMSolverPP
+from nrcg.sampling import guided_sample, start_samples
+
+STEPS = 50
+BETAS = {"num_train_timesteps": STEPS, "beta_start": 1e-3, "beta_end": 0.2, "beta_schedule": "linear"}
+CPU = torch.device("cpu")
+# float32 against float32, with the schedule's square roots taken in float64 here and in float32 there.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def wavy(x: torch.Tensor, t: int) -> torch.Tensor:
+    """A noise predictor that depends on x and t."""
+    return torch.sin(2.0 * x + 0.1 * t)
+
+
+def ours(sampler, timesteps, x, seed=0, predict=wavy):
+    return guided_sample(x, predict, sampler, timesteps, seed=seed, samples=range(len(x)))[0]
+
+
+def theirs(monkeypatch, scheduler, timesteps, x, seed=0, model=wavy, module=None):
+    """The same chain by diffusers' scheduler, fed with our noise."""
+    state = {"t": 0}
+    if module is not None:
+        monkeypatch.setattr(
+            f"diffusers.schedulers.{module}.randn_tensor",
+            lambda shape, **_: sample_noise(seed, range(shape[0]), state["t"], shape[1:]),
+        )
+    for t in timesteps:
+        state["t"] = t
+        x = scheduler.step(model(x, t), t - 1, x).prev_sample
+    return x
+
+
+@pytest.fixture
+def x():
+    return sample_noise(1, range(4), 0, (3, 4, 4))
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("num_steps", [STEPS, 10])
+def test_ddpm_equals_diffusers(monkeypatch, x, clip, variance, num_steps):
+    scheduler = DDPMScheduler(**BETAS, clip_sample=clip, variance_type=variance)
+    scheduler.set_timesteps(num_steps)
+    timesteps = [int(t) + 1 for t in scheduler.timesteps]
+    expected = theirs(monkeypatch, scheduler, timesteps, x, module="scheduling_ddpm")
+    found = ours(DDPM(Schedule.from_scheduler(scheduler), clip, variance), timesteps, x)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_learned_variance_equals_diffusers(monkeypatch, x):
+    scheduler = DDPMScheduler(**BETAS, variance_type="learned_range")
+    timesteps = list(range(STEPS, 0, -1))
+
+    def both(x, t):
+        return torch.cat([wavy(x, t), torch.cos(x)], dim=1)  # the second half says where the variance lies, in [-1, 1]
+
+    expected = theirs(monkeypatch, scheduler, timesteps, x, model=both, module="scheduling_ddpm")
+    sampler = DDPM(Schedule.from_scheduler(scheduler), True, "learned_range")
+    found = ours(sampler, timesteps, x, predict=lambda x, t: Prediction(wavy(x, t), (torch.cos(x) + 1) / 2))
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("num_steps", [STEPS, 10])
+def test_ddim_equals_diffusers(monkeypatch, x, clip, num_steps):
+    scheduler = DDIMScheduler(**BETAS, clip_sample=clip)
+    scheduler.set_timesteps(num_steps)
+    timesteps = [int(t) + 1 for t in scheduler.timesteps]
+    expected = theirs(monkeypatch, scheduler, timesteps, x)
+    found = ours(DDIM(Schedule.from_scheduler(scheduler), clip), timesteps, x)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_ddim_with_full_noise_is_ancestral_sampling(x):
+    """Song et al. 2021: eta = 1 gives the DDPM with the posterior's variance."""
+    schedule = Schedule.linear(STEPS, 1e-3, 0.2)
+    timesteps = range(STEPS, 0, -1)
+    found = ours(DDIM(schedule, False, eta=1.0), timesteps, x)
+    torch.testing.assert_close(found, ours(DDPM(schedule, False), timesteps, x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_steps", [20, 8])
+def test_dpm_solver_equals_diffusers(monkeypatch, x, num_steps):
+    scheduler = DPMSolverMultistepScheduler(**BETAS, lower_order_final=True)
+    scheduler.set_timesteps(num_steps)
+    timesteps = [int(t) + 1 for t in scheduler.timesteps]
+    expected = theirs(monkeypatch, scheduler, timesteps, x)
+    found = ours(DPMSolverPP(Schedule.from_scheduler(scheduler), False), timesteps, x)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+# --- guidance ----------------------------------------------------------------------------------------------------
+
+
+class ExactGuide(ClassifierGuidance):
+    """The exact gradient of log p(class 1 | x_t) for `TwoGaussians`."""
+
+    def __init__(self, data: TwoGaussians, scale: float = 1.0):
+        super().__init__(torch.nn.Identity(), 1, scale)
+        self.data = data
+
+    def gradient(self, x_t, t, predict_noise, schedule):
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_(True)
+            (grad,) = torch.autograd.grad(torch.nn.functional.logsigmoid(self.data.logit(x, t)).sum(), x)
+        return GuidedStep(grad, Prediction(predict_noise(x_t, t)), torch.zeros(len(x_t), 2))
+
+
+SAMPLERS = {
+    "ddpm": lambda schedule: DDPM(schedule, False),
+    "ddpm fixed_large": lambda schedule: DDPM(schedule, False, "fixed_large"),
+    "ddim": lambda schedule: DDIM(schedule, False),
+    "ddim eta 0.5": lambda schedule: DDIM(schedule, False, 0.5),
+    "dpm++": lambda schedule: DPMSolverPP(schedule, False),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("num_steps", [50, 200])
+def test_exact_guidance_at_scale_one_gives_the_conditional_distribution(name, num_steps):
+    """A class of a mixture of two Gaussians: its mean and spread, within errors that shrink with the steps."""
+    schedule = vp_schedule(num_steps)
+    data = TwoGaussians(schedule, 0.6, 0.2)
+    samples = range(4000)
+    x = start_samples(schedule, 3, samples, (1, 1, 1), CPU)
+    x, nonfinite = guided_sample(
+        x,
+        data.predict_noise,
+        SAMPLERS[name](schedule),
+        range(num_steps, 0, -1),
+        seed=3,
+        samples=samples,
+        guidance=ExactGuide(data),
+    )
+    assert not nonfinite.any()
+    mean, std = data.centre, data.std
+    # 4 / T for the discretisation, and three standard errors of 4000 samples.
+    tolerance = 4 / num_steps + 3 * std / math.sqrt(len(samples))
+    assert float(x.mean()) == pytest.approx(mean, abs=tolerance)
+    assert float(x.std()) == pytest.approx(std, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_sampler_leaves_guidance_out(name):
+    schedule = vp_schedule(50)
+    data = TwoGaussians(schedule, 0.6, 0.2)
+    x = start_samples(schedule, 0, range(50), (1, 1, 1), CPU)
+
+    def draw(guidance):
+        chain = guided_sample(
+            x,
+            data.predict_noise,
+            SAMPLERS[name](schedule),
+            range(50, 0, -1),
+            seed=0,
+            samples=range(50),
+            guidance=guidance,
+        )
+        return chain[0].mean()
+
+    assert draw(ExactGuide(data)) > draw(None) + 0.1
+    assert draw(ExactGuide(data, scale=0.0)) == draw(None)
+
+
+def test_multistep_state_starts_anew():
+    schedule = Schedule.linear(STEPS, 1e-3, 0.2)
+    sampler, x = DPMSolverPP(schedule, False), sample_noise(0, range(2), 0, (1, 2, 2))
+    assert torch.equal(ours(sampler, range(STEPS, 0, -5), x), ours(sampler, range(STEPS, 0, -5), x))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_every_prediction_type_says_the_same_noise(kind):
+    schedule = Schedule.linear(STEPS, 1e-3, 0.2)
+    x0, eps = torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 4, 4)
+    for t in (1, 20, STEPS):
+        abar = float(schedule.abar[t])
+        x_t = schedule.q_sample(x0, t, eps)
+        output = {"epsilon": eps, "sample": x0, "v_prediction": math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0}[kind]
+        # float32: at t = 1 the noise is 30 times smaller than the picture it is taken from.
+        torch.testing.assert_close(to_eps(output, x_t, t, schedule, kind), eps, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda s: DDPM(s, True, "learned"), "variance 'learned' is not supported; allowed: fixed_small"),
+        (lambda s: DDIM(s, True, 1.5), "eta: 1.5 is not in [0, 1]"),
+        (
+            lambda s: to_eps(torch.zeros(1, 1), torch.zeros(1, 1), 1, s, "flow"),
+            "prediction_type 'flow' is not",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused(make, message):
+    with pytest.raises(ValueError) as error:
+        make(Schedule.linear(STEPS, 1e-3, 0.2))
+    assert message in str(error.value)
