@@ -34,8 +34,8 @@ from nrcg.errors import ConfigError, NrcgError
 if TYPE_CHECKING:
     import torch
 
-KEPT_SAMPLES = 256
-"""Samples of each setting that figures and the report show."""
+GRID_SAMPLES = 256
+"""Samples in grid.png of `nrcg sample`, as many as the paper's fig. 9 shows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,15 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _die_with_parent() -> None:
-    """Under the workflow a job ends with its parent: after a kill -9 of Snakemake it must not write on."""
-    if os.environ.get("NRCG_WORKFLOW") != "1" or not sys.platform.startswith("linux"):
+    """Under the workflow a job ends with its parent: after a kill -9 of Snakemake it must not write on.
+
+    NRCG_WORKFLOW holds the parent's process number.
+    """
+    parent = os.environ.get("NRCG_WORKFLOW")
+    if not parent or not sys.platform.startswith("linux"):
         return
     import ctypes
     import signal
 
     parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before the call
+    if str(os.getppid()) != parent:  # it died before the call
         os._exit(1)
 
 
@@ -257,6 +261,7 @@ def forward(arguments: argparse.Namespace) -> None:
             target=class_index(read_classifier_config(folders["non_robust"])["classes"], settings.target),
             seed=config.seed,
             batch_size=config.batch_size,
+            clip_pred_x0=settings.clip_pred_x0,
             on_step=bar.update,
         )
         write_csv(arguments.out, rows, COLUMNS)
@@ -384,7 +389,7 @@ def _sample_own(arguments: argparse.Namespace) -> None:
 
     for index, image in enumerate(images):
         Image.fromarray(image.squeeze()).save(out / f"{index:05d}.png")
-    save_png(out / "grid.png", sample_grid(images[:KEPT_SAMPLES], max(1, round(min(len(images), KEPT_SAMPLES) ** 0.5))))
+    save_png(out / "grid.png", sample_grid(images[:GRID_SAMPLES], max(1, round(min(len(images), GRID_SAMPLES) ** 0.5))))
     print(f"{len(images)} samples in {out}: samples.npy, grid.png, {0:05d}.png ...")
 
 
@@ -393,7 +398,9 @@ def _set_sampler(pipe: Any, name: str) -> None:
     import diffusers
 
     classes = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
-    pipe.scheduler = getattr(diffusers, classes[name]).from_config(pipe.scheduler.config)
+    # Trailing: fewer steps start at T, where the noise is what sampling starts from.
+    scheduler = getattr(diffusers, classes[name])
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -525,10 +532,11 @@ def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tup
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = resolve_device(arguments.device or getattr(settings, "device", "auto"))
-    if device.type == "cuda" and device.index is None and os.environ.get("NRCG_WORKFLOW") == "1":
+    if device.type == "cuda" and device.index is None and os.environ.get("NRCG_WORKFLOW"):
         from nrcg.devices import lease_cuda_device
 
-        device = torch.device("cuda", lease_cuda_device(torch.cuda.device_count()))
+        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+        device = torch.device("cuda", lease_cuda_device(uuids))
     precision = getattr(arguments, "precision", None) or getattr(settings, "precision", "float32")
     return device, resolve_precision(precision, device)
 

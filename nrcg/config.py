@@ -318,10 +318,6 @@ class ExperimentConfig(Section):
         return self
 
     @property
-    def target_index(self) -> int:
-        return self.dataset.classes.index(self.target)
-
-    @property
     def num_shards(self) -> int:
         return math.ceil(self.sampling.num_samples / self.sampling.shard_size)
 
@@ -600,6 +596,7 @@ class ForwardStep(StepSettings):
     device: str
     precision: Precision
     target: str
+    clip_pred_x0: bool
     forward: ForwardConfig
 
 
@@ -674,6 +671,8 @@ def step_settings(config: Config, experiment: str, step: str, part: str | None =
         if part not in config.methods:
             raise ConfigError(f"method {part!r} is unknown; allowed: {', '.join(config.methods)}")
         values |= {"method": part, "guidance": config.methods[part]}
+    if step == "forward":
+        values["clip_pred_x0"] = settings.sampling.clip_pred_x0
     if step == "report":
         values["classes"] = settings.dataset.classes
         values["methods"] = {name: config.methods[name] for name in settings.sweep}

@@ -11,7 +11,6 @@ set may be larger than the memory and a run that stops midway leaves nothing tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import deque
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from nrcg import sportballs
 from nrcg.errors import DataError
+from nrcg.files import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ class SplitWriter:
         return {
             "num_images": len(labels),
             "class_counts": dict(zip(classes, counts, strict=True)),
-            "sha256": {name: _sha256(self.folder / f"{name}.npy") for name in ("images", "labels")},
+            "sha256": {name: sha256_file(self.folder / f"{name}.npy") for name in ("images", "labels")},
         }
 
     @property
@@ -165,7 +165,7 @@ def new_dataset(
         with mean.open("wb") as file:
             np.save(file, writers["train"].mean)
         mean.replace(folder / "train" / "mean.npy")
-        splits["train"]["sha256"]["mean"] = _sha256(folder / "train" / "mean.npy")
+        splits["train"]["sha256"]["mean"] = sha256_file(folder / "train" / "mean.npy")
     manifest = {
         "name": name,
         "source": source,
@@ -274,14 +274,6 @@ def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], workers: int |
             torch.set_num_threads(before)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- Reading ----------------------------------------------------------------------------------------------------
-
-
 def _damaged(path: Path, what: str, folder: Path, remake: str | None) -> DataError:
     hint = remake or f"run: nrcg dataset --config config.yaml --experiment EXPERIMENT --out {folder}"
     return DataError(f"{path}: {' '.join(what.split())}; {hint}")
@@ -368,7 +360,7 @@ def verify(folder: Path | str, *, remake: str | None = None) -> None:
             path = folder / split / f"{name}.npy"
             if not path.is_file():
                 raise _damaged(path, "no such file", folder, remake)
-            if _sha256(path) != expected:
+            if sha256_file(path) != expected:
                 raise _damaged(path, "has changed since it was written (SHA-256 differs)", folder, remake)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from nrcg.files import try_lock
@@ -14,20 +15,17 @@ def has_nvidia_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def lease_cuda_device(num_devices: int, folder: str | Path = ".nrcg/leases", poll_seconds: float = 1.0) -> int:
-    """The number of a CUDA device that no other leasing process of this machine holds; waits until one is free.
+def lease_cuda_device(names: Sequence[str], folder: str | Path = ".nrcg/leases", poll_seconds: float = 1.0) -> int:
+    """The position of a device that no other leasing process of this machine holds; waits until one is free.
 
     Snakemake counts GPUs but does not say which one a job has; a lock file per device does.
 
     Args:
-        num_devices: visible CUDA devices, >= 1.
+        names: of the visible devices, the same in every process whatever each of them sees, such as the UUIDs.
         folder: of the lock files, shared by the jobs.
     """
-    # Jobs that see different devices by CUDA_VISIBLE_DEVICES must not share a lock.
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     while True:
-        for device in range(num_devices):
-            name = names[device].strip() if device < len(names) and names[device].strip() else str(device)
+        for position, name in enumerate(names):
             if try_lock(Path(folder) / f"{os.uname().nodename}-{name}.lock"):
-                return device
+                return position
         time.sleep(poll_seconds)

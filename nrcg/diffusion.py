@@ -38,6 +38,7 @@ class Schedule:
             raise ValueError("betas: expected a vector of numbers in (0, 1)")
         self.abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1.0 - betas, dim=0)])
         self.num_steps = len(betas)
+        self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
     def linear(cls, num_steps: int, beta_start: float, beta_end: float) -> Schedule:
@@ -55,8 +56,14 @@ class Schedule:
 
     def at(self, t: Tensor | int, like: Tensor) -> Tensor:
         """abar_t shaped to broadcast over `like` (B, C, H, W), in like's dtype and device."""
-        abar = self.abar[torch.as_tensor(t, device="cpu").long()].reshape(-1, *[1] * (like.ndim - 1))
-        return abar.to(like.device, like.dtype)
+        if isinstance(t, Tensor) and t.device.type != "cpu":
+            # The table goes to t's device, once: t coming to the CPU would hold up a GPU at every step.
+            if t.device not in self._tables:
+                self._tables[t.device] = self.abar.to(torch.float32).to(t.device)
+            abar = self._tables[t.device][t.long()]
+        else:
+            abar = self.abar[torch.as_tensor(t).long()]
+        return abar.reshape(-1, *[1] * (like.ndim - 1)).to(like.device, like.dtype)
 
     def q_sample(self, x0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
         """eq. 2: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.

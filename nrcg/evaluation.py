@@ -15,7 +15,7 @@ from nrcg.classifiers import Classifier, class_index, load_classifier, read_clas
 from nrcg.config import EvaluateStep, format_scale
 from nrcg.datasets import load_manifest, open_split, to_unit
 from nrcg.errors import DataError
-from nrcg.features import Extractor, InceptionExtractor, JudgeExtractor, extract, find_inception
+from nrcg.features import Extractor, InceptionExtractor, JudgeExtractor, extract, resolve_features
 from nrcg.figures import sample_grid, save_png
 from nrcg.files import sha256_file
 from nrcg.progress import Progress
@@ -91,7 +91,7 @@ def read_samples(folder: Path, num_samples: int) -> SampleSet:
 
 def choose_extractor(features: str, inception_dir: str, judge: Classifier, device: torch.device) -> Extractor:
     """`inception`, `judge`, or `auto`: Inception where its weights are at hand."""
-    if features == "inception" or (features == "auto" and find_inception(inception_dir) is not None):
+    if resolve_features(features, inception_dir) == "inception":
         return InceptionExtractor(inception_dir, device=str(device))
     return JudgeExtractor(judge)
 

@@ -83,6 +83,13 @@ def find_inception(weights_dir: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def resolve_features(features: str, weights_dir: str | Path) -> str:
+    """`inception` or `judge`; `auto` is Inception where its weights are at hand."""
+    if features != "auto":
+        return features
+    return "judge" if find_inception(weights_dir) is None else "inception"
+
+
 class InceptionExtractor:
     """clean-fid's Inception-v3 pool features in its "clean" mode (Parmar et al. 2022, arXiv 2104.11222).
 

@@ -84,7 +84,7 @@ class DDPM(Sampler):
         return t_prev > 0
 
     def takes_guidance(self, t_prev: int) -> bool:
-        return t_prev > 0 or self.kind == "fixed_large"  # the posterior's variance at x_0 is 0
+        return t_prev > 0 or self.kind != "fixed_small"  # the posterior's variance at x_0 is 0
 
     def step(
         self, x: Tensor, t: int, t_prev: int, prediction: Prediction, shift: Tensor | None, noise: Tensor | None

@@ -44,6 +44,10 @@ SUPPORTED: dict[str, dict[str, tuple]] = {
         "solver_type": ("midpoint",),
         "final_sigmas_type": ("zero",),
         "use_karras_sigmas": (False,),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "use_flow_sigmas": (False,),
+        "use_lu_lambdas": (False,),
     },
 }
 """Schedulers whose mathematics is implemented, and the settings of them that are. Others are refused: a guidance that
@@ -133,7 +137,8 @@ def guided_sample(
 class GuidedDDPMPipeline(DDPMPipeline):
     """diffusers' DDPMPipeline with classifier guidance and a seed for each sample.
 
-    Opens any folder or hub id of an unconditional eps-predicting DDPM. Called with guidance=None it is the plain DDPM.
+    Opens any folder or hub id of an unconditional DDPM. Called with guidance=None it is the plain DDPM. A call puts the
+    U-Net into eval mode and freezes its parameters.
     """
 
     data_mean: Tensor | None = None
@@ -179,7 +184,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
             raise ValueError(f"scheduler {name} is not supported; allowed: {', '.join(SUPPORTED)}")
         config = self.scheduler.config
         for key, allowed in SUPPORTED[name].items():
-            if config[key] not in allowed:
+            if config.get(key, allowed[0]) not in allowed:  # older versions lack some keys
                 raise ValueError(
                     f"scheduler {key} {config[key]!r} is not supported; allowed: {', '.join(map(str, allowed))}"
                 )
@@ -189,7 +194,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
         if name == "DDIMScheduler":
             return DDIM(schedule, clip, eta)
         if name == "DPMSolverMultistepScheduler":
-            return DPMSolverPP(schedule, clip)
+            return DPMSolverPP(schedule, False)  # as diffusers': the solver knows no clip_sample
         return DDPM(schedule, clip, config["variance_type"])
 
     def timesteps(self, num_inference_steps: int | None = None) -> list[int]:
@@ -204,7 +209,8 @@ class GuidedDDPMPipeline(DDPMPipeline):
         if not 1 <= num_inference_steps <= num_steps:
             raise ValueError(f"num_inference_steps: {num_inference_steps} is not in 1..{num_steps}")
         self.scheduler.set_timesteps(num_inference_steps)
-        return [int(t) + 1 for t in self.scheduler.timesteps]
+        # Some spacings round two steps to one.
+        return list(dict.fromkeys(int(t) + 1 for t in self.scheduler.timesteps))
 
     def noise_predictor(self, precision: torch.dtype) -> PredictNoise:
         """The U-Net as a function of (x_t, t) with t in 1..T, under autocast, float32 in and out, whatever it predicts.
@@ -276,6 +282,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
             self.unet.enable_gradient_checkpointing()
         else:
             self.unet.disable_gradient_checkpointing()
+        bar = None
         if on_step is None:
             bar = self.progress_bar(total=len(timesteps) * -(-num_samples // batch_size))
             on_step = bar.update
@@ -298,6 +305,10 @@ class GuidedDDPMPipeline(DDPMPipeline):
             done.append(x.clamp(-1.0, 1.0).cpu())
             failed.append(nonfinite.cpu())
         seconds = time.perf_counter() - began
+        if bar is not None:
+            bar.close()
+        if guidance is not None:
+            guidance.reset()  # its state holds the last batch's gradients
         samples = torch.cat(done)
         images = [Image.fromarray(image.squeeze()) for image in to_uint8(samples)]
         return GuidedOutput(images=images, samples=samples, nonfinite=torch.cat(failed), seconds=seconds)

@@ -27,6 +27,7 @@ Pattern = Callable[[Array], Array]
 # --- Random attributes ------------------------------------------------------------------------------------------
 
 
+# nrcg.noise has the same generator in torch, for noise on a GPU; this module does without torch.
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
     """Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3".
 

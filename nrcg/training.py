@@ -1,6 +1,8 @@
-"""Training of the diffusion model and of the classifiers. Both go on after a kill as if nothing had happened.
+"""Training of the diffusion model and of the classifiers.
 
-Every random choice is a function of (seed, epoch) or (seed, step), so a resumed training repeats an undisturbed one.
+The diffusion model's training goes on after a kill as if nothing had happened: every random choice is a function of
+(seed, epoch) or (seed, step), so a resumed training repeats an undisturbed one. The classifiers', which are
+short, start anew.
 """
 
 from __future__ import annotations

@@ -12,22 +12,20 @@ from nrcg.devices import has_nvidia_gpu
 JOB = """
 import sys
 from nrcg.devices import lease_cuda_device
-print(lease_cuda_device(int(sys.argv[1]), sys.argv[2], poll_seconds=0.02), flush=True)
+print(lease_cuda_device(sys.argv[1].split(','), sys.argv[2], poll_seconds=0.02), flush=True)
 sys.stdin.read()
 """
 
 
 class Job:
-    """A process that leases one of `num_devices` devices."""
+    """A process that leases one of the devices that it sees."""
 
-    def __init__(self, folder: Path, num_devices: int, visible: str | None = None):
-        environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    def __init__(self, folder: Path, *names: str):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", JOB, str(num_devices), str(folder)],
+            [sys.executable, "-c", JOB, ",".join(names), str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
         )
 
     def device(self) -> int:
@@ -46,8 +44,8 @@ class Job:
 def start(tmp_path):
     jobs = []
 
-    def start_one(num_devices: int, visible: str | None = None) -> Job:
-        jobs.append(Job(tmp_path / "leases", num_devices, visible))
+    def start_one(*names: str) -> Job:
+        jobs.append(Job(tmp_path / "leases", *names))
         return jobs[-1]
 
     yield start_one
@@ -56,15 +54,15 @@ def start(tmp_path):
 
 
 def test_concurrent_processes_get_distinct_devices(start):
-    jobs = [start(4) for _ in range(4)]
+    jobs = [start(*"abcd") for _ in range(4)]
     assert sorted(job.device() for job in jobs) == [0, 1, 2, 3]
 
 
 def test_a_killed_process_gives_its_device_back_to_the_one_that_waits(start):
-    first, second = start(2), start(2)
+    first, second = start(*"ab"), start(*"ab")
     held = {first.device(), second.device()}
     assert held == {0, 1}
-    third = start(2)
+    third = start(*"ab")
     with pytest.raises(subprocess.TimeoutExpired):
         third.process.wait(timeout=0.5)  # waits, as both are held
     first.kill()
@@ -72,13 +70,13 @@ def test_a_killed_process_gives_its_device_back_to_the_one_that_waits(start):
 
 
 def test_the_device_that_is_free_is_found(start):
-    jobs = {job.device(): job for job in (start(3), start(3), start(3))}
+    jobs = {job.device(): job for job in (start(*"abc"), start(*"abc"), start(*"abc"))}
     jobs[1].kill()
-    assert start(3).device() == 1
+    assert start(*"abc").device() == 1
 
 
 def test_processes_that_see_different_devices_do_not_wait_for_each_other(start):
-    assert [job.device() for job in (start(1, visible="0"), start(1, visible="1"))] == [0, 0]
+    assert [job.device() for job in (start("a"), start("b"))] == [0, 0]
 
 
 def test_has_nvidia_gpu_says_what_the_machine_shows():

@@ -25,6 +25,7 @@ COVERED = {
 }
 # What a step's settings field is made from. A device changes no result.
 READS = {
+    "clip_pred_x0": ["sampling"],
     "classifier": ["classifiers"],
     "schedule": ["ddpm.schedule"],
     "classes": ["dataset"],

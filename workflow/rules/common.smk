@@ -6,6 +6,7 @@ from nrcg import config as nrcg_config
 from nrcg.config import ROLES, format_scale
 from nrcg.devices import has_nvidia_gpu
 from nrcg.errors import ConfigError
+from nrcg.features import resolve_features
 from nrcg.files import join_group
 
 try:
@@ -45,7 +46,7 @@ wildcard_constraints:
 
 # `nrcg` is found without an activated environment. It takes the shell's place (exec), so that it is Snakemake's child and
 # ends with it, also when that is killed by kill -9.
-shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=1; exec ')
+shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=$PPID; exec ')
 
 
 def experiment_results(experiment):
@@ -73,6 +74,12 @@ def folder(pattern):
         return pattern.format(**wildcards)
 
     return fill
+
+
+def features(wildcards):
+    """The extractor that `auto` finds: metrics are made anew when Inception's weights come or go."""
+    evaluation = CONFIG.experiments[wildcards.experiment].evaluation
+    return resolve_features(evaluation.features, evaluation.inception_dir)
 
 
 def gpus(wildcards):
@@ -163,7 +170,8 @@ def first_shards(wildcards):
     """The shards whose first samples the figures and the report show."""
     experiment = CONFIG.experiments[wildcards.experiment]
     return [
-        f"results/{wildcards.experiment}/samples/{method}/scale{format_scale(scale)}/shard0000.npy"
+        f"results/{wildcards.experiment}/samples/{method}/scale{format_scale(scale)}/shard{shard:04d}.npy"
         for method, scales in experiment.sweep.items()
         for scale in scales
+        for shard in range(min(experiment.num_shards, -(-256 // experiment.sampling.shard_size)))
     ]

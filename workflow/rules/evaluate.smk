@@ -23,6 +23,7 @@ rule evaluate:
         classifiers=folder("models/{experiment}/classifiers"),
         samples=folder("results/{experiment}/samples"),
         scales=scales,
+        features=features,
     shell:
         "nrcg evaluate --config {params.config} --method {wildcards.method} --scales {params.scales}"
         " --samples {params.samples} --data {params.data} --classifiers {params.classifiers}"

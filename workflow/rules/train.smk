@@ -4,6 +4,9 @@ rule train_ddpm:
         dataset_files,
     output:
         "models/{experiment}/ddpm/model_index.json",
+        "models/{experiment}/ddpm/scheduler/scheduler_config.json",
+        "models/{experiment}/ddpm/unet/config.json",
+        "models/{experiment}/ddpm/data_mean.npy",
         "models/{experiment}/ddpm/unet/diffusion_pytorch_model.safetensors",
         "models/{experiment}/ddpm/training.json",
         "models/{experiment}/ddpm/training.csv",
@@ -14,7 +17,7 @@ rule train_ddpm:
         "logs/{experiment}/train_ddpm.tsv"
     conda:
         "../envs/nrcg.yaml"
-    threads: workflow.cores
+    threads: 16
     resources:
         gpu=gpus,
         mem_mb=8000,
