@@ -29,7 +29,7 @@ from nrcg.config import (
     read_step_settings,
     write_schema,
 )
-from nrcg.errors import ConfigError, NrcgError
+from nrcg.errors import ConfigError, DataError, NrcgError
 
 if TYPE_CHECKING:
     import torch
@@ -418,9 +418,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def collect(arguments: argparse.Namespace) -> None:
     """Join the methods' metrics into metrics.csv and summary.json."""
-    from nrcg.results import read_metrics, summarize, write_csv
+    from nrcg.results import extractor, read_metrics, summarize, write_csv
 
-    rows = [row for path in arguments.metrics for row in read_metrics(path)]
+    tables = {path: read_metrics(path) for path in arguments.metrics}
+    extractors = {path: extractor(rows) for path, rows in tables.items()}
+    if len(set(extractors.values())) > 1:
+        raise DataError(f"features differ and cannot be compared: {extractors}; evaluate every method anew")
+    rows = [row for rows in tables.values() for row in rows]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_csv(arguments.out, rows, columns)
     if arguments.summary:

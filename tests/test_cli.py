@@ -18,6 +18,7 @@ from nrcg import config
 from nrcg.classifiers import SmallCNN, save_classifier
 from nrcg.cli import main
 from nrcg.datasets import write_sportballs
+from nrcg.results import write_csv
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "config.yaml")
@@ -314,3 +315,23 @@ def test_threads_reach_the_matrix_libraries(tiny, tmp_path, monkeypatch):
     sample(tiny, tmp_path / "out")
     assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "1"
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("columns, code", [(("fd_judge", "fd_judge"), 0), (("fd_judge", "fid"), 1)])
+def test_metrics_of_different_features_are_not_joined(columns, code, capsys):
+    paths = []
+    for number, column in enumerate(columns):
+        names = {"fid": ("fid", "cfid", "kid", "ckid")}.get(column, ("fd_judge", "cfd_judge", "kd_judge", "ckd_judge"))
+        row = {
+            **{"experiment": "toy", "method": f"m{number}", "scale": 1.0, "num_samples": 8},
+            **{"accuracy_guide": 0.5, "accuracy_judge": 0.5},
+            **dict.fromkeys(names, 2.0),
+            **{"precision": 1.0, "recall": 1.0, "nonfinite": 0},
+            **{"images_per_second": 1.0, "peak_memory_mib": 1.0, "mlflow_run_id": ""},
+        }
+        write_csv(f"m{number}.csv", [row], list(row))
+        paths.append(f"m{number}.csv")
+    assert main(["collect", "--metrics", *paths, "--out", "metrics.csv"]) == code
+    assert Path("metrics.csv").exists() == (code == 0)
+    if code:
+        assert capsys.readouterr().err.startswith("nrcg: features differ and cannot be compared")
