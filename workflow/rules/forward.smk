@@ -10,6 +10,7 @@ rule forward:
         "logs/{experiment}/forward.log",
     benchmark:
         "logs/{experiment}/forward.tsv"
+    priority: 10  # the longest job of its stage: last, it would leave the other cores idle
     conda:
         "../envs/nrcg.yaml"
     threads: 1
