@@ -107,6 +107,7 @@ def dataset(arguments: argparse.Namespace) -> None:
             num_val=data.num_val,
             diameter=tuple(data.diameter),
             seed=data.seed,
+            name=data.name,
             workers=arguments.threads,
             progress=lambda done, _: bar.set(done),
         )

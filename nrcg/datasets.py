@@ -191,6 +191,7 @@ def write_sportballs(
     seed: int,
     workers: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    name: str = "sportballs",
 ) -> dict[str, Any]:
     """Draw and store SportBalls: images 0 .. num_train - 1 of `seed` train, the next num_val validate.
 
@@ -200,6 +201,7 @@ def write_sportballs(
         num_train, num_val: images per split.
         workers: threads that draw; None is one per processor this process may use. The files do not depend on it.
         progress: called with (images done, images in all) after every piece.
+        name: of the data set, for its manifest.
 
     Returns:
         The manifest.
@@ -213,7 +215,7 @@ def write_sportballs(
     sportballs.attributes(seed, [], image_size=image_size, classes=classes, diameter=diameter)  # checks
     with new_dataset(
         folder,
-        name="sportballs",
+        name=name,
         source="drawn by nrcg.sportballs",
         classes=classes,
         image_shape=(image_size, image_size, 3),

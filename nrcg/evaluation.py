@@ -168,7 +168,7 @@ def _log(
         "target": settings.target,
         "features": extractor.name,
         "num_reference": num_reference,
-        "num_samples": row["num_samples"],
+        "sampling": settings.sampling.model_dump(),
         "guidance": settings.guidance.model_dump(),
     }
     name = f"{settings.method} scale {format_scale(row['scale'])}"
