@@ -232,9 +232,9 @@ def forward(arguments: argparse.Namespace) -> None:
     from nrcg.config import stabilizer_name
     from nrcg.datasets import open_split, to_unit
     from nrcg.progress import Progress
-    from nrcg.results import write_csv
+    from nrcg.results import FORWARD_COLUMNS, write_csv
     from nrcg.sampling import GuidedDDPMPipeline
-    from nrcg.sensitivity import COLUMNS, forward_analysis
+    from nrcg.sensitivity import forward_analysis
 
     settings = _settings(arguments, "forward")
     config = settings.forward
@@ -265,9 +265,9 @@ def forward(arguments: argparse.Namespace) -> None:
             clip_pred_x0=settings.clip_pred_x0,
             on_step=bar.update,
         )
-        write_csv(arguments.out, rows, COLUMNS)
+        write_csv(arguments.out, rows, FORWARD_COLUMNS)
         for row in rows:
-            run.log_metrics({f"{row['method']}.{key}": row[key] for key in COLUMNS[3:]}, step=row["t"])
+            run.log_metrics({f"{row['method']}.{key}": row[key] for key in FORWARD_COLUMNS[3:]}, step=row["t"])
         run.log_artifact(arguments.out)
 
 

@@ -37,6 +37,7 @@ from nrcg.results import (
     read_forward,
     read_metrics,
     sort_methods,
+    table_cells,
 )
 
 STRIP_COLUMNS = 16
@@ -264,16 +265,7 @@ def _comparison(experiment: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "method": method_label(method),
             "scale": "" if method == "unconditional" else format_scale(row["scale"]),
             "edge": at_edge(rows, method),
-            "values": [
-                format_percent(row["accuracy_judge"]),
-                format_percent(row["accuracy_guide"]),
-                format_number(row[conditional]),
-                format_number(row[everything]),
-                format_number(row["precision"], 3),
-                format_number(row["recall"], 3),
-                format_count(row["nonfinite"]),
-                format_number(row["images_per_second"], 3),
-            ],
+            "values": table_cells(row, everything, conditional),
             "published": published.get(method),
         }
         for method, row in best_per_method(rows).items()

@@ -251,6 +251,20 @@ def format_percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
+def table_cells(row: Row, everything: str, conditional: str) -> list[str]:
+    """A setting's numbers as the comparison table shows them; the Fréchet columns by their names."""
+    return [
+        format_percent(row["accuracy_judge"]),
+        format_percent(row["accuracy_guide"]),
+        format_number(row[conditional]),
+        format_number(row[everything]),
+        format_number(row["precision"], 3),
+        format_number(row["recall"], 3),
+        format_count(row["nonfinite"]),
+        format_number(row["images_per_second"], 3),
+    ]
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """The comparison for the terminal: each method at its best scale, at most 110 characters wide.
 
@@ -266,14 +280,7 @@ def format_table(rows: Sequence[Row]) -> str:
         [
             method,
             format_scale(row["scale"]),
-            format_percent(row["accuracy_judge"]),
-            format_percent(row["accuracy_guide"]),
-            format_number(row[conditional]),
-            format_number(row[everything]),
-            format_number(row["precision"], 3),
-            format_number(row["recall"], 3),
-            format_count(row["nonfinite"]),
-            format_number(row["images_per_second"], 3),
+            *table_cells(row, everything, conditional),
         ]
         for method, row in best.items()
     ]

@@ -18,16 +18,6 @@ from nrcg.guidance import PredictNoise, log_prob_gradient
 from nrcg.noise import sample_noise
 from nrcg.stabilizers import Stabilizer
 
-COLUMNS = (
-    "method",
-    "t",
-    "num_images",
-    "accuracy",
-    "logit_sensitivity_mean",
-    "logit_sensitivity_std",
-    "gradient_sensitivity_mean",
-    "gradient_sensitivity_std",
-)
 DENOISED = "non_robust_x0"
 
 
@@ -80,7 +70,7 @@ def forward_analysis(
         on_step: called after each step of each batch.
 
     Returns:
-        Rows with COLUMNS: mean and standard deviation over the images for each method and t.
+        Rows with `nrcg.results.FORWARD_COLUMNS`: mean and standard deviation over the images for each method and t.
     """
     methods = [*classifiers, DENOISED, *(f"{DENOISED}_{name}" for name in stabilizers)]
     curves = {name: _Curves.empty(len(images), schedule.num_steps) for name in methods}

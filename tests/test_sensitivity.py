@@ -9,7 +9,8 @@ from toys import LinearClassifier, TwoGaussians
 from nrcg.classifiers import class_log_prob
 from nrcg.diffusion import Schedule
 from nrcg.noise import sample_noise
-from nrcg.sensitivity import COLUMNS, forward_analysis, sensitivity
+from nrcg.results import FORWARD_COLUMNS
+from nrcg.sensitivity import forward_analysis, sensitivity
 from nrcg.stabilizers import EMA, Identity
 
 SCHEDULE = Schedule.linear(8, 0.02, 0.4)
@@ -45,7 +46,9 @@ def analyse(x0, *, classifiers, predict_noise=zero_noise, stabilizers=None, labe
     )
     methods = dict.fromkeys(row["method"] for row in rows)
     return {
-        method: {column: np.array([row[column] for row in rows if row["method"] == method]) for column in COLUMNS[1:]}
+        method: {
+            column: np.array([row[column] for row in rows if row["method"] == method]) for column in FORWARD_COLUMNS[1:]
+        }
         for method in methods
     }
 
@@ -200,7 +203,7 @@ def test_ema_of_a_constant_gradient():
     assert_columns(curves["non_robust_x0_ema"], "gradient_sensitivity", changes(smoothed, x))
     # float32 noise of a gradient of 1 over distances of 0.5 and more.
     np.testing.assert_allclose(curves["non_robust_x0"]["gradient_sensitivity_mean"], 0.0, atol=1e-5)
-    for column in COLUMNS[3:]:
+    for column in FORWARD_COLUMNS[3:]:
         np.testing.assert_array_equal(curves["non_robust_x0_none"][column], curves["non_robust_x0"][column])
 
 
@@ -278,9 +281,9 @@ def test_rows():
     methods = ("robust", "non_robust", "non_robust_x0", "non_robust_x0_ema99")
     assert [(row["method"], row["t"]) for row in rows] == [(m, t) for m in methods for t in range(1, 9)]
     for row in rows:
-        assert tuple(row) == COLUMNS
+        assert tuple(row) == FORWARD_COLUMNS
         assert row["num_images"] == 5 and 0 <= row["accuracy"] <= 1
-        assert all(np.isfinite(row[column]) for column in COLUMNS[3:])
+        assert all(np.isfinite(row[column]) for column in FORWARD_COLUMNS[3:])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
