@@ -130,7 +130,7 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
         out.with_name(f"{out.name}.checkpoint.pt"), _identity(settings, manifest), config.checkpoint_minutes
     )
     steps = config.epochs * training.steps_per_epoch(len(train), config.batch_size)
-    grids: dict[int, Any] = {}
+    mean = mean_image(arguments.data)
     with (
         tracking.run(
             settings.experiment, "train_ddpm", kind="train", params=settings.model_dump(), tags=_data_tags(manifest)
@@ -140,7 +140,7 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
 
         def keep_grid(unet: torch.nn.Module, epoch: int) -> None:
             path = out.with_name(f"{out.name}.samples") / f"epoch{epoch:04d}.png"
-            grids[epoch] = _draw_grid(unet, config, mean_image(arguments.data), device, precision, path)
+            _draw_grid(unet, config, mean, device, precision, path)
             run.log_artifact(path, "samples")
 
         unet, log = training.train_ddpm(
@@ -157,8 +157,8 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
             on_epoch=lambda row: _log_epoch(run, row),
             on_samples=keep_grid,
         )
-        training.save_pipeline(out, unet, config, mean_image(arguments.data), record | {"mlflow_run_id": run.id}, log)
-        _draw_grid(unet, config, mean_image(arguments.data), device, precision, out / "samples.png")
+        training.save_pipeline(out, unet, config, mean, record | {"mlflow_run_id": run.id}, log)
+        _draw_grid(unet, config, mean, device, precision, out / "samples.png")
         run.log_artifact(out / "samples.png", "samples")
     checkpoint.remove()
 
