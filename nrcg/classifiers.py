@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class Classifier(nn.Module):
         input_range: the module's value range, such as (0, 1); applied before mean and std.
         mean: per channel, subtracted in that range.
         std: per channel, divided by.
+        channels: C of the images that the module takes; None: as many as mean and std have, or any.
+        classes: K names, if known.
+
+    Raises:
+        ValueError: mean, std and channels do not agree, or std is not positive.
     """
 
     def __init__(
@@ -58,19 +63,31 @@ class Classifier(nn.Module):
         input_range: tuple[float, float] = (-1.0, 1.0),
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        channels: int | None = None,
+        classes: Sequence[str] | None = None,
     ):
         super().__init__()
         self.module = module
         self.image_size = image_size
-        low, high = input_range
+        self.input_range = (float(input_range[0]), float(input_range[1]))
+        self.mean = None if mean is None else [float(value) for value in mean]
+        self.std = None if std is None else [float(value) for value in std]
+        self.channels = _agreed_channels(channels, self.mean, self.std)
+        self.classes = None if classes is None else list(classes)
+        self.rebuild: dict[str, Any] | None = None
+        """What makes the module again without its weights, where it came from a SPEC."""
+        self.groups: list[list[int]] | None = None
+        low, high = self.input_range
         # (x + 1) / 2 * (high - low) + low, then (. - mean) / std, folded into one scale and shift.
-        mean_t = torch.tensor(mean if mean is not None else [0.0]).reshape(1, -1, 1, 1)
-        std_t = torch.tensor(std if std is not None else [1.0]).reshape(1, -1, 1, 1)
+        mean_t = torch.tensor(self.mean or [0.0]).reshape(1, -1, 1, 1)
+        std_t = torch.tensor(self.std or [1.0]).reshape(1, -1, 1, 1)
         self.register_buffer("_scale", (high - low) / 2 / std_t, persistent=False)
         self.register_buffer("_shift", ((high + low) / 2 - mean_t) / std_t, persistent=False)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] as the module expects them."""
+        """Images (B, C, H, W) in [-1, 1] as the module expects them. Raises ValueError: not its channels."""
+        if self.channels is not None and x.shape[1] != self.channels:
+            raise ValueError(f"the classifier takes images of {self.channels} channels, not of {x.shape[1]}")
         if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
         x = x * self._scale.to(x.dtype) + self._shift.to(x.dtype)
@@ -79,7 +96,32 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K) logits."""
-        return logits_of(self.module(self.prepare(x)))
+        logits = logits_of(self.module(self.prepare(x)))
+        if self.groups is None:
+            return logits
+        if logits.shape[1] == 1:  # binary: softmax of (0, z) is sigmoid(z)
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+        return torch.stack([logits[:, group].logsumexp(dim=1) for group in self.groups], dim=1)
+
+    def group(self, classes: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
+        """Give logits for other classes, each a group of the module's: their probabilities add up, and what belongs to
+        no group is left out of the softmax.
+
+        Args:
+            classes: the new names.
+            groups: for each, positions among the module's classes (0 and 1 where it has one logit).
+        """
+        self.classes, self.groups = list(classes), [list(group) for group in groups]
+
+    def adapter(self) -> dict[str, Any]:
+        """The settings above, for a file; `Classifier(module, **adapter)` makes the adapter again, but for groups."""
+        return {
+            "image_size": self.image_size,
+            "input_range": list(self.input_range),
+            "mean": self.mean,
+            "std": self.std,
+            "channels": self.channels,
+        }
 
     @property
     def feature_dim(self) -> int:
@@ -95,6 +137,51 @@ class Classifier(nn.Module):
         finally:
             hook.remove()
         return caught[0].flatten(1)
+
+
+def _agreed_channels(channels: int | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> int | None:
+    counts = {len(values) for values in (mean, std) if values is not None} - {1}
+    if channels is not None:
+        counts.add(channels)
+    if len(counts) > 1 or not all(value > 0 for value in std or ()):
+        raise ValueError(f"channels {channels}, mean {mean} and std {std} do not agree, or a std is not positive")
+    return counts.pop() if counts else None
+
+
+def probe(classifier: Callable[[Tensor], Any], x: Tensor) -> int:
+    """Try a classifier on images shaped like x (1, C, H, W).
+
+    Returns:
+        K, the number of classes; one logit means two.
+
+    Raises:
+        ValueError: it cannot take them, gives no (B, K) logits, gives probabilities, or has no gradient.
+        TypeError: it gives no tensor.
+    """
+    ramp = torch.linspace(-1.0, 1.0, x.numel(), device=x.device).reshape(x.shape)
+    try:
+        with torch.enable_grad():
+            seen = torch.cat([torch.zeros_like(x), ramp.to(x.dtype)]).requires_grad_(True)
+            logits = logits_of(classifier(seen))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the classifier cannot take images of shape {tuple(x.shape[1:])}: {reason}") from error
+    if len(logits) != 2:
+        raise ValueError(f"the classifier gave logits of shape {tuple(logits.shape)} for 2 images; expected (2, K)")
+    if not logits.requires_grad:
+        raise ValueError("the classifier's logits have no gradient with respect to its input")
+    found = logits.detach().float()
+    if not found.isfinite().all():
+        raise ValueError("the classifier's logits are not finite; are its weights?")
+    if (
+        found.shape[1] > 1
+        and (found >= 0).all()
+        and torch.allclose(found.sum(dim=1), torch.ones_like(found[:, 0]), atol=1e-4)
+    ):
+        raise ValueError(
+            "the classifier gives probabilities that add up to 1; logits are needed: leave its softmax out"
+        )
+    return max(found.shape[1], 2)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -207,6 +294,8 @@ def _remake(folder: str | Path) -> str:
 def load_classifier(folder: str | Path) -> Classifier:
     """A classifier saved by `save_classifier`, in eval mode, its parameters frozen.
 
+    Images of another size than it was trained on are resized to that.
+
     Raises:
         DataError: a file is missing, cut off or does not belong to the other.
     """
@@ -217,7 +306,7 @@ def load_classifier(folder: str | Path) -> Classifier:
 
     config = read_classifier_config(folder)
     path = Path(folder) / WEIGHTS_FILE
-    module = build_module(config["architecture"], len(config["classes"]), config.get("batch_norm_momentum", 0.1))
+    module = _build(config)
     try:
         module.load_state_dict(load_file(path))
         digest = sha256_file(path)
@@ -228,9 +317,21 @@ def load_classifier(folder: str | Path) -> Classifier:
         raise DataError(f"{path}: damaged ({reason}); delete it, then {_remake(folder)}") from None
     if config.get("sha256", digest) != digest:
         raise DataError(f"{path}: not the weights of {CONFIG_FILE}; delete the folder, then {_remake(folder)}")
-    classifier = Classifier(module.to(memory_format=torch.channels_last))
-    classifier.classes = list(config["classes"])
+    adapter = config.get("adapter") or {"image_size": config["image_size"], "channels": config.get("channels", 3)}
+    classifier = Classifier(module.to(memory_format=torch.channels_last), **adapter, classes=config["classes"])
+    classifier.rebuild = config.get("rebuild")
+    if config.get("groups"):
+        classifier.group(config["classes"], config["groups"])
     return freeze(classifier)
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    """The network of a saved classifier, with random weights."""
+    if config.get("rebuild"):
+        from nrcg import specs
+
+        return specs.build(config["rebuild"])
+    return build_module(config["architecture"], len(config["classes"]), config.get("batch_norm_momentum", 0.1))
 
 
 def class_index(classes: Sequence[str], target: str | int) -> int:
@@ -240,6 +341,5 @@ def class_index(classes: Sequence[str], target: str | int) -> int:
         return list(classes).index(text)
     if text.isdecimal() and int(text) < len(classes):
         return int(text)
-    raise DataError(
-        f"target {text!r} is no class of the classifier; allowed: {', '.join(classes)} or 0..{len(classes) - 1}"
-    )
+    names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    raise DataError(f"target {text!r} is no class of the classifier; allowed: {names} or 0..{len(classes) - 1}")

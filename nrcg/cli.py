@@ -247,10 +247,9 @@ def forward(arguments: argparse.Namespace) -> None:
     smoothing = {
         stabilizer_name(entry): stabilizers.from_config(entry, schedule.num_steps) for entry in config.stabilizers
     }
-    passes = -(-count // config.batch_size) * (schedule.num_steps + 1)
     with (
         tracking.run(settings.experiment, "forward", kind="forward", params=settings.model_dump()) as run,
-        Progress("forward", passes, "step") as bar,
+        Progress("forward", count * (schedule.num_steps + 1), "step") as bar,
     ):
         rows = forward_analysis(
             to_unit(images[:count]).to(device),
@@ -263,7 +262,7 @@ def forward(arguments: argparse.Namespace) -> None:
             seed=config.seed,
             batch_size=config.batch_size,
             clip_pred_x0=settings.clip_pred_x0,
-            on_step=bar.update,
+            on_step=bar.set,
         )
         write_csv(arguments.out, rows, FORWARD_COLUMNS)
         for row in rows:
@@ -284,8 +283,8 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
-    from nrcg import stabilizers
-    from nrcg.classifiers import class_index, load_classifier, read_classifier_config
+    from nrcg import schedules, stabilizers
+    from nrcg.classifiers import class_index, load_classifier
     from nrcg.guidance import ClassifierGuidance
 
     for flag in ("method", "scale", "shard"):
@@ -298,20 +297,24 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
     if count < 1:
         raise ConfigError(f"--shard: {arguments.shard} is past the last of {config.num_samples} samples")
     pipe, device, precision = _pipeline(arguments, settings)
+    pipe.use_sampler(method.sampler.name)
     guidance, weights = None, {"ddpm": _weights_hash(arguments.ddpm)}
     if method.classifier is not None:
         if arguments.classifier is None:
             raise ConfigError(f"--classifier: missing; method {settings.method} is guided by {method.classifier}")
-        folder = arguments.classifier
+        classifier = load_classifier(arguments.classifier)
         guidance = ClassifierGuidance(
-            load_classifier(folder),
-            class_index(read_classifier_config(folder)["classes"], settings.target),
-            scale=arguments.scale,
+            classifier,
+            class_index(classifier.classes, settings.target),
+            scale=schedules.from_config(method.scale_schedule, arguments.scale),
             input=method.input,
-            stabilizer=stabilizers.from_config(method.stabilizer, pipe.schedule().num_steps),
+            stabilizer=stabilizers.from_config(method.stabilizer, len(pipe.timesteps(method.sampler.steps))),
             clip_pred_x0=config.clip_pred_x0,
+            grad_mode=method.grad_mode,
+            every_k=method.every_k,
+            skip_above=method.skip_above,
         )
-        weights["classifier"] = _weights_hash(folder)
+        weights["classifier"] = _weights_hash(arguments.classifier)
     label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
     _draw_samples(
         arguments.out,
@@ -325,6 +328,9 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
         seed=config.seed,
         start=config.start,
         label=label,
+        num_inference_steps=method.sampler.steps,
+        eta=method.sampler.eta,
+        trace=config.trace and guidance is not None and arguments.scale > 0,
         record={
             "experiment": settings.experiment,
             "method": settings.method,
@@ -338,38 +344,24 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
 
 def _sample_own(arguments: argparse.Namespace) -> None:
     """`nrcg sample --ddpm ... --classifier ... --out DIR`: PNGs, samples.npy and a grid."""
-    from nrcg import stabilizers
-    from nrcg.classifiers import class_index, load_classifier, read_classifier_config
-    from nrcg.figures import sample_grid, save_png
-    from nrcg.guidance import ClassifierGuidance
+    from PIL import Image
+
+    from nrcg.figures import sample_grid, save_png, save_trace_figure
+    from nrcg.trace import Trace
 
     if arguments.ddpm is None:
         raise ConfigError("--ddpm: missing; give a diffusers folder or hub id")
-    try:
-        stabilizer = stabilizers.parse(arguments.stabilizer)
-    except ValueError as error:
-        raise ConfigError(f"--stabilizer: {error}") from None
+    guidance = _own_guidance(arguments)
+    if arguments.trace and guidance is None:
+        raise ConfigError("--trace: nothing guides; give --classifier")
     pipe, device, precision = _pipeline(arguments, None)
-    guidance = None
-    if arguments.classifier is not None:
-        classes = read_classifier_config(arguments.classifier)["classes"]
-        if arguments.target is None:
-            raise ConfigError(f"--target: missing; allowed: {', '.join(classes)} or 0..{len(classes) - 1}")
-        guidance = ClassifierGuidance(
-            load_classifier(arguments.classifier),
-            class_index(classes, arguments.target),
-            scale=1.0 if arguments.scale is None else arguments.scale,
-            input=arguments.input,
-            stabilizer=stabilizer,
-            grad_mode=arguments.grad_mode,
-            every_k=arguments.every_k,
-        )
-    if arguments.sampler is not None:
-        _set_sampler(pipe, arguments.sampler)
+    pipe.use_sampler(arguments.sampler)
     out = Path(arguments.out)
     # What was asked for, as the flags name it.
-    asked = ("ddpm", "classifier", "target", "scale", "input", "stabilizer", "grad_mode", "every_k", "sampler", "eta")
-    record = {name: getattr(arguments, name) for name in asked}
+    asked = (
+        *("ddpm", "classifier", "target", "scale", "scale_schedule", "input", "stabilizer", "grad_mode", "every_k"),
+        *("skip_above", "clip_pred_x0", "sampler", "eta"),
+    )
     images = _draw_samples(
         out / "samples.npy",
         pipe,
@@ -382,26 +374,59 @@ def _sample_own(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         start=arguments.start,
         label="sample",
-        record=record,
+        record={name: getattr(arguments, name) for name in asked},
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
+        trace=arguments.trace,
     )
-    from PIL import Image
-
     for index, image in enumerate(images):
         Image.fromarray(image.squeeze()).save(out / f"{index:05d}.png")
     save_png(out / "grid.png", sample_grid(images[:GRID_SAMPLES], max(1, round(min(len(images), GRID_SAMPLES) ** 0.5))))
-    print(f"{len(images)} samples in {out}: samples.npy, grid.png, {0:05d}.png ...")
+    traced = ""
+    if arguments.trace:
+        save_trace_figure(out / "trace.png", Trace.load(out / "samples.trace.npz"))
+        traced = ", samples.trace.npz, trace.png"
+    print(f"{len(images)} samples in {out}: samples.npy, grid.png{traced}, {0:05d}.png ...")
 
 
-def _set_sampler(pipe: Any, name: str) -> None:
-    """Give the pipeline another scheduler with the same betas."""
-    import diffusers
+def _own_guidance(arguments: argparse.Namespace) -> Any:
+    """Guidance as the flags of `nrcg sample` ask for it, or None."""
+    from nrcg import schedules, stabilizers
+    from nrcg.classifiers import class_index
+    from nrcg.guidance import ClassifierGuidance
+    from nrcg.specs import load_classifier
 
-    classes = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
-    # Trailing: fewer steps start at T, where the noise is what sampling starts from.
-    scheduler = getattr(diffusers, classes[name])
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    try:
+        stabilizer = stabilizers.parse(arguments.stabilizer)
+    except ValueError as error:
+        raise ConfigError(f"--stabilizer: {error}") from None
+    try:
+        scale = schedules.parse(arguments.scale_schedule, 1.0 if arguments.scale is None else arguments.scale)
+    except ValueError as error:
+        raise ConfigError(f"--scale-schedule: {error}") from None
+    if arguments.classifier is None:
+        return None
+    classifier = load_classifier(arguments.classifier)
+    if arguments.target is None:
+        names = f"{', '.join(classifier.classes[:20])} or a number" if classifier.classes else "a number"
+        raise ConfigError(f"--target: missing; allowed: {names}")
+    if classifier.classes is not None:
+        target = class_index(classifier.classes, arguments.target)
+    elif arguments.target.isdecimal():
+        target = int(arguments.target)
+    else:
+        raise ConfigError(f"--target: {arguments.target!r}: the classifier's classes have no names; give a number")
+    return ClassifierGuidance(
+        classifier,
+        target,
+        scale=scale,
+        input=arguments.input,
+        stabilizer=stabilizer,
+        clip_pred_x0=arguments.clip_pred_x0,
+        grad_mode=arguments.grad_mode,
+        every_k=arguments.every_k,
+        skip_above=arguments.skip_above,
+    )
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -567,13 +592,14 @@ def _draw_samples(
     *,
     num_samples: int,
     first_sample: int,
-    batch_size: int,
+    batch_size: int | str,
     seed: int,
     start: str,
     label: str,
     record: dict,
     num_inference_steps: int | None = None,
     eta: float = 0.0,
+    trace: bool = False,
 ) -> Any:
     """Draw samples, write them as uint8 (N, H, W, C) to `path` and their record beside it; returns them."""
     import torch
@@ -585,8 +611,7 @@ def _draw_samples(
     path = Path(path)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    steps = len(pipe.timesteps(num_inference_steps)) * -(-num_samples // batch_size)
-    with Progress(label, steps, "step") as bar:
+    with Progress(label, len(pipe.timesteps(num_inference_steps)) * num_samples, "step") as bar:
         out = pipe(
             num_samples=num_samples,
             batch_size=batch_size,
@@ -597,8 +622,11 @@ def _draw_samples(
             num_inference_steps=num_inference_steps,
             eta=eta,
             precision=precision,
-            on_step=bar.update,
+            trace=trace,
+            on_step=bar.set,
         )
+    if out.trace is not None:
+        out.trace.save(path.with_suffix(".trace.npz"))
     images = to_uint8(out.samples)
     atomic_save_array(path, images)
     record = record | {
@@ -630,7 +658,7 @@ def _draw_grid(unet: Any, config: Any, mean: Any, device: Any, precision: Any, p
 
     pipe = GuidedDDPMPipeline(unet, build_scheduler(config.schedule)).to(device)
     pipe.data_mean = torch.from_numpy(mean)
-    out = pipe(num_samples=36, batch_size=36, seed=config.seed, precision=precision, on_step=lambda: None)
+    out = pipe(num_samples=36, batch_size=36, seed=config.seed, precision=precision, on_step=lambda done: None)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(path, sample_grid(to_uint8(out.samples), 6))
 
@@ -771,7 +799,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sample_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--ddpm", help="a diffusers folder or hub id")
-    sub.add_argument("--classifier", help="a saved classifier's folder; without it nothing guides")
+    sub.add_argument(
+        "--classifier",
+        help="a saved classifier's folder, torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER or"
+        " python:MODULE:FACTORY; without it nothing guides",
+    )
     sub.add_argument("--scale", type=_scale, help="guidance scale s of eq. 1; default 1")
     sub.add_argument("--out", required=True, help="a folder; for a shard the .npy file")
     own = sub.add_argument_group("anybody's model")
@@ -780,11 +812,21 @@ def _add_sample_arguments(sub: argparse.ArgumentParser) -> None:
     own.add_argument("--stabilizer", default="none", help="none, ema:BETA, adam, ...; betas per step; join by +")
     own.add_argument("--grad-mode", choices=("full", "checkpoint", "no_jacobian"), default="full")
     own.add_argument("--every-k", type=_positive, default=1, help="a new gradient each k-th step")
-    own.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp"), help="default: the model's own scheduler")
+    own.add_argument(
+        "--skip-above", type=float, default=1.0, metavar="P", help="no gradient for a sample while p(target) > P"
+    )
+    own.add_argument("--scale-schedule", default="constant", help="constant, linear:END, cosine:END, interval:LOW,HIGH")
+    own.add_argument(
+        "--no-clip-pred-x0", dest="clip_pred_x0", action="store_false", help="do not clip what the classifier sees"
+    )
+    own.add_argument("--trace", action="store_true", help="also record what the guidance did in each step")
+    own.add_argument(
+        "--sampler", choices=("model", "ddpm", "ddim", "dpmpp"), default="model", help="model: its own scheduler"
+    )
     own.add_argument("--steps", type=_positive, help="sampling steps; default: all")
     own.add_argument("--eta", type=_scale, default=0.0, help="ddim: share of the ancestral noise, 0..1")
     own.add_argument("--num-samples", type=_positive, default=16)
-    own.add_argument("--batch-size", type=_positive, default=16)
+    own.add_argument("--batch-size", type=_batch_size, default="auto", help="auto: as many as fit")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--start", choices=("auto", "standard_normal", "data_mean"), default="auto")
     own.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"))
@@ -806,6 +848,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
     return int(text)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _scale(text: str) -> float:

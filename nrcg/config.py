@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nrcg.errors import ConfigError
 
@@ -41,6 +41,15 @@ RULES = (
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _checked_batch_size(value: Any) -> Any:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError(f"{value!r} is no batch size; allowed: auto or a whole number >= 1")
+    return value
+
+
+BatchSize = Annotated[Positive | Literal["auto"], BeforeValidator(_checked_batch_size)]
 # A name becomes a folder and a Snakemake rule.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
@@ -187,22 +196,54 @@ class ClassifiersConfig(Section):
         return self
 
 
+STABILIZER_KEYS = {
+    "none": (),
+    "ema": ("beta",),
+    "adam": ("beta1", "beta2", "eps"),
+    "adam_debiased": ("beta1", "beta2", "eps"),
+    "unit_norm": (),
+    "norm_clip": ("max_norm",),
+    "adaptive_clip": ("factor", "beta"),
+    "chain": ("of",),
+}
+"""Keys that each stabilizer needs. One's own class, `module:Class`, takes `arguments` alone."""
+
+
 class StabilizerConfig(Section):
     """Smoothing of the guidance gradient over the steps. Betas hold at the published 400 steps;
     for T steps the code uses beta^(400/T)."""
 
-    name: Literal["none", "ema", "adam"] = "none"
-    beta: Beta | None = Field(default=None, description="ema: momentum at 400 steps (eq. 7).")
+    name: str = Field(
+        default="none", description=f"{', '.join(STABILIZER_KEYS)}, or one's own nrcg.Stabilizer as module:Class."
+    )
+    beta: Beta | None = Field(default=None, description="ema, adaptive_clip: momentum at 400 steps (eq. 7).")
     beta1: Beta | None = Field(default=None, description="adam: first-moment beta at 400 steps (eq. 8).")
     beta2: Beta | None = Field(default=None, description="adam: second-moment beta at 400 steps (eq. 8).")
     eps: Annotated[float, Field(gt=0)] | None = Field(default=None, description="adam: added to the root.")
+    max_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="norm_clip: largest 2-norm of a sample's gradient."
+    )
+    factor: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="adaptive_clip: largest norm as a multiple of the sample's average so far."
+    )
+    of: Annotated[list[StabilizerConfig], Field(min_length=1)] | None = Field(
+        default=None, description="chain: stabilizers, each fed with the last one's result."
+    )
+    arguments: dict[str, float | str | bool] | None = Field(
+        default=None, description="module:Class: keyword arguments, as they are (no beta is scaled)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> StabilizerConfig:
-        needed = {"none": (), "ema": ("beta",), "adam": ("beta1", "beta2", "eps")}[self.name]
-        for key in ("beta", "beta1", "beta2", "eps"):
+        own = re.fullmatch(r"[\w.]+:\w+", self.name) is not None
+        if self.name not in STABILIZER_KEYS and not own:
+            raise ValueError(
+                f"name: {self.name!r} is no stabilizer; allowed: {', '.join(STABILIZER_KEYS)} or module:Class"
+            )
+        needed = () if own else STABILIZER_KEYS[self.name]
+        for key in [field for field in type(self).model_fields if field != "name"]:
             given = getattr(self, key) is not None
-            if given and key not in needed:
+            if given and key not in needed and not (own and key == "arguments"):
                 raise ValueError(f"{key}: stabilizer {self.name!r} has no such key; allowed: {list(needed)}")
             if not given and key in needed:
                 raise ValueError(f"{key}: missing; stabilizer {self.name!r} needs {list(needed)}")
@@ -213,7 +254,7 @@ class ForwardConfig(Section):
     """The forward analysis (figs. 1 to 4)."""
 
     num_images: Positive = Field(description="Validation images, one noise trajectory each.")
-    batch_size: Positive
+    batch_size: BatchSize = Field(description="Images at once on the device; changes no result. auto: as many as fit.")
     stabilizers: Annotated[list[StabilizerConfig], Field(min_length=1)] = Field(
         description="Stabilizers measured on non_robust_x0 (fig. 4)."
     )
@@ -228,8 +269,44 @@ class ForwardConfig(Section):
         return self
 
 
+class ScaleScheduleConfig(Section):
+    """How the guidance scale changes along a trajectory; the sweep's scale is multiplied by it."""
+
+    name: Literal["constant", "linear", "cosine", "interval"] = "constant"
+    start: Annotated[float, Field(ge=0)] = Field(default=1.0, description="linear, cosine: factor at t = T.")
+    end: Annotated[float, Field(ge=0)] = Field(default=1.0, description="linear, cosine: factor at t = 0.")
+    low: Fraction = Field(default=0.0, description="interval: guidance where low <= t / T <= high.")
+    high: Fraction = Field(default=1.0, description="interval: guidance where low <= t / T <= high.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScaleScheduleConfig:
+        if self.low > self.high:
+            raise ValueError("low: must not be larger than high")
+        used = {"linear": ("start", "end"), "cosine": ("start", "end"), "interval": ("low", "high")}
+        for key in ("start", "end", "low", "high"):
+            if key not in used.get(self.name, ()) and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: the schedule {self.name!r} has no such key")
+        return self
+
+
+class SamplerConfig(Section):
+    """The way from x_T to x_0."""
+
+    name: Literal["model", "ddpm", "ddim", "dpmpp"] = Field(
+        default="model", description="model: the scheduler saved with the diffusion model; dpmpp: DPM-Solver++(2M)."
+    )
+    steps: Positive | None = Field(default=None, description="Sampling steps; null: all T.")
+    eta: Fraction = Field(default=0.0, description="ddim: share of the ancestral sampler's noise.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplerConfig:
+        if self.eta and self.name != "ddim":
+            raise ValueError(f"eta: the sampler {self.name!r} has no such key; ddim has")
+        return self
+
+
 class MethodConfig(Section):
-    """What guides: a classifier, what it sees, and how its gradient is smoothed."""
+    """What guides: a classifier, what it sees, how its gradient is taken and smoothed, and the sampler."""
 
     classifier: Literal["robust", "non_robust"] | None = Field(
         default=None, description="Guiding classifier; null samples without guidance."
@@ -239,6 +316,25 @@ class MethodConfig(Section):
         description="The classifier sees the noisy image or the one-step denoised image (eq. 5).",
     )
     stabilizer: StabilizerConfig = StabilizerConfig()
+    scale_schedule: ScaleScheduleConfig = ScaleScheduleConfig()
+    grad_mode: Literal["full", "checkpoint", "no_jacobian"] = Field(
+        default="full", description="pred_x0: how the gradient passes the U-Net; no_jacobian takes eps for a constant."
+    )
+    every_k: Positive = Field(default=1, description="A new gradient each k-th step.")
+    skip_above: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="No gradient for a sample while its p(target) is above this; 1: always one."
+    )
+    sampler: SamplerConfig = SamplerConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodConfig:
+        if self.classifier is None:
+            for key, field in type(self).model_fields.items():
+                if key not in ("classifier", "sampler") and getattr(self, key) != field.default:
+                    raise ValueError(f"{key}: guides nothing without a classifier; give robust or non_robust")
+        if self.input == "x_t" and self.grad_mode != "full":
+            raise ValueError("grad_mode: is about the U-Net, which the gradient passes only with input pred_x0")
+        return self
 
 
 class SamplingConfig(Section):
@@ -246,11 +342,16 @@ class SamplingConfig(Section):
 
     num_samples: Positive = Field(description="Samples per method and scale.")
     shard_size: Positive = Field(description="Samples per job.")
-    batch_size: Positive = Field(description="Samples at once on the device; never changes the samples.")
+    batch_size: BatchSize = Field(
+        description="Samples at once on the device; never changes the samples. auto: as many as fit."
+    )
     start: Literal["standard_normal", "data_mean"] = Field(
         description="x_T ~ N(0, I) as published, or around sqrt(abar_T) times the mean training image."
     )
     clip_pred_x0: bool = Field(description="Clip the one-step denoised image to [-1, 1], as published.")
+    trace: bool = Field(
+        description="Record gradient norms, cosines, log-probabilities and clipped pixels of each step."
+    )
     seed: Annotated[int, Field(ge=0)] = Field(description="Sample i depends on (seed, i) alone.")
 
 
@@ -538,8 +639,12 @@ def scaled_beta(beta: float, num_steps: int) -> float:
 
 
 def stabilizer_name(config: StabilizerConfig) -> str:
-    """Short name in methods and tables: ema99 for EMA 0.99, adam, none."""
-    return f"ema{f'{config.beta:g}'.removeprefix('0.').ljust(2, '0')}" if config.name == "ema" else config.name
+    """Short name in methods and tables: ema99 for EMA 0.99, adam, none, adaptive_clip_ema99 for a chain."""
+    if config.name == "chain":
+        return "_".join(stabilizer_name(part) for part in config.of)
+    if config.name == "ema":
+        return f"ema{f'{config.beta:g}'.removeprefix('0.').ljust(2, '0')}"
+    return config.name.rpartition(":")[2]
 
 
 def format_scale(scale: float) -> str:

@@ -76,10 +76,11 @@ class Schedule:
         abar = self.at(t, x0)
         return abar.sqrt() * x0 + (1.0 - abar).sqrt() * noise
 
-    def pred_x0(self, x_t: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
-        """eq. 5, the one-step denoised image: (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), not clipped."""
+    def pred_x0(self, x_t: Tensor, eps: Tensor, t: Tensor | int, *, clip: bool = False) -> Tensor:
+        """eq. 5, the one-step denoised image: (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t); clip: to [-1, 1]."""
         abar = self.at(t, x_t)
-        return (x_t - (1.0 - abar).sqrt() * eps) / abar.sqrt()
+        x0 = (x_t - (1.0 - abar).sqrt() * eps) / abar.sqrt()
+        return x0.clamp(-1.0, 1.0) if clip else x0
 
     def posterior(self, t: int, t_prev: int | None = None) -> tuple[float, float, float]:
         """q(x_prev | x_t, x_0) of Ho et al. 2020, eqs. 6 and 7.

@@ -54,8 +54,7 @@ class Sampler(ABC):
 
     def pred_x0(self, x: Tensor, eps: Tensor, t: int) -> Tensor:
         """eq. 5, clipped where asked."""
-        x0 = self.schedule.pred_x0(x, eps, t)
-        return x0.clamp(-1.0, 1.0) if self.clip_pred_x0 else x0
+        return self.schedule.pred_x0(x, eps, t, clip=self.clip_pred_x0)
 
     def guided_eps(self, eps: Tensor, shift: Tensor | None, t: int) -> Tensor:
         """Dhariwal and Nichol 2021, algorithm 2: eps - sqrt(1 - abar_t) * s * g_t."""

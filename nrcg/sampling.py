@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDPMPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from nrcg.batching import BatchSize, in_batches, largest_batch
 from nrcg.datasets import to_uint8
 from nrcg.diffusion import (
     Prediction,
@@ -28,6 +31,7 @@ from nrcg.errors import DataError
 from nrcg.guidance import ClassifierGuidance, PredictNoise
 from nrcg.noise import sample_noise
 from nrcg.samplers import DDIM, DDPM, DPMSolverPP, Sampler
+from nrcg.trace import Trace, TraceRecorder
 
 START_STREAM = 0
 """Noise stream of x_T within a sample; the step that leaves t uses stream t."""
@@ -54,6 +58,9 @@ SUPPORTED: dict[str, dict[str, tuple]] = {
 is silently left out would be worse."""
 
 
+SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
+
+
 @dataclass
 class GuidedOutput(BaseOutput):
     """What a pipeline call gives.
@@ -63,12 +70,14 @@ class GuidedOutput(BaseOutput):
         samples: (N, C, H, W) float32 in [-1, 1].
         nonfinite: (N,) bool, samples that turned non-finite; they stand as they were at the step before.
         seconds: wall time of the sampling alone.
+        trace: what the guidance did in each step, where asked for.
     """
 
     images: list[Image.Image]
     samples: Tensor
     nonfinite: Tensor
     seconds: float
+    trace: Trace | None = None
 
 
 def start_samples(
@@ -100,6 +109,7 @@ def guided_sample(
     seed: int,
     samples: Sequence[int],
     guidance: ClassifierGuidance | None = None,
+    recorder: TraceRecorder | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From x_T down to x_0. With the sampler DDPM and all steps this is the paper's algorithm 1.
@@ -109,6 +119,7 @@ def guided_sample(
         timesteps: falling, from 1..T; after the last the chain reaches x_0.
         seed: with `samples` gives each sample its own noise.
         samples: (B,) global sample indices.
+        recorder: watches the guided steps.
         on_step: called after each step.
 
     Returns:
@@ -122,6 +133,8 @@ def guided_sample(
         shift = None
         if guidance is not None and guidance.scale != 0 and sampler.takes_guidance(t_prev):
             prediction, shift = guidance(x, t, predict_noise, sampler.schedule)
+            if recorder is not None:
+                recorder.record(x, t, prediction, guidance, sampler.schedule)
         else:
             with torch.no_grad():
                 prediction = as_prediction(predict_noise(x, t))
@@ -169,6 +182,22 @@ class GuidedDDPMPipeline(DDPMPipeline):
     def schedule(self) -> Schedule:
         """The scheduler's abar."""
         return Schedule.from_scheduler(self.scheduler)
+
+    def use_sampler(self, name: str) -> GuidedDDPMPipeline:
+        """Exchange the scheduler for another with the same betas: `ddpm`, `ddim`, `dpmpp` (DPM-Solver++ 2M), or
+        `model`, which leaves it as it is.
+
+        Raises:
+            ValueError: another name.
+        """
+        if name == "model":
+            return self
+        if name not in SAMPLERS:
+            raise ValueError(f"sampler: {name!r} is unknown; allowed: model, {', '.join(SAMPLERS)}")
+        # Trailing: fewer steps start at T, where the noise is what sampling starts from.
+        scheduler = getattr(diffusers, SAMPLERS[name])
+        self.scheduler = scheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
+        return self
 
     def sampler(self, eta: float = 0.0) -> Sampler:
         """The scheduler's mathematics, with a place for the guidance.
@@ -225,7 +254,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
 
         def predict_noise(x: Tensor, t: int) -> Prediction:
             with autocast(x.device, precision):
-                output = unet(x, torch.full((len(x),), t - 1, device=x.device)).sample.float()
+                output = unet(x, torch.full((len(x),), t - 1, device=x.device)).sample.to(x.dtype)
             share = (output[:, channels:] + 1.0) / 2.0 if output.shape[1] == 2 * channels else None
             return Prediction(to_eps(output[:, :channels], x, t, schedule, kind), share)
 
@@ -234,7 +263,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
     def __call__(
         self,
         num_samples: int = 1,
-        batch_size: int = 16,
+        batch_size: BatchSize = 16,
         seed: int = 0,
         guidance: ClassifierGuidance | None = None,
         *,
@@ -243,13 +272,15 @@ class GuidedDDPMPipeline(DDPMPipeline):
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         precision: torch.dtype = torch.float32,
-        on_step: Callable[[], None] | None = None,
+        trace: bool = False,
+        on_step: Callable[[int], None] | None = None,
     ) -> GuidedOutput:
         """Draw samples.
 
         Args:
             num_samples: N.
-            batch_size: samples at once; changes memory and speed, never the samples.
+            batch_size: samples at once; changes memory and speed, never the samples. `auto` measures how many fit.
+                Where memory runs out all the same, a batch is done again in halves.
             seed: sample i depends on (seed, first_sample + i) alone.
             guidance: None samples the plain DDPM.
             first_sample: global index of the first sample, to draw a run in parts.
@@ -258,18 +289,23 @@ class GuidedDDPMPipeline(DDPMPipeline):
                 DPMSolverMultistepScheduler for samplers that need few.
             eta: for DDIM, share of the ancestral sampler's noise, in [0, 1].
             precision: autocast of the U-Net; x_t, the gradient and the stabilizer stay in float32.
-            on_step: called after each step of each batch, instead of the progress bar.
+            trace: record gradient norms and cosines, log-probabilities and clipped pixels of each step (`nrcg.trace`).
+            on_step: called after each step with the number of steps done, of num_samples times the steps taken;
+                instead of the progress bar.
 
         Raises:
             ValueError: a setting or a scheduler that is not supported, a classifier that does not fit.
+            DataError: a single sample does not fit into the memory.
         """
         for name, value, least in (
             ("num_samples", num_samples, 1),
-            ("batch_size", batch_size, 1),
+            ("batch_size", 1 if batch_size == "auto" else batch_size, 1),
             ("first_sample", first_sample, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name}: {value} is less than {least}")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: {value!r} is no whole number >= {least}")
+        if trace and (guidance is None or guidance.scale == 0):
+            raise ValueError("trace: needs guidance with a scale above 0")
         sampler, timesteps, device = self.sampler(eta), self.timesteps(num_inference_steps), self.device
         data_mean = self._start_mean(start)
         size = self.unet.config.sample_size
@@ -280,38 +316,67 @@ class GuidedDDPMPipeline(DDPMPipeline):
         predict_noise = self.noise_predictor(precision)
         if guidance is not None and guidance.grad_mode == "checkpoint":
             self.unet.enable_gradient_checkpointing()
-        else:
+        elif getattr(self.unet, "is_gradient_checkpointing", False):
             self.unet.disable_gradient_checkpointing()
+        if batch_size == "auto":
+            batch_size = self._largest_batch(num_samples, shape, predict_noise, guidance)
         bar = None
         if on_step is None:
-            bar = self.progress_bar(total=len(timesteps) * -(-num_samples // batch_size))
-            on_step = bar.update
-        began = time.perf_counter()
-        done: list[Tensor] = []
-        failed: list[Tensor] = []
-        for first in range(first_sample, first_sample + num_samples, batch_size):
-            indices = range(first, min(first + batch_size, first_sample + num_samples))
-            x = start_samples(sampler.schedule, seed, indices, shape, device, data_mean, timesteps[0])
+            bar = self.progress_bar(total=len(timesteps) * num_samples)
+            on_step = _set_bar(bar)
+        parts: list[Trace] = []
+
+        def draw(batch: range) -> tuple[Tensor, Tensor]:
+            indices = range(first_sample + batch.start, first_sample + batch.stop)
+            recorder = TraceRecorder() if trace else None
+            done = itertools.count(batch.start * len(timesteps) + len(batch), len(batch))
             x, nonfinite = guided_sample(
-                x,
+                start_samples(sampler.schedule, seed, indices, shape, device, data_mean, timesteps[0]),
                 predict_noise,
                 sampler,
                 timesteps,
                 seed=seed,
                 samples=indices,
                 guidance=guidance,
-                on_step=on_step,
+                recorder=recorder,
+                on_step=lambda: on_step(next(done)),
             )
-            done.append(x.clamp(-1.0, 1.0).cpu())
-            failed.append(nonfinite.cpu())
+            if recorder is not None:
+                parts.append(recorder.result())
+            return x.clamp(-1.0, 1.0).cpu(), nonfinite.cpu()
+
+        began = time.perf_counter()
+        try:
+            drawn = in_batches(num_samples, batch_size, draw)
+        finally:
+            if bar is not None:
+                bar.close()
+            if guidance is not None:
+                guidance.reset()  # its state holds the last batch's gradients
         seconds = time.perf_counter() - began
-        if bar is not None:
-            bar.close()
-        if guidance is not None:
-            guidance.reset()  # its state holds the last batch's gradients
-        samples = torch.cat(done)
-        images = [Image.fromarray(image.squeeze()) for image in to_uint8(samples)]
-        return GuidedOutput(images=images, samples=samples, nonfinite=torch.cat(failed), seconds=seconds)
+        samples = torch.cat([x for x, _ in drawn])
+        return GuidedOutput(
+            images=[Image.fromarray(image.squeeze()) for image in to_uint8(samples)],
+            samples=samples,
+            nonfinite=torch.cat([nonfinite for _, nonfinite in drawn]),
+            seconds=seconds,
+            trace=Trace.join(parts) if trace else None,
+        )
+
+    def _largest_batch(
+        self, most: int, shape: Sequence[int], predict_noise: PredictNoise, guidance: ClassifierGuidance | None
+    ) -> int:
+        schedule = self.schedule()
+
+        def one_step(num_images: int) -> None:
+            x = torch.zeros(num_images, *shape, device=self.device)
+            if guidance is None:
+                with torch.no_grad():
+                    predict_noise(x, schedule.num_steps)
+            else:
+                guidance.gradient(x, schedule.num_steps, predict_noise, schedule)
+
+        return largest_batch(one_step, most, self.device)
 
     def _start_mean(self, start: str) -> Tensor | None:
         if start not in ("auto", "standard_normal", "data_mean"):
@@ -319,6 +384,11 @@ class GuidedDDPMPipeline(DDPMPipeline):
         if start == "data_mean" and self.data_mean is None:
             raise ValueError("start: data_mean needs the file data_mean.npy beside the pipeline's model_index.json")
         return None if start == "standard_normal" else self.data_mean
+
+
+def _set_bar(bar: Any) -> Callable[[int], None]:
+    """A tqdm bar as an on_step."""
+    return lambda done: bar.update(done - bar.n)
 
 
 def _remake(folder: Path) -> str:

@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nrcg.config import ScaleScheduleConfig
 
 ScaleSchedule = Callable[[float], float]
 
@@ -55,6 +59,40 @@ class Interval:
 
     def __call__(self, share_left: float) -> float:
         return self.scale if self.low <= share_left <= self.high else 0.0
+
+
+def from_config(config: ScaleScheduleConfig, scale: float) -> float | ScaleSchedule:
+    """The scale, or the schedule, that a method of `config.yaml` has at one scale of the sweep."""
+    if config.name == "linear":
+        return Linear(config.start * scale, config.end * scale)
+    if config.name == "cosine":
+        return Cosine(config.start * scale, config.end * scale)
+    if config.name == "interval":
+        return Interval(scale, config.low, config.high)
+    return scale
+
+
+def parse(spec: str, scale: float) -> float | ScaleSchedule:
+    """A schedule from the shell: `constant`, `linear:END`, `cosine:END` (from the scale to END times it), or
+    `interval:LOW,HIGH` (guidance where LOW <= t / T <= HIGH).
+
+    Raises:
+        ValueError: anything else.
+    """
+    name, _, rest = spec.partition(":")
+    try:
+        numbers = [float(part) for part in rest.split(",")] if rest else []
+        if name == "constant" and not numbers:
+            return scale
+        if name in ("linear", "cosine") and len(numbers) == 1:
+            return (Linear if name == "linear" else Cosine)(scale, numbers[0] * scale)
+        if name == "interval" and len(numbers) == 2:
+            return Interval(scale, *numbers)
+    except ValueError as error:
+        raise ValueError(f"scale schedule {spec!r}: {error}") from None
+    raise ValueError(
+        f"scale schedule {spec!r} is unknown; allowed: constant, linear:END, cosine:END, interval:LOW,HIGH"
+    )
 
 
 def _check(**scales: float) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from nrcg.batching import BatchSize, in_batches, largest_batch
 from nrcg.classifiers import predicted_class
 from nrcg.diffusion import Schedule, as_prediction
 from nrcg.guidance import PredictNoise, log_prob_gradient
@@ -54,9 +55,9 @@ def forward_analysis(
     stabilizers: Mapping[str, Stabilizer],
     target: int,
     seed: int,
-    batch_size: int,
+    batch_size: BatchSize,
     clip_pred_x0: bool = True,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[dict]:
     """Accuracy, logit sensitivity (eq. 3) and gradient sensitivity (eqs. 4 and 6) over t = 1..T.
 
@@ -67,17 +68,19 @@ def forward_analysis(
         stabilizers: by suffix, each applied to the gradients of `non_robust_x0` (fig. 4).
         target: class whose log-probability is differentiated, as in sampling.
         seed: image i's noise depends on (seed, i) alone.
-        on_step: called after each step of each batch.
+        batch_size: images at once, changes no result; `auto` measures how many fit.
+        on_step: called after each step with the number done, of images times (T + 1).
 
     Returns:
         Rows with `nrcg.results.FORWARD_COLUMNS`: mean and standard deviation over the images for each method and t.
     """
     methods = [*classifiers, DENOISED, *(f"{DENOISED}_{name}" for name in stabilizers)]
     curves = {name: _Curves.empty(len(images), schedule.num_steps) for name in methods}
-    for first in range(0, len(images), batch_size):
-        rows = slice(first, min(first + batch_size, len(images)))
+
+    def walk(batch: range) -> None:
+        rows = slice(batch.start, batch.stop)
         x0 = images[rows]
-        noise = sample_noise(seed, range(rows.start, rows.stop), 0, x0.shape[1:], x0.device)
+        noise = sample_noise(seed, batch, 0, x0.shape[1:], x0.device)
         for stabilizer in stabilizers.values():
             stabilizer.reset()
         later: dict[str, tuple[Tensor, Tensor]] = {}
@@ -89,8 +92,7 @@ def forward_analysis(
             def denoise(x: Tensor, t: int = t) -> Tensor:
                 if t == 0:
                     return x
-                x0hat = schedule.pred_x0(x, as_prediction(predict_noise(x, t)).eps, t)
-                return x0hat.clamp(-1.0, 1.0) if clip_pred_x0 else x0hat
+                return schedule.pred_x0(x, as_prediction(predict_noise(x, t)).eps, t, clip=clip_pred_x0)
 
             grad, logits = now[DENOISED] = log_prob_gradient(classifiers["non_robust"], target, x_t, denoise)
             for name, stabilizer in stabilizers.items():
@@ -104,8 +106,30 @@ def forward_analysis(
                     curves[name].gradient[rows, t + 1] = sensitivity(grad_later, grad, distance).cpu()
             later, x_later = now, x_t
             if on_step is not None:
-                on_step()
+                on_step(batch.start * (schedule.num_steps + 1) + len(batch) * (schedule.num_steps + 1 - t))
+
+    if batch_size == "auto":
+        batch_size = _largest_batch(images, classifiers, predict_noise, schedule, target)
+    in_batches(len(images), batch_size, walk)
     return [row for name in methods for row in _rows(name, curves[name])]
+
+
+def _largest_batch(
+    images: Tensor, classifiers: Mapping[str, nn.Module], predict_noise: PredictNoise, schedule: Schedule, target: int
+) -> int:
+    """As many images as fit where it takes most: in the gradient through the U-Net."""
+
+    def one_step(num_images: int) -> None:
+        x = images[:1].expand(num_images, -1, -1, -1)
+        t = schedule.num_steps
+        log_prob_gradient(
+            classifiers["non_robust"],
+            target,
+            x,
+            lambda x: schedule.pred_x0(x, as_prediction(predict_noise(x, t)).eps, t),
+        )
+
+    return largest_batch(one_step, len(images), images.device)
 
 
 def _rows(method: str, curves: _Curves) -> list[dict]:

@@ -212,12 +212,29 @@ def from_config(config: StabilizerConfig, num_steps: int) -> Stabilizer:
     """A stabilizer of `config.yaml` for a trajectory of num_steps steps.
 
     The config's betas hold at the published 400 steps; here they become beta^(400 / num_steps).
+
+    Raises:
+        ValueError: one's own class that cannot be imported or made.
     """
+    if config.name == "chain":
+        return Chain(*(from_config(part, num_steps) for part in config.of))
     if config.name == "ema":
         return EMA(scaled_beta(config.beta, num_steps))
-    if config.name == "adam":
-        return Adam(scaled_beta(config.beta1, num_steps), scaled_beta(config.beta2, num_steps), config.eps)
-    return Identity()
+    if config.name in ("adam", "adam_debiased"):
+        beta1, beta2 = scaled_beta(config.beta1, num_steps), scaled_beta(config.beta2, num_steps)
+        return Adam(beta1, beta2, config.eps, debias=config.name == "adam_debiased")
+    if config.name == "unit_norm":
+        return UnitNorm()
+    if config.name == "norm_clip":
+        return NormClip(config.max_norm)
+    if config.name == "adaptive_clip":
+        return AdaptiveClip(config.factor, scaled_beta(config.beta, num_steps))
+    if config.name == "none":
+        return Identity()
+    try:
+        return _own_class(*config.name.split(":"))(**(config.arguments or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"stabilizer {config.name!r}: {error}") from None
 
 
 def parse(spec: str) -> Stabilizer:

@@ -223,7 +223,7 @@ class Gives(nn.Module):
         (SmoothCNN(3), 2),
         (SmoothCNN(1), 0),
         (SmoothCNN(1), 1),
-        (Gives(SimpleNamespace(logits=torch.zeros(1, 4, requires_grad=True))), 3),
+        (Gives(SimpleNamespace(logits=torch.zeros(2, 4, requires_grad=True))), 3),
     ],
 )
 def test_a_classifier_that_fits_passes(classifier, target):
@@ -266,7 +266,7 @@ def test_checkpointing_changes_memory_and_nothing_else(tmp_path):
     pipe = GuidedDDPMPipeline.from_pretrained(write_tiny_pipeline(tmp_path))
     samples = {
         mode: pipe(
-            2, guidance=ClassifierGuidance(SmoothCNN(3), 1, scale=2.0, grad_mode=mode), on_step=lambda: None
+            2, guidance=ClassifierGuidance(SmoothCNN(3), 1, scale=2.0, grad_mode=mode), on_step=lambda done: None
         ).samples
         for mode in ("full", "checkpoint")
     }

@@ -42,7 +42,7 @@ def pipe(folder):
 
 
 def draw(pipe, num_samples=4, **settings):
-    return pipe(num_samples=num_samples, on_step=lambda: None, **settings)
+    return pipe(num_samples=num_samples, on_step=lambda done: None, **settings)
 
 
 # --- the plain DDPM is diffusers' ------------------------------------------------------------------------------------
@@ -397,11 +397,12 @@ def test_the_mean_start_has_the_mean_of_the_true_x_t(mean, expected):
 
 def test_output(pipe):
     steps = []
-    out = pipe(num_samples=5, batch_size=2, on_step=lambda: steps.append(1))
+    out = pipe(num_samples=5, batch_size=2, on_step=steps.append)
     assert out.samples.shape == (5, *SHAPE) and out.samples.dtype == torch.float32
     assert out.samples.abs().max() <= 1 and out.nonfinite.shape == (5,) and out.seconds > 0
     assert [(image.size, image.mode) for image in out.images] == [((TINY_SIZE, TINY_SIZE), "RGB")] * 5
     assert len(steps) == 3 * TINY_STEPS
+    assert np.diff([0, *steps]).tolist() == [2] * 2 * TINY_STEPS + [1] * TINY_STEPS  # samples advanced by a step
     levels = ((out.samples[1] + 1) * 127.5).round().permute(1, 2, 0)
     assert np.array_equal(np.asarray(out.images[1]), levels.numpy().astype(np.uint8))
 
@@ -462,9 +463,11 @@ def test_sampling_trains_nothing(pipe):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"num_samples": 0}, "num_samples: 0 is less than 1"),
-        ({"batch_size": 0}, "batch_size: 0 is less than 1"),
-        ({"first_sample": -1}, "first_sample: -1 is less than 0"),
+        ({"num_samples": 0}, "num_samples: 0 is no whole number >= 1"),
+        ({"batch_size": 0}, "batch_size: 0 is no whole number >= 1"),
+        ({"first_sample": -1}, "first_sample: -1 is no whole number >= 0"),
+        ({"batch_size": "many"}, "batch_size: 'many' is no whole number >= 1"),
+        ({"trace": True}, "trace: needs guidance"),
         ({"start": "zero"}, "start: 'zero' is unknown; allowed: auto, standard_normal, data_mean"),
         ({"start": "data_mean"}, "start: data_mean needs the file data_mean.npy"),
         ({"guidance": ClassifierGuidance(SmoothCNN(3), 3)}, "target: 3 is no class of the classifier, which has 3"),
@@ -474,7 +477,7 @@ def test_sampling_trains_nothing(pipe):
 def test_wrong_settings_are_refused_before_any_step(pipe, settings, message):
     steps = []
     with pytest.raises(ValueError) as error:
-        pipe(**{"on_step": lambda: steps.append(1)} | settings)
+        pipe(**{"on_step": steps.append} | settings)
     assert message in str(error.value) and not steps
 
 

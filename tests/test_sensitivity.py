@@ -257,13 +257,14 @@ def test_one_gradient_a_step_and_classifier():
         predict_noise=predict_noise,
         stabilizers={"ema90": EMA(0.9), "ema99": EMA(0.99)},
         batch_size=3,
-        on_step=lambda: steps.append(1),
+        on_step=steps.append,
     )
     batches, per_batch = 2, SCHEDULE.num_steps + 1
     assert (robust.forwards, robust.backwards) == (batches * per_batch,) * 2
     assert (non_robust.forwards, non_robust.backwards) == (2 * batches * per_batch,) * 2
     assert asked == batches * list(range(SCHEDULE.num_steps, 0, -1))
     assert len(steps) == batches * per_batch
+    assert np.diff([0, *steps]).tolist() == [3] * per_batch + [2] * per_batch  # images advanced by a step
 
 
 def test_rows():
