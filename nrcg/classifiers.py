@@ -113,14 +113,16 @@ class Classifier(nn.Module):
         """
         self.classes, self.groups = list(classes), [list(group) for group in groups]
 
-    def adapter(self) -> dict[str, Any]:
-        """The settings above, for a file; `Classifier(module, **adapter)` makes the adapter again, but for groups."""
+    def record(self) -> dict[str, Any]:
+        """All of the adapter for `save_classifier`, from which `load_classifier` makes it again."""
+        names = ("image_size", "input_range", "mean", "std", "channels")
         return {
+            **({"architecture": self.rebuild["architecture"]} if self.rebuild else {}),
+            "classes": self.classes,
             "image_size": self.image_size,
-            "input_range": list(self.input_range),
-            "mean": self.mean,
-            "std": self.std,
-            "channels": self.channels,
+            "adapter": {name: getattr(self, name) for name in names},
+            "groups": self.groups,
+            "rebuild": self.rebuild,
         }
 
     @property
@@ -260,16 +262,23 @@ def build_module(architecture: str, num_classes: int, batch_norm_momentum: float
     return module
 
 
-def save_classifier(folder: str | Path, module: nn.Module, config: dict) -> None:
-    """Write `model.safetensors`, then `config.json` (architecture, classes, image_size, ..., weights' SHA-256)."""
-    from safetensors.torch import save_file
+def save_classifier(folder: str | Path, module: nn.Module, config: Mapping[str, Any]) -> None:
+    """Write `model.safetensors`, then `config.json`.
+
+    Args:
+        module: the network; of a `Classifier` its `.module`.
+        config: architecture, classes, image_size, and what else one wants to keep (for an adapter,
+            `Classifier.record()`); the weights' SHA-256 is added.
+    """
+    from safetensors.torch import save_model
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{WEIGHTS_FILE}.tmp"
-    save_file({key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}, temporary)
-    config = config | {"sha256": sha256_file(temporary)}
-    atomic_write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    # save_model, not save_file: some networks hold one tensor under two names. Contiguous: safetensors asks for it.
+    copy = module.to("cpu", memory_format=torch.contiguous_format)
+    save_model(copy, str(temporary))
+    atomic_write_text(folder / CONFIG_FILE, json.dumps({**config, "sha256": sha256_file(temporary)}, indent=2) + "\n")
     temporary.replace(folder / WEIGHTS_FILE)
 
 
@@ -300,7 +309,7 @@ def load_classifier(folder: str | Path) -> Classifier:
         DataError: a file is missing, cut off or does not belong to the other.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load_model
 
     from nrcg.diffusion import freeze
 
@@ -308,7 +317,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     path = Path(folder) / WEIGHTS_FILE
     module = _build(config)
     try:
-        module.load_state_dict(load_file(path))
+        load_model(module, path)
         digest = sha256_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: not found; {_remake(folder)}") from None

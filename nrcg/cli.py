@@ -228,7 +228,7 @@ def forward(arguments: argparse.Namespace) -> None:
     import torch
 
     from nrcg import stabilizers, tracking
-    from nrcg.classifiers import class_index, load_classifier, read_classifier_config
+    from nrcg.classifiers import class_index, load_classifier
     from nrcg.config import stabilizer_name
     from nrcg.datasets import open_split, to_unit
     from nrcg.progress import Progress
@@ -241,7 +241,7 @@ def forward(arguments: argparse.Namespace) -> None:
     device, precision = _device(arguments, settings)
     pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device)
     schedule = pipe.schedule()
-    folders = {role: Path(arguments.classifiers) / role for role in ("robust", "non_robust")}
+    models = {role: load_classifier(Path(arguments.classifiers) / role) for role in ("robust", "non_robust")}
     images, labels = open_split(arguments.data, "val")
     count = min(config.num_images, len(images))
     smoothing = {
@@ -254,11 +254,11 @@ def forward(arguments: argparse.Namespace) -> None:
         rows = forward_analysis(
             to_unit(images[:count]).to(device),
             torch.from_numpy(labels[:count]).to(device),
-            classifiers={role: load_classifier(folder).to(device) for role, folder in folders.items()},
+            classifiers={role: model.to(device) for role, model in models.items()},
             predict_noise=pipe.noise_predictor(precision),
             schedule=schedule,
             stabilizers=smoothing,
-            target=class_index(read_classifier_config(folders["non_robust"])["classes"], settings.target),
+            target=class_index(models["non_robust"].classes, settings.target),
             seed=config.seed,
             batch_size=config.batch_size,
             clip_pred_x0=settings.clip_pred_x0,

@@ -105,25 +105,25 @@ def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None
         parsed = parse(text)
         try:
             classifier = _adapt(_LOADERS[parsed.scheme](parsed.name, parsed.options), parsed)
-        except DataError as error:
+        except (DataError, ValueError) as error:
             raise DataError(f"classifier {text!r}: {error}") from error
     elif Path(text).exists() or os.sep in text:
         classifier = classifiers.load_classifier(text)
     else:
         parse(text)  # refused, with what is allowed
         raise AssertionError
-    if class_map is not None:
-        classifier.group(*_groups(text, classifier, class_map))
     size = classifier.image_size or PROBE_SIZE
     try:
-        num_classes = probe(classifier, torch.zeros(1, classifier.channels or 3, size, size))
+        if class_map is not None:
+            classifier.group(*_groups(text, freeze(classifier), class_map))
+        num_classes = probe(freeze(classifier), torch.zeros(1, classifier.channels or 3, size, size))
     except (ValueError, TypeError) as error:
         raise DataError(f"classifier {text!r}: {error}") from error
     if classifier.classes is not None and len(classifier.classes) != num_classes:
         raise DataError(
             f"classifier {text!r}: it has {num_classes} classes, but {len(classifier.classes)} names of them are given"
         )
-    return freeze(classifier)
+    return classifier
 
 
 def build(rebuild: Mapping[str, Any]) -> nn.Module:
@@ -181,22 +181,30 @@ def _numbers(options: Mapping[str, str], key: str, kind: Callable, count: int | 
 
 def _groups(text: str, classifier: Classifier, class_map: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
     """Our names, and for each the positions of the classifier's classes that it stands for."""
-    names, groups = list(class_map), []
-    theirs = classifier.classes
+    where = f"classifier {text!r}: class_map"
+    size = classifier.image_size or PROBE_SIZE
+    count = probe(classifier, torch.zeros(1, classifier.channels or 3, size, size))
+    theirs, seen = classifier.classes, set()
+    if len(class_map) < 2:
+        raise DataError(f"{where}: at least two classes are needed")
+    groups = []
     for ours, wanted in class_map.items():
         group = []
         for entry in wanted if isinstance(wanted, list | tuple) else [wanted]:
-            if isinstance(entry, int):
-                group.append(entry)
-            elif theirs is not None and entry in theirs:
-                group.append(theirs.index(entry))
-            else:
-                known = (
+            position = theirs.index(entry) if theirs is not None and entry in theirs else entry
+            if isinstance(position, str):
+                names = (
                     f"it has {', '.join(theirs[:10])}{', ...' if len(theirs) > 10 else ''}" if theirs else "use numbers"
                 )
-                raise DataError(f"classifier {text!r}: class_map.{ours}: no class {entry!r}; {known}")
+                raise DataError(f"{where}.{ours}: no class {entry!r}; {names}")
+            if not 0 <= position < count:
+                raise DataError(f"{where}.{ours}: {position} is no class; it has {count}")
+            if position in seen:
+                raise DataError(f"{where}.{ours}: class {position} stands there twice")
+            seen.add(position)
+            group.append(position)
         groups.append(group)
-    return names, groups
+    return list(class_map), groups
 
 
 # --- Where the networks come from -------------------------------------------------------------------------------

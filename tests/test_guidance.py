@@ -51,11 +51,10 @@ def test_gradient_equals_finite_differences(see, num_classes, target, t):
 
     step = guidance.gradient(x, t, PREDICT, SCHEDULE)
     expected = central_differences(lambda x: log_prob(classifier, shown(x), target), x)
-    # The logits and the gradient pass through float32: 1e-6 relative to the largest.
-    torch.testing.assert_close(step.grad.double(), expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
-    assert step.grad.dtype == torch.float32
+    # All in float64; abar_t itself is a float32 of the schedule's, and the differences' own error is 1e-9.
+    torch.testing.assert_close(step.grad, expected, rtol=1e-6, atol=1e-7 * float(expected.abs().max()))
     torch.testing.assert_close(step.prediction.eps, PREDICT(x, t))
-    torch.testing.assert_close(step.logits, classifier(shown(x)).float())
+    torch.testing.assert_close(step.logits, classifier(shown(x)), rtol=1e-6, atol=1e-6)
     assert not (step.grad.requires_grad or step.prediction.eps.requires_grad or step.logits.requires_grad)
 
 
@@ -304,6 +303,64 @@ def test_every_k_asks_for_a_gradient_each_kth_step_and_feeds_the_stabilizer_at_e
     assert asked[-1] == 5  # a new batch takes a gradient of its own at once
 
 
+def trajectory(guidance, x, steps=range(6, 0, -1)):
+    """Prediction and shift at each step of one fixed x."""
+    guidance.reset()
+    return [guidance(x, t, PREDICT, SCHEDULE) for t in steps]
+
+
+@pytest.mark.parametrize("see", ["pred_x0", "x_t"])
+def test_skip_above_drops_the_gradients_of_sure_samples_alone(see):
+    """A sample sure at the last step gets a zero gradient, any other its own; predictions are everybody's."""
+    settings = {"scale": 2.0, "input": see}
+    plain = ClassifierGuidance(SmoothCNN(3).double(), 1, **settings)
+    x = images()
+    probabilities = [plain.gradient(x, t, PREDICT, SCHEDULE).logits.softmax(dim=1)[:, 1] for t in range(6, 0, -1)]
+    threshold = float(torch.stack(probabilities).median())
+    expected = trajectory(plain, x)
+    found = trajectory(ClassifierGuidance(SmoothCNN(3).double(), 1, skip_above=threshold, **settings), x)
+    kinds = set()
+    for step, ((eps, shift), (eps_plain, shift_plain)) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(eps.eps, eps_plain.eps, rtol=1e-9, atol=1e-12)
+        for sample in range(len(x)):
+            sure = step > 0 and float(probabilities[step - 1][sample]) > threshold
+            kinds.add(sure)
+            wanted = 0 * shift_plain[sample] if sure else shift_plain[sample]
+            torch.testing.assert_close(shift[sample], wanted, rtol=1e-9, atol=1e-12)
+    assert kinds == {True, False}
+
+
+def test_skipping_saves_the_u_nets_gradient():
+    graphs = []
+
+    def predict_noise(x, t):
+        graphs.append((len(x), x.requires_grad))
+        return PREDICT(x, t)
+
+    guidance = ClassifierGuidance(SmoothCNN(3).double(), 1, skip_above=1e-6)
+    for t in (6, 5):
+        guidance(images(), t, predict_noise, SCHEDULE)
+    assert graphs == [(len(images()), True), (len(images()), False)]
+
+
+def test_a_time_conditioned_classifier_is_told_the_step():
+    asked = []
+
+    class NoiseAware(SmoothCNN):
+        def forward(self, x, timesteps):
+            asked.append(timesteps.tolist())
+            return super().forward(x) * (1.0 + timesteps.reshape(-1, 1))
+
+    guidance = ClassifierGuidance(NoiseAware(3).double(), 1, input="x_t", time_conditioned=True)
+    x = images()
+    step = guidance.gradient(x, 5, PREDICT, SCHEDULE)
+    assert asked == [[4] * len(x)]  # diffusers' timestep of t = 5
+    same = SmoothCNN(3).double().eval()
+    expected = central_differences(lambda x: log_prob(lambda x: 5.0 * same(x), x, 1), x)
+    torch.testing.assert_close(step.grad, expected, rtol=1e-5, atol=1e-7)
+    guidance.check(x.float()[:1].double())
+
+
 class Detached(nn.Module):
     def forward(self, x):
         return x.detach().flatten(1)[:, :2]
@@ -314,6 +371,8 @@ class Detached(nn.Module):
     [
         ({"grad_mode": "half"}, "grad_mode: 'half' is unknown; allowed: full, checkpoint, no_jacobian"),
         ({"every_k": 0}, "every_k: 0 is less than 1"),
+        ({"skip_above": 0.0}, "skip_above: 0.0 is no probability in (0, 1]"),
+        ({"time_conditioned": True}, "time_conditioned: a denoised image has no step; it goes with input x_t"),
     ],
 )
 def test_wrong_gradient_settings_are_refused(settings, message):

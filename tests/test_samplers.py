@@ -154,6 +154,41 @@ def test_exact_guidance_at_scale_one_gives_the_conditional_distribution(name, nu
     assert float(x.std()) == pytest.approx(std, abs=tolerance)
 
 
+class LinearLogProb(torch.nn.Module):
+    """One logit w x - 50: log p(class 1 | x) = log sigmoid of it is w x - 50, to e^-40 of itself."""
+
+    def __init__(self, w: float):
+        super().__init__()
+        self.w = w
+
+    def forward(self, x):
+        return self.w * x.flatten(1) - 50.0
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("num_steps", [50, 200, 400])
+def test_guidance_through_the_denoised_image_is_exact_for_a_gaussian(name, num_steps):
+    """Data N(0, std^2), log p(y | x_0) = w x_0 + const: p(x_0 | y) is N(w std^2, std^2). x0hat is E[x_0 | x_t] and the
+    posterior's variance does not depend on x_t, so grad log p(y | x_t) = w dx0hat/dx_t: eq. 6 is exact."""
+    schedule = vp_schedule(num_steps)
+    data = TwoGaussians(schedule, 0.0, 0.4)
+    samples, w = range(4000), 2.5
+    guidance = ClassifierGuidance(LinearLogProb(w), 1, scale=1.0, clip_pred_x0=False)
+    x, _ = guided_sample(
+        start_samples(schedule, 3, samples, (1, 1, 1), CPU),
+        data.predict_noise,
+        SAMPLERS[name](schedule),
+        range(num_steps, 0, -1),
+        seed=3,
+        samples=samples,
+        guidance=guidance,
+    )
+    # 7 / T for the discretisation (the posterior's variance lags behind beta_t), and three standard errors.
+    tolerance = 7 / num_steps + 3 * data.std / math.sqrt(len(samples))
+    assert float(x.mean()) == pytest.approx(w * data.std**2, abs=tolerance)
+    assert float(x.std()) == pytest.approx(data.std, abs=tolerance)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_sampler_leaves_guidance_out(name):
     schedule = vp_schedule(50)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nrcg.config import StabilizerConfig
 from nrcg.stabilizers import (
@@ -307,3 +309,99 @@ def test_wrong_specs_of_the_others(spec, message):
     with pytest.raises(ValueError) as error:
         parse(spec)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# --- settings of config.yaml -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, shown",
+    [
+        ({"name": "none"}, Identity()),
+        ({"name": "unit_norm"}, "UnitNorm()"),
+        ({"name": "norm_clip", "max_norm": 2.5}, "NormClip(2.5)"),
+        ({"name": "adaptive_clip", "factor": 3.0, "beta": 0.81}, "AdaptiveClip(3, 0.9)"),  # 0.81^(400/800)
+        (
+            {"name": "adam_debiased", "beta1": 0.81, "beta2": 0.9801, "eps": 0.01},
+            "Adam(0.9, 0.99, eps=0.01, debias=True)",
+        ),
+        (
+            {"name": "chain", "of": [{"name": "unit_norm"}, {"name": "ema", "beta": 0.81}]},
+            "Chain(UnitNorm(), EMA(0.9))",
+        ),
+        ({"name": "test_stabilizers:Halve", "arguments": {"times": 2}}, "Halve twice"),
+    ],
+)
+def test_every_stabilizer_of_the_config(settings, shown):
+    made = from_config(StabilizerConfig.model_validate(settings), 800)
+    assert isinstance(made, Identity) if isinstance(shown, Identity) else repr(made) == shown
+
+
+class Halve(Stabilizer):
+    def __init__(self, times: int = 1):
+        self.times = int(times)
+
+    def reset(self):
+        pass
+
+    def __call__(self, grad):
+        return grad / 2**self.times
+
+    def __repr__(self):
+        return "Halve twice" if self.times == 2 else "Halve"
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("nowhere.at:All", None, "stabilizer 'nowhere.at:All': cannot be imported"),
+        ("test_stabilizers:pixel", None, "is no subclass of nrcg.Stabilizer"),
+        ("test_stabilizers:Halve", {"speed": 1}, "unexpected keyword argument 'speed'"),
+    ],
+)
+def test_ones_own_class_that_cannot_be_made(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        from_config(StabilizerConfig(name=name, arguments=arguments), 100)
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+PER_SAMPLE = [
+    lambda: EMA(0.9),
+    lambda: Adam(0.9, 0.999, 1e-4),
+    lambda: Adam(0.9, 0.999, 1e-4, debias=True),
+    lambda: UnitNorm(),
+    lambda: NormClip(1.5),
+    lambda: AdaptiveClip(2.0, 0.8),
+    lambda: Chain(AdaptiveClip(), EMA(0.7)),
+]
+TRAJECTORY = st.integers(0, 2**31)
+
+
+@given(kind=st.sampled_from(range(len(PER_SAMPLE))), seed=TRAJECTORY, order=st.permutations(range(4)))
+@settings(max_examples=60, deadline=None)
+def test_permuting_the_samples_permutes_the_result(kind, seed, order):
+    grads = gradients(5, batch=4, seed=seed)
+    whole = run(PER_SAMPLE[kind](), grads)
+    torch.testing.assert_close(run(PER_SAMPLE[kind](), grads[:, order]), whole[:, order], rtol=1e-6, atol=0)
+
+
+@given(beta=st.floats(0, 0.999), seed=TRAJECTORY, factor=st.floats(1e-3, 1e3))
+@settings(max_examples=40, deadline=None)
+def test_ema_is_linear_and_never_longer_than_the_longest_gradient(beta, seed, factor):
+    grads = gradients(6, seed=seed).double()
+    smoothed = run(EMA(beta), grads)
+    torch.testing.assert_close(run(EMA(beta), factor * grads), factor * smoothed, rtol=1e-9, atol=0)
+    norms = smoothed.flatten(2).norm(dim=2)
+    assert (norms <= grads.flatten(2).norm(dim=2).amax(dim=0) * (1 + 1e-9)).all()
+
+
+@given(bound=st.floats(1e-3, 1e3), seed=TRAJECTORY, size=st.floats(1e-6, 1e6))
+@settings(max_examples=40, deadline=None)
+def test_clipping_keeps_direction_and_bound(bound, seed, size):
+    grads = size * gradients(3, seed=seed).double()
+    clipped = run(NormClip(bound), grads)
+    cosine = torch.cosine_similarity(clipped.flatten(2), grads.flatten(2), dim=2)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-9, atol=0)
+    expected = grads.flatten(2).norm(dim=2).clamp(max=bound)
+    torch.testing.assert_close(clipped.flatten(2).norm(dim=2), expected, rtol=1e-9, atol=0)
