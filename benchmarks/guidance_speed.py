@@ -104,6 +104,18 @@ def our_steps(unet, classifier, variant: str, batch_size: int, size: int, steps:
     return _now(device) - began
 
 
+def noise_seconds(batch_size: int, size: int, device) -> float:
+    """Seconds to draw one step's noise."""
+    from nrcg.noise import sample_noise
+
+    repeats = 10
+    for number in range(repeats + 1):  # the first is the warm-up
+        if number == 1:
+            began = _now(device)
+        sample_noise(0, range(batch_size), number, (3, size, size), device)
+    return (_now(device) - began) / repeats
+
+
 def _now(device) -> float:
     import torch
 
@@ -142,7 +154,12 @@ def measure(arguments: argparse.Namespace) -> dict:
     else:
         # What sampling needs on top of the models and libraries.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-    return {"images_per_second": arguments.batch_size * arguments.steps / seconds / 400, "peak_mib": peak}
+    noise = noise_seconds(arguments.batch_size, arguments.size, device) * arguments.steps / seconds
+    return {
+        "images_per_second": arguments.batch_size * arguments.steps / seconds / 400,
+        "peak_mib": peak,
+        "noise_share": noise,
+    }
 
 
 def main() -> None:
@@ -169,8 +186,8 @@ def main() -> None:
                 value = getattr(arguments, flag.replace("-", "_"))
                 command += [f"--{flag}", str(value)] if value is not None else []
             found[variant].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
-    print("| variant | images/s (median) | times plain (min to max) | peak MiB | share of plain |")
-    print("|---|---|---|---|---|")
+    print("| variant | images/s (median) | times plain (min to max) | peak MiB | share of plain | noise's share |")
+    print("|---|---|---|---|---|---|")
     for variant, runs in found.items():
         speeds = [run["images_per_second"] for run in runs]
         pairs = zip(runs, found["plain"], strict=True)
@@ -180,6 +197,7 @@ def main() -> None:
         print(
             f"| {variant} | {statistics.median(speeds):.4f} | {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f}) | {peak:.0f} | {share:.2f} |"
+            f" {100 * max(run['noise_share'] for run in runs):.2f} % |"
         )
 
 
