@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nrcg.classifiers import Classifier, load_classifier
+    from nrcg.classifiers import Classifier
     from nrcg.guidance import ClassifierGuidance
     from nrcg.sampling import GuidedDDPMPipeline
+    from nrcg.specs import load_classifier
     from nrcg.stabilizers import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, Stabilizer, UnitNorm
 
 _HOME = {
@@ -28,7 +29,7 @@ _HOME = {
     "GuidedDDPMPipeline": "sampling",
     "Identity": "stabilizers",
     "Stabilizer": "stabilizers",
-    "load_classifier": "classifiers",
+    "load_classifier": "specs",
 }
 
 __all__ = [
