@@ -173,8 +173,24 @@ def build_module(architecture: str, num_classes: int, batch_norm_momentum: float
     return module
 
 
+def replace_first_conv(module: nn.Module, in_channels: int, bias: bool) -> None:
+    """Give a torchvision MobileNetV3 another first convolution, untrained: for other channels, or with a bias.
+
+    Args:
+        module: its first layer is `features[0][0]`; changed in place.
+    """
+    old = module.features[0][0]
+    module.features[0][0] = nn.Conv2d(
+        in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, bias=bias
+    )
+
+
 def save_classifier(folder: str | Path, module: nn.Module, config: dict) -> None:
-    """Write `model.safetensors`, then `config.json` (architecture, classes, image_size, ..., weights' SHA-256)."""
+    """Write `model.safetensors`, then `config.json` (architecture, classes, image_size, ..., weights' SHA-256).
+
+    Two keys are there for networks that differ from what `build_module` makes of architecture and classes:
+    `num_logits` (1: binary, the logit of class 1 against class 0) and `first_conv` (`in_channels`, `bias`).
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -217,7 +233,10 @@ def load_classifier(folder: str | Path) -> Classifier:
 
     config = read_classifier_config(folder)
     path = Path(folder) / WEIGHTS_FILE
-    module = build_module(config["architecture"], len(config["classes"]), config.get("batch_norm_momentum", 0.1))
+    num_logits = config.get("num_logits", len(config["classes"]))
+    module = build_module(config["architecture"], num_logits, config.get("batch_norm_momentum", 0.1))
+    if "first_conv" in config:
+        replace_first_conv(module, config["first_conv"]["in_channels"], config["first_conv"]["bias"])
     try:
         module.load_state_dict(load_file(path))
         digest = sha256_file(path)
