@@ -434,7 +434,7 @@ def import_released(
         folder = _data_folder(data, config, sizes[item.experiment])
         record = {"imported": origin, "versions": dict(versions or {})}
         if item.role == "ddpm":
-            _write_ddpm(target, content, folder, record, device)
+            done.notes += _write_ddpm(target, content, folder, record, device)
         else:
             schedule = None if config is None else Schedule.from_config(config.ddpm.schedule)
             size = sizes[item.experiment]
@@ -574,10 +574,15 @@ def _write_reference(path: Path, statistics: FeatureStatistics, item: Item, orig
     atomic_write_text(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
 
 
-def _write_ddpm(folder: Path, ddpm: ReleasedDDPM, data: Path | None, record: dict, device: torch.device) -> None:
-    """The folder as `nrcg train-ddpm` leaves it: data_mean.npy, training.csv and samples.png where there is data."""
+def _write_ddpm(folder: Path, ddpm: ReleasedDDPM, data: Path | None, record: dict, device: torch.device) -> list[str]:
+    """The folder as `nrcg train-ddpm` leaves it: data_mean.npy, training.csv and samples.png where there is data.
+
+    Returns:
+        Notes.
+    """
     from diffusers import DDPMPipeline
 
+    notes = []
     record = record | {"changes": ddpm.changes, "source_weights": ddpm.source.name}
     with _whole_folder(folder) as new:
         DDPMPipeline(ddpm.unet, ddpm.scheduler).save_pretrained(new)
@@ -587,8 +592,13 @@ def _write_ddpm(folder: Path, ddpm: ReleasedDDPM, data: Path | None, record: dic
             loss = _validation_loss(ddpm, data, device)
             write_csv(new / "training.csv", [{"val_loss": loss}], ["epoch", "step", "train_loss", "val_loss"])
             _draw_grid(ddpm, new / "samples.png", device)
+            notes.append(
+                f"{folder}: mean squared error {loss:.3g} of the noise on validation images of {data} (near 1: it does not "
+                "fit them); look at samples.png"
+            )
         weights = new / "unet" / WEIGHTS[0]
         atomic_write_text(new / "training.json", json.dumps(record | {"sha256": sha256_file(weights)}, indent=2) + "\n")
+    return notes
 
 
 @torch.no_grad()
@@ -659,6 +669,9 @@ def _write_classifier(
             write_csv(new / "training.csv", [{"val_accuracy": accuracy}], columns)
             rows = training.accuracy_over_t(adapter, schedule, images)
             write_csv(new / "accuracy_over_t.csv", rows, ["t", "accuracy"])
-            notes.append(f"{folder}: {100 * accuracy:.1f} % of the validation images of {data} right")
+            note = f"{folder}: {100 * accuracy:.1f} % of the validation images of {data} right"
+            if item.role == "non_robust" and accuracy < 1.5 / len(names):
+                note += ": near chance or below, so the order of its classes (--classes) or the data are others"
+            notes.append(note)
         save_classifier(new, classifier.module, settings | record)
     return notes

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -693,7 +694,29 @@ def test_with_the_data_at_hand_the_models_are_measured(tmp_path, classes):
     if classes == BALLS:
         assert {path.name for path in guide.iterdir()} == measured
         assert config["validation_accuracy"] in {right / 12 for right in range(13)}
-        assert any("of the validation images" in note for note in done.notes)
+        said = f"{guide}: {100 * config['validation_accuracy']:.1f} % of the validation images of "
+        assert sum(note.startswith(said) for note in done.notes) == 1
     else:
         assert "validation_accuracy" not in config
         assert any("dataset.classes is [baseball, basketball, soccer], but" in note for note in done.notes)
+
+
+def test_the_workflow_does_not_train_what_was_imported(tmp_path):
+    """The judge alone is left to train: it is not among the released files."""
+    from test_workflow import command, copy_tree, planned
+
+    tree, experiments = copy_tree(tmp_path / "tree"), toy_experiments(classes=BALLS)
+    toy = {"experiments": {"sportballs": experiments["sportballs"].model_dump(mode="json")}}
+    (tree / "change.json").write_text(json.dumps(toy))
+    draw = {"image_size": 16, "num_train": 96, "num_val": 32, "diameter": (0.5, 0.9), "workers": 1}
+    write_sportballs(tree / "data/toyballs", classes=BALLS, seed=0, **draw)
+    write_ddpm(tmp_path / "clone/sportballs", size=16)
+    write_classifier(tmp_path / "clone/sportballs/light-dew-109.safetensors", 4)
+    write_classifier(tmp_path / "clone/sportballs/apricot-galaxy-108.safetensors", 4)
+    import_released(tmp_path / "clone", tree / "models", data=tree / "data", experiments=experiments)
+    words = command("--dry-run", "sportballs", "--configfile", "change.json")
+    run = subprocess.run(words, cwd=tree, capture_output=True, text=True)
+    jobs = planned(run.stdout + run.stderr)
+    assert jobs["train_classifier"] == 1
+    assert "train_ddpm" not in jobs
+    assert "models/sportballs/classifiers/judge/model.safetensors" in run.stdout + run.stderr
