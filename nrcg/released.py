@@ -593,8 +593,8 @@ def _write_ddpm(folder: Path, ddpm: ReleasedDDPM, data: Path | None, record: dic
             write_csv(new / "training.csv", [{"val_loss": loss}], ["epoch", "step", "train_loss", "val_loss"])
             _draw_grid(ddpm, new / "samples.png", device)
             notes.append(
-                f"{folder}: mean squared error {loss:.3g} of the noise on validation images of {data} (near 1: it does not "
-                "fit them); look at samples.png"
+                f"{folder}: mean squared error {loss:.3g} of the noise on validation images of {data} (near 1: it does "
+                "not fit them); look at samples.png"
             )
         weights = new / "unet" / WEIGHTS[0]
         atomic_write_text(new / "training.json", json.dumps(record | {"sha256": sha256_file(weights)}, indent=2) + "\n")
