@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -262,13 +263,27 @@ def build_module(architecture: str, num_classes: int, batch_norm_momentum: float
     return module
 
 
+def replace_first_conv(module: nn.Module, in_channels: int, bias: bool) -> None:
+    """Give a torchvision MobileNetV3 another first convolution, untrained: for other channels, or with a bias.
+
+    Args:
+        module: its first layer is `features[0][0]`; changed in place.
+    """
+    old = module.features[0][0]
+    module.features[0][0] = nn.Conv2d(
+        in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, bias=bias
+    )
+
+
 def save_classifier(folder: str | Path, module: nn.Module, config: Mapping[str, Any]) -> None:
     """Write `model.safetensors`, then `config.json`.
 
     Args:
         module: the network; of a `Classifier` its `.module`.
         config: architecture, classes, image_size, and what else one wants to keep (for an adapter,
-            `Classifier.record()`); the weights' SHA-256 is added.
+            `Classifier.record()`); the weights' SHA-256 is added. Two keys are there for networks that differ from
+            what `build_module` makes of architecture and classes: `num_logits` (1: binary, the logit of class 1
+            against class 0) and `first_conv` (`in_channels`, `bias`).
     """
     from safetensors.torch import save_model
 
@@ -276,8 +291,7 @@ def save_classifier(folder: str | Path, module: nn.Module, config: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{WEIGHTS_FILE}.tmp"
     # save_model, not save_file: some networks hold one tensor under two names. Contiguous: safetensors asks for it.
-    copy = module.to("cpu", memory_format=torch.contiguous_format)
-    save_model(copy, str(temporary))
+    save_model(copy.deepcopy(module).to("cpu", memory_format=torch.contiguous_format), str(temporary))
     atomic_write_text(folder / CONFIG_FILE, json.dumps({**config, "sha256": sha256_file(temporary)}, indent=2) + "\n")
     temporary.replace(folder / WEIGHTS_FILE)
 
@@ -340,7 +354,11 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
         from nrcg import specs
 
         return specs.build(config["rebuild"])
-    return build_module(config["architecture"], len(config["classes"]), config.get("batch_norm_momentum", 0.1))
+    num_logits = config.get("num_logits", len(config["classes"]))
+    module = build_module(config["architecture"], num_logits, config.get("batch_norm_momentum", 0.1))
+    if "first_conv" in config:
+        replace_first_conv(module, config["first_conv"]["in_channels"], config["first_conv"]["bias"])
+    return module
 
 
 def class_index(classes: Sequence[str], target: str | int) -> int:

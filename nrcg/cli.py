@@ -503,6 +503,51 @@ def report(arguments: argparse.Namespace) -> None:
     )
 
 
+def import_released(arguments: argparse.Namespace) -> None:
+    """Check and convert the paper's released models and reference statistics."""
+    from diffusers.utils import logging
+
+    from nrcg import released
+
+    logging.disable_progress_bar()
+    device, _ = _device(arguments, None)
+    done = released.import_released(
+        Path(arguments.path),
+        Path(arguments.models),
+        data=Path(arguments.data),
+        experiments=load(arguments.config).experiments if Path(arguments.config).exists() else {},
+        assign=arguments.assign,
+        classes=dict(map(_class_list, arguments.classes)),
+        device=device,
+        versions=_versions(),
+        replace=arguments.replace,
+        dry_run=arguments.dry_run,
+    )
+    _print_table([("what", "from", "to", "found"), *done.rows])
+    if done.ignored:
+        print()
+        _print_table([("ignored", "why"), *done.ignored])
+    for note in done.notes:
+        print(f"\n{note}")
+    if arguments.dry_run:
+        print("\nNothing was written (--dry-run).")
+
+
+def _class_list(text: str) -> tuple[str, list[str]]:
+    """celeba=female,male"""
+    experiment, _, names = text.partition("=")
+    listed = names.split(",")
+    if not experiment or len(listed) < 2 or not all(listed) or len(set(listed)) < len(listed):
+        raise ConfigError(f"--classes {text}: expected EXPERIMENT=NAME,NAME with different names")
+    return experiment, listed
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def table(arguments: argparse.Namespace) -> None:
     """Print the comparison table of an experiment."""
     from nrcg.results import format_table, read_csv
@@ -756,6 +801,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", default="config.yaml")
     sub = add("schema", schema)
     sub.add_argument("--out", default="config.schema.json")
+    sub = add("import-released", import_released, compute=True)
+    sub.add_argument("path", metavar="PATH", help="a clone of the paper's repository, or any folder with such files")
+    sub.add_argument("--models", default="models", help="folder to write to; default: models")
+    sub.add_argument("--data", default="data", help="folder of the data sets; default: data")
+    sub.add_argument("--config", default="config.yaml", help="whose experiments' data and schedule are compared")
+    sub.add_argument(
+        "--assign", action="append", default=[], metavar="FILE=EXPERIMENT/ROLE", help="what a file is, or FILE=ignore"
+    )
+    sub.add_argument(
+        "--classes", action="append", default=[], metavar="EXPERIMENT=NAME,NAME", help="class names in their order"
+    )
+    sub.add_argument("--replace", action="store_true", help="also models that were trained here")
+    sub.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
     sub = add("table", table)
     sub.add_argument("experiment", nargs="?", default="quickstart")
 

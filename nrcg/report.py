@@ -362,9 +362,14 @@ def _training(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(("loss", "words", "samples"))
     if (folder / "training.csv").exists():
         rows = read_csv(folder / "training.csv", ("epoch", "train_loss"))
-        found["loss"] = data_uri(render(lambda: training_loss(rows), "svg"), "svg+xml")
         last = rows[-1]
-        found["words"] = f"{format_count(last['epoch'])} epochs, last training loss {format_number(last['train_loss'])}"
+        if math.isnan(last["train_loss"]):  # an imported model: only its validation loss is known
+            found["words"] = "not trained here"
+        else:
+            found["loss"] = data_uri(render(lambda: training_loss(rows), "svg"), "svg+xml")
+            found["words"] = (
+                f"{format_count(last['epoch'])} epochs, last training loss {format_number(last['train_loss'])}"
+            )
         if not math.isnan(last.get("val_loss", math.nan)):
             found["words"] += f", validation loss {format_number(last['val_loss'])}"
     if (folder / "samples.png").exists():
