@@ -141,7 +141,9 @@ class HuggingFaceData(ImageData):
     hub_id: str | None = Field(default=None, description="Data set to fetch into path if no parquet file is there.")
     revision: str | None = Field(default=None, description="Branch or commit of hub_id; null: the newest.")
     image_column: str = Field(default="image", description="Encoded images: struct{bytes, path} or binary.")
-    label_column: str = Field(default="label", description="Class numbers (by the ClassLabel's names, if any) or names.")
+    label_column: str = Field(
+        default="label", description="Class numbers (by the ClassLabel's names, if any) or names."
+    )
     train_split: str = Field(default="train", description="Files of this split train, such as train-00000-of-00006.")
     val_split: str | None = Field(
         default="validation", description="Files of this split validate; null: val_share of the training split."
