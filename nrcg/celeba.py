@@ -73,7 +73,7 @@ def list_celeba(
         names = [name for name in sorted(labels) if parts[name] == number][:limit]
         splits[split] = file_split([files[name] for name in names], names, [labels[name] for name in names])
     lines += [file_line(file, file.name) for file in (attributes, partition)]
-    return Listing(splits, f"CelebA, {where}, labelled by {attribute}", lines)
+    return Listing(path, splits, f"CelebA, {where}, labelled by {attribute}", lines)
 
 
 # --- Finding and fetching ---------------------------------------------------------------------------------------

@@ -85,14 +85,13 @@ def convert(
         DataError: no image for a split or class; too many unreadable files; or another process is writing.
     """
     folder = Path(folder)
-    check_counts(listing.source, {split: listing.splits[split].labels for split in SPLITS}, classes)
+    check_counts(listing.path, {split: listing.splits[split].labels for split in SPLITS}, classes)
     total = sum(len(listing.splits[split].labels) for split in SPLITS)
     identity = _identity(listing, settings, classes, image_size, preprocessing)
     size = max(1, PIECE_BYTES // (3 * image_size**2))
     generation = dict(settings) | {
         "preprocessing": preprocessing,
         "resampling": "Pillow bilinear, antialiased",
-        "raw_files_sha256": _digest(listing.files),
     }
     journal = _Journal(folder / "conversion.jsonl.partial", identity)
     with (
@@ -234,8 +233,8 @@ class _Unreadable:
         self.write()
         _, name, reason = self.rows[0]
         raise DataError(
-            f"{self.listing.source}: {about}{len(self.rows)} of {self.total:,} images cannot be read, more than"
-            f" dataset.max_unreadable: {self.share:g} allows; such as {name} ({reason}); all stand in {self.path}"
+            f"{self.listing.path}: {about}{len(self.rows)} of {self.total:,} images cannot be read, more than"
+            f" dataset.max_unreadable: {self.share:g} allows; such as {name} ({reason}); all are listed in {self.path}"
         )
 
     def write(self) -> None:

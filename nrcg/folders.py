@@ -156,7 +156,7 @@ def _listing(
         paths = [path / name for name in names]
         splits[split] = file_split(paths, names, [label for _, label in found[split]][:limit])
         lines += [file_line(file, name) for file, name in zip(paths, names, strict=True)]
-    return Listing(splits, f"images in {path.name}", sorted(lines), notes)
+    return Listing(path, splits, f"images in {path.name}", sorted(lines), notes)
 
 
 def _folder(path: str | Path) -> Path:

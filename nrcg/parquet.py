@@ -85,7 +85,7 @@ def list_parquet(
     }
     source = f"parquet files of {hub_id}" if hub_id else f"parquet files in {path.name}"
     lines = [file_line(file, file.name) for table in tables.values() for file in table.files]
-    return Listing(splits, source, sorted(lines), list(dict.fromkeys(notes)))
+    return Listing(path, splits, source, sorted(lines), list(dict.fromkeys(notes)))
 
 
 def split_name(file: Path, path: Path) -> str:
@@ -170,8 +170,8 @@ class _Table:
         self.files, self.image_column, self.label_column = files, image_column, label_column
         self.first_rows = [0]
         self.class_names: list[str] | None = None
-        self._stream: Iterator[Encoded] = iter(())
-        self._next_row = -1
+        self._stream: Iterator[Encoded] | None = None
+        self._next_row = 0  # of the stream
         for file in files:
             try:
                 with pyarrow.parquet.ParquetFile(file) as opened:
@@ -238,7 +238,7 @@ class _Table:
         """Images of rising rows."""
         found = []
         for row in rows.tolist():
-            if not self._next_row <= row < self._next_row + 10 * ROWS_AT_ONCE:
+            if self._stream is None or not self._next_row <= row < self._next_row + 10 * ROWS_AT_ONCE:
                 self._stream, self._next_row = self._images_from(row), row
             found.append(next(itertools.islice(self._stream, row - self._next_row, None)))
             self._next_row = row + 1

@@ -57,12 +57,14 @@ class Listing:
     """Images as they were found.
 
     Attributes:
+        path: where they were found, for messages.
         splits: "train" and "val".
         source: words for the manifest.
         files: what was found, one line each; changes when a raw file changes.
         notes: lines to tell the user.
     """
 
+    path: Path
     splits: dict[str, Split]
     source: str
     files: list[str]
