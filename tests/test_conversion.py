@@ -343,11 +343,11 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys, write, mes
 def test_a_killed_command_goes_on(tmp_path):
     """kill -9 within the conversion: what was done is not done again, and the arrays are as if nothing had been."""
     raw, out = tmp_path / "raw", tmp_path / "out"
-    write_folders(raw, {"a": 100, "b": 100})
-    slow = [encoded(Image.new("RGB", (1200, 1200), (i, 7, 9)), "BMP") for i in range(5)]
+    write_folders(raw, {"a": 60, "b": 60})
+    slow = [encoded(Image.new("RGB", (600, 600), (i, 7, 9)), "BMP") for i in range(5)]
     for i, path in enumerate(sorted(raw.rglob("*.png"))):  # Pillow looks at the content; there is time to kill
         path.write_bytes(slow[i % 5])
-    path = write_config(tmp_path, path=str(raw), source="folder", classes=["a", "b"], image_size=256)
+    path = write_config(tmp_path, path=str(raw), source="folder", classes=["a", "b"], image_size=512)
     words = [sys.executable, "-m", "nrcg.cli", *command(path, out)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     journal = out / "conversion.jsonl.partial"
