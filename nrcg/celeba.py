@@ -135,7 +135,7 @@ def _find_images(path: Path, names: list[str]) -> tuple[dict[str, Encoded], str,
         folder = folder / IMAGES
     if folder is not None:
         with os.scandir(folder) as entries:
-            found = {entry.name for entry in entries if entry.name.lower().endswith(".jpg")}
+            found = {entry.name for entry in entries if _is_image(entry.name)}
         if archive is None or found == set(names):
             _compare(folder, found, names)
             lines = [file_line(folder / name, name) for name in names]
@@ -147,9 +147,14 @@ def _find_images(path: Path, names: list[str]) -> tuple[dict[str, Encoded], str,
         raise DataError(
             f"{archive}: is cut off or no zip file ({error}); delete it and get it anew from {HOMEPAGE}"
         ) from None
-    inside = {name.rpartition("/")[2]: name for name in members.namelist() if name.lower().endswith(".jpg")}
+    inside = {name.rpartition("/")[2]: name for name in members.namelist()}
+    inside = {name: member for name, member in inside.items() if _is_image(name)}
     _compare(archive, set(inside), names)
     return {name: _ZipMember(members, inside[name]) for name in names}, archive.name, [file_line(archive, archive.name)]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(".jpg") and not name.startswith(".")
 
 
 def _compare(place: Path, found: set[str], names: list[str]) -> None:

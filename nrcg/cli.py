@@ -125,7 +125,10 @@ def _convert_dataset(arguments: argparse.Namespace, data: ImageData) -> None:
     from nrcg.conversion import convert
     from nrcg.progress import Progress
 
-    listing = _list_images(data)
+    try:
+        listing = _list_images(data)
+    except OSError as error:  # a folder that may not be read
+        raise DataError(f"{data.path}: {error}") from error
     for note in listing.notes:
         print(f"{data.path}: {note}", file=sys.stderr, flush=True)
     total = sum(len(split.labels) for split in listing.splits.values())

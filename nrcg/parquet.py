@@ -212,14 +212,14 @@ class _Table:
             )
         number = {i: classes.index(name) for i, name in enumerate(names or classes)}
         number |= {name: i for i, name in enumerate(classes)}  # a column of names
-        try:
-            return np.array([number[value] for value in values], np.int64)
-        except (KeyError, TypeError):
-            row = next(i for i, value in enumerate(values) if not isinstance(value, (int, str)) or value not in number)
+        found = [number.get(value) if isinstance(value, int | float | str) else None for value in values]
+        if None in found:
+            row = found.index(None)
             raise DataError(
                 f"{self._name(row)}: the label {values[row]!r} is no class; allowed: 0 .. {len(classes) - 1}"
                 f" ({', '.join(names or classes)}) or these names"
-            ) from None
+            )
+        return np.array(found, np.int64)
 
     def split(self, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> Split:
         """Some rows, `rows[i]` for position i of the arrays; read as they stand in the files."""

@@ -73,7 +73,10 @@ class Listing:
 
 def file_line(path: Path, name: str) -> str:
     """A line of `Listing.files`: the file's name, size and time of change."""
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError:  # such as a link to nowhere: unreadable, like a file that is cut off
+        return f"{name} missing"
     return f"{name} {found.st_size} {found.st_mtime_ns}"
 
 

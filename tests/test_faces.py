@@ -72,6 +72,7 @@ def test_the_data_set_is_made_by_the_settings_that_ship(tree, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_whole_chain_at_toy_size(tree, name):
     put_in_place(tree, name, 64, 32)

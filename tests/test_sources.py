@@ -370,6 +370,14 @@ def test_train_and_val_folders_are_the_split(tmp_path, val):
     assert all(name.startswith(f"{val}/") for name in names(listing, "val"))
 
 
+def test_a_link_to_nowhere_is_an_image_like_any_other_until_it_is_read(tmp_path):
+    write_folders(tmp_path / "raw", {"cats": 4, "dogs": 4})
+    (tmp_path / "raw/cats/gone.png").symlink_to(tmp_path / "nowhere.png")
+    listing = list_folders(tmp_path / "raw", **SPLIT)
+    assert "cats/gone.png" in names(listing, "train") + names(listing, "val")
+    assert "cats/gone.png missing" in listing.files
+
+
 def test_other_files_are_left_out_with_a_note(tmp_path):
     write_folders(tmp_path / "raw", {"cats": 5, "dogs": 5, "cats/more": 2, ".git": 1})
     for name in ("cats/notes.txt", "cats/.DS_Store", "dogs/Thumbs.db"):
