@@ -34,6 +34,9 @@ from nrcg.errors import ConfigError, DataError, NrcgError
 if TYPE_CHECKING:
     import torch
 
+    from nrcg.config import ImageData, SportBallsData
+    from nrcg.sources import Listing
+
 GRID_SAMPLES = 256
 """Samples in grid.png of `nrcg sample`, as many as the paper's fig. 9 shows."""
 
@@ -91,14 +94,19 @@ def schema(arguments: argparse.Namespace) -> None:
 
 
 def dataset(arguments: argparse.Namespace) -> None:
-    """Make a data set."""
+    """Make a data set: draw it, or read, check and convert raw images."""
+    settings = _settings(arguments, "dataset")
+    if settings.dataset.source == "sportballs":
+        _draw_dataset(arguments, settings.dataset)
+    else:
+        _convert_dataset(arguments, settings.dataset)
+
+
+def _draw_dataset(arguments: argparse.Namespace, data: SportBallsData) -> None:
     from nrcg.datasets import write_sportballs
     from nrcg.progress import Progress
 
-    settings = _settings(arguments, "dataset")
-    data = settings.dataset
-    total = data.num_train + data.num_val
-    with Progress(f"dataset {data.name}", total, "image") as bar:
+    with Progress(f"dataset {data.name}", data.num_train + data.num_val, "image") as bar:
         write_sportballs(
             arguments.out,
             image_size=data.image_size,
@@ -111,6 +119,75 @@ def dataset(arguments: argparse.Namespace) -> None:
             workers=arguments.threads,
             progress=lambda done, _: bar.set(done),
         )
+
+
+def _convert_dataset(arguments: argparse.Namespace, data: ImageData) -> None:
+    from nrcg.conversion import convert
+    from nrcg.progress import Progress
+
+    try:
+        listing = _list_images(data)
+    except OSError as error:  # a folder that may not be read
+        raise DataError(f"{data.path}: {error}") from error
+    for note in listing.notes:
+        print(f"{data.path}: {note}", file=sys.stderr, flush=True)
+    total = sum(len(split.labels) for split in listing.splits.values())
+    try:
+        with Progress(f"dataset {data.name}", total, "image") as bar:
+            manifest = convert(
+                arguments.out,
+                listing,
+                name=data.name,
+                classes=data.classes,
+                image_size=data.image_size,
+                preprocessing=data.preprocessing,
+                max_unreadable=data.max_unreadable,
+                settings=data.model_dump(exclude={"name", "classes", "image_size", "preprocessing", "download"}),
+                workers=arguments.threads,
+                on_resume=bar.resume,
+                on_images=bar.set,
+            )
+    except OSError as error:  # a full disk
+        raise DataError(f"{arguments.out}: {error}; what is converted is kept, run it again") from error
+    for split, entry in manifest["splits"].items():
+        counts = ", ".join(f"{name} {count:,}" for name, count in entry["class_counts"].items())
+        print(f"{split}: {entry['num_images']:,} images: {counts}")
+    if count := manifest["generation"]["unreadable"]["count"]:
+        print(f"{count:,} unreadable files were left out: {Path(arguments.out) / 'unreadable.csv'}")
+
+
+def _list_images(data: ImageData) -> Listing:
+    """The raw images that the configuration names."""
+    from nrcg.celeba import list_celeba
+    from nrcg.folders import list_folders, list_labelled
+    from nrcg.parquet import list_parquet
+
+    limits = {"num_train": data.num_train, "num_val": data.num_val}
+    if data.source == "celeba":
+        return list_celeba(data.path, attribute=data.attribute, download=data.download, **limits)
+    split = {"classes": data.classes, "val_share": data.val_share, "seed": data.seed, **limits}
+    if data.source == "huggingface":
+        return list_parquet(
+            data.path,
+            hub_id=data.hub_id,
+            revision=data.revision,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            train_split=data.train_split,
+            val_split=data.val_split,
+            **split,
+        )
+    if data.labels is None:
+        return list_folders(data.path, **split)
+    return list_labelled(
+        data.path,
+        labels=data.labels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split_column=data.split_column,
+        image_suffix=data.image_suffix,
+        **split,
+    )
 
 
 def train_ddpm(arguments: argparse.Namespace) -> None:
@@ -585,17 +662,29 @@ def _settings(arguments: argparse.Namespace, step: str, part: str | None = None)
 def _job_weights(settings: ExperimentConfig) -> dict[str, float]:
     """Relative cost of one job of each rule, for the estimate of what is left: passes of one image through the U-Net,
     a gradient counting as two further ones; a classifier's pass counts as a quarter."""
-    data, steps = settings.dataset, settings.ddpm.schedule.num_train_timesteps
+    num_train, steps = _num_train(settings), settings.ddpm.schedule.num_train_timesteps
     classifiers = settings.classifiers
     epochs = [getattr(classifiers, role).epochs for role in ROLES]
     return {
-        "train_ddpm": 3.0 * data.num_train * settings.ddpm.epochs,
-        "train_classifier": 3 / 4 * data.num_train * sum(epochs) / len(epochs),
+        "train_ddpm": 3.0 * num_train * settings.ddpm.epochs,
+        "train_classifier": 3 / 4 * num_train * sum(epochs) / len(epochs),
         "forward": 5.0 * settings.forward.num_images * steps,
         "sample": 2.5 * min(settings.sampling.shard_size, settings.sampling.num_samples) * steps,
-        "evaluate": 1 / 4 * data.num_train,
-        "dataset": data.num_train / 10,
+        "evaluate": 1 / 4 * num_train,
+        "dataset": num_train / 10,
     }
+
+
+def _num_train(settings: ExperimentConfig) -> int:
+    """Training images: as configured or as the data set has them; before it is made, a guess."""
+    from nrcg.datasets import load_manifest
+
+    if settings.dataset.num_train is not None:
+        return settings.dataset.num_train
+    try:
+        return load_manifest(Path("data") / settings.dataset.name)["splits"]["train"]["num_images"]
+    except DataError:
+        return 100_000
 
 
 def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[torch.device, torch.dtype]:

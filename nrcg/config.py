@@ -12,7 +12,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -71,13 +71,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class DatasetConfig(Section):
-    """Which images, and how they are made or read."""
+class DataSection(Section):
+    """Which images, and how they are made or read: what every source has in common."""
 
     name: Name = Field(description="Folder below data/. Experiments with equal data may share it.")
-    source: Literal["sportballs"] = Field(description="Where the images come from.")
     image_size: Annotated[int, Field(ge=8)] = Field(description="Height and width in pixels.")
     classes: Annotated[list[str], Field(min_length=2)] = Field(description="Class names; label = position.")
+
+    @model_validator(mode="after")
+    def _classes_differ(self) -> Self:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: a class is listed twice")
+        return self
+
+
+class SportBallsData(DataSection):
+    """Balls on a white canvas, drawn by nrcg.sportballs."""
+
+    source: Literal["sportballs"] = Field(description="Drawn here; nothing to download.")
     num_train: Positive = Field(description="Number of training images.")
     num_val: Positive = Field(description="Number of validation images.")
     diameter: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
@@ -86,18 +97,98 @@ class DatasetConfig(Section):
     seed: Annotated[int, Field(ge=0)] = Field(description="Image i depends on (seed, i) alone.")
 
     @model_validator(mode="after")
-    def _check(self) -> DatasetConfig:
+    def _check(self) -> Self:
         # The list repeats nrcg.sportballs.CLASSES: a test keeps the two in step.
         allowed = ["baseball", "basketball", "soccer", "volleyball"]
         for name in self.classes:
             if name not in allowed:
                 raise ValueError(f"classes: {name!r} is no SportBalls class; allowed: {', '.join(allowed)}")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes: a class is listed twice")
         low, high = self.diameter
         if not 0 < low <= high <= 1:
             raise ValueError("diameter: two shares of the canvas, 0 < smallest <= largest <= 1")
         return self
+
+
+class ImageData(DataSection):
+    """Images that are read from files: what the sources below have in common."""
+
+    path: Annotated[str, Field(min_length=1)] = Field(
+        description="Folder of the raw files, relative to the working directory."
+    )
+    preprocessing: Literal["squash", "center_crop"] = Field(
+        default="center_crop",
+        description="How an image becomes square: squash resizes both sides, center_crop first cuts out the largest"
+        " centred square. Resized by Pillow's antialiased bilinear filter.",
+    )
+    num_train: Positive | None = Field(default=None, description="Only so many training images; null: all.")
+    num_val: Positive | None = Field(default=None, description="Only so many validation images; null: all.")
+    max_unreadable: Fraction = Field(
+        default=0.0, description="Largest share of image files that may be unreadable; they are listed and left out."
+    )
+
+
+class CelebAData(ImageData):
+    """CelebA, aligned and cropped, with its official splits; labelled by one of its 40 attributes."""
+
+    source: Literal["celeba"] = Field(description="img_align_celeba (folder or zip) and its two lists.")
+    preprocessing: Literal["squash", "center_crop"] = Field(
+        default="squash",
+        description="squash: 178 x 218 to a square, as published; center_crop: the middle 178 x 178 first, the usual"
+        " protocol elsewhere. Resized by Pillow's antialiased bilinear filter.",
+    )
+    classes: Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
+        description="Names for the images without and with the attribute, in this order."
+    )
+    attribute: str = Field(description="A column of list_attr_celeba.txt, such as Male.")
+    download: bool = Field(default=True, description="Fetch what is missing, where gdown and the network are at hand.")
+
+
+class HuggingFaceData(ImageData):
+    """Parquet files as the Hugging Face hub holds them: a column of images and one of labels."""
+
+    source: Literal["huggingface"] = Field(description="Parquet files, on disk or from a hub id.")
+    hub_id: str | None = Field(default=None, description="Data set to fetch into path if no parquet file is there.")
+    revision: str | None = Field(default=None, description="Branch or commit of hub_id; null: the newest.")
+    image_column: str = Field(default="image", description="Encoded images: struct{bytes, path} or binary.")
+    label_column: str = Field(
+        default="label", description="Class numbers (by the ClassLabel's names, if any) or names."
+    )
+    train_split: str = Field(default="train", description="Files of this split train, such as train-00000-of-00006.")
+    val_split: str | None = Field(
+        default="validation", description="Files of this split validate; null: val_share of the training split."
+    )
+    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1, description="Share of each class that validates, where val_split is null."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the images' order and of the split.")
+
+
+class FolderData(ImageData):
+    """One's own images: a folder per class, or one folder and a CSV file of labels."""
+
+    source: Literal["folder"] = Field(description="Image files: a folder per class, or one folder and a CSV of labels.")
+    max_unreadable: Fraction = Field(
+        default=0.01, description="Largest share of image files that may be unreadable; they are listed and left out."
+    )
+    labels: str | None = Field(
+        default=None, description="CSV file with a header, relative to path; null: each class has a folder of its name."
+    )
+    image_column: str = Field(default="image", description="Column of the CSV: file names relative to path.")
+    label_column: str = Field(default="label", description="Column of the CSV: class names, or positions in classes.")
+    split_column: str | None = Field(
+        default=None, description="Column of the CSV that says train or val; null: split by val_share and seed."
+    )
+    image_suffix: str = Field(default="", description="Added to the CSV's file names, such as .jpg.")
+    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1, description="Share of each class that validates, where no split is given."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the images' order and of the split.")
+
+
+DatasetConfig = Annotated[
+    SportBallsData | CelebAData | HuggingFaceData | FolderData,
+    Field(discriminator="source", description="Which images, and how they are made or read."),
+]
 
 
 class UNetConfig(Section):
@@ -501,19 +592,27 @@ def read_yaml(path: str | os.PathLike) -> dict:
     return data
 
 
-def _explain(error: ValidationError) -> str:
-    """The first mistake in one line: key, what is wrong, what is allowed."""
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first mistake in one line: key, what is wrong, what is allowed. `root` is the model that refused."""
     errors = error.errors()
     first = errors[0]
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    parts, models = _locate(first["loc"], root)
+    key = ".".join(parts)
     value = first.get("input")
     kind = first["type"]
     if kind == "extra_forbidden":
-        text = f"unknown key; allowed here: {', '.join(_fields_at(first['loc'][:-1]))}"
+        _, above = _locate(first["loc"][:-1], root)
+        text = f"unknown key; allowed here: {', '.join(sorted(above[0].model_fields))}"
+        if len(_union_at(first["loc"], root)) > 1:
+            text += f" (source {_tag(above[0])})"
     elif kind == "missing":
         text = "missing; give it here or in defaults"
-    elif kind in ("model_type", "dict_type"):
+    elif kind in ("model_type", "dict_type", "model_attributes_type"):
         text = f"should be a mapping, got {value!r}"
+    elif kind in ("union_tag_not_found", "union_tag_invalid"):
+        key = f"{key}.source"
+        given = "missing" if kind == "union_tag_not_found" else f"{first['ctx']['tag']!r} is no source of images"
+        text = f"{given}; allowed: {', '.join(map(_tag, models))}"
     elif kind == "value_error":
         text = str(first["ctx"]["error"])
         # A validator names the keys below the model it belongs to.
@@ -525,31 +624,51 @@ def _explain(error: ValidationError) -> str:
         text = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {value!r}"
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d+)?[eE][+-]?\d+", value):
             text += " (YAML reads this as text: write it with a point and a sign, such as 1.0e-3 or 1.0e+3)"
+        elif kind == "string_type":
+            text += " (put it in quotes)"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{key}: {text}{more}"
 
 
-def _fields_at(loc: tuple) -> list[str]:
-    """Names of the keys allowed at a place of the configuration."""
-    place: Any = Config
+def _locate(loc: tuple, root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The keys that lead to a place of the configuration, and the models that may stand there.
+
+    Where a mapping has several models, pydantic's location holds which of them was taken: that is no key.
+    """
+    keys: list[str] = []
+    models = [root]
+    in_container = False
     for part in loc:
-        if isinstance(place, type) and issubclass(place, BaseModel):
-            place = place.model_fields[part].annotation
-        else:  # a key of a mapping or a position in a list
-            place = _inner_model(place)
-    model = _inner_model(place)
-    return sorted(model.model_fields) if model else []
+        if part == "[key]":
+            continue
+        if len(models) > 1 and not in_container:
+            models = [model for model in models if _tag(model) == part]
+            continue
+        keys.append(str(part))
+        if in_container:  # a key of a mapping or a position in a list
+            in_container = False
+            continue
+        annotation = models[0].model_fields[part].annotation if models and part in models[0].model_fields else None
+        models = _models_in(annotation)
+        in_container = get_origin(annotation) in (dict, list)
+    return keys, models
 
 
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    """The model that an annotation such as dict[str, Model] or Model | None is about."""
+def _union_at(loc: tuple, root: type[BaseModel]) -> list[type[BaseModel]]:
+    """The models of the union whose chosen model holds the key at `loc`; fewer than two where there is none."""
+    return _locate(loc[:-2], root)[1] if len(loc) > 2 else []
+
+
+def _tag(model: type[BaseModel]) -> str:
+    """The value of `source` that chooses a model of `DatasetConfig`."""
+    return get_args(model.model_fields["source"].annotation)[0]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation such as dict[str, Model] or Model | OtherModel is about."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in reversed(getattr(annotation, "__args__", ())):
-        found = _inner_model(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
 def parse(raw: dict, source: str = "config.yaml") -> Config:
@@ -582,7 +701,7 @@ def parse(raw: dict, source: str = "config.yaml") -> Config:
     try:
         config = Config(methods=raw["methods"], experiments=merged)
     except ValidationError as error:
-        message = _explain(error)
+        message = _explain(error, Config)
         # A mistake in `defaults` would be reported for the first experiment that inherits it.
         match = re.match(r"experiments\.(\w+)\.([\w.]+): ", message)
         if match and _holds(raw["defaults"], match[2]) and not _holds(raw["experiments"][match[1]], match[2]):
@@ -671,12 +790,13 @@ class StepSettings(Section):
             section = settings
             for part in path:
                 section = section[part]
-            section.pop(key)
+            section.pop(key, None)  # not every source of images has it
         return fingerprint(settings)
 
 
 class DatasetStep(StepSettings):
-    UNAFFECTING = ("experiment",)  # experiments may share a data set
+    # Experiments may share a data set; images are the same whoever has put them there.
+    UNAFFECTING = ("experiment", "dataset.download")
     dataset: DatasetConfig
 
 
@@ -836,7 +956,7 @@ def read_step_settings(
     try:
         return STEPS[step].model_validate(raw["settings"])
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {_explain(error, STEPS[step])}") from None
 
 
 def write_schema(path: str | os.PathLike) -> None:
@@ -858,6 +978,11 @@ def json_schema() -> dict:
     for body in partial.values():
         if body is not definitions["MethodConfig"]:
             body.pop("required", None)
+    # What `defaults` says of the data set fits every source, so that more than one of them may match.
+    partial["ExperimentConfig"]["properties"]["dataset"] = {
+        "anyOf": partial["ExperimentConfig"]["properties"]["dataset"]["oneOf"],
+        "description": ExperimentConfig.model_fields["dataset"].description,
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "nrcg config.yaml",

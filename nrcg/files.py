@@ -7,8 +7,12 @@ import hashlib
 import io
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from nrcg.errors import DataError
 
 
 def temporary_name(path: str | Path) -> Path:
@@ -78,6 +82,23 @@ def try_lock(path: str | Path) -> bool:
         return False
     _locks.append(file)
     return True
+
+
+@contextmanager
+def exclusive(path: str | Path, message: str) -> Iterator[None]:
+    """Hold a lock file for a while. As with `try_lock`, a process that was killed holds none.
+
+    Raises:
+        DataError: with `message`, where another process, or another caller in this one, holds it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(message) from None
+        yield
 
 
 def join_group(path: str | Path) -> bool:

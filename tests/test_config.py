@@ -57,9 +57,10 @@ def test_merge_lays_mappings_over_and_replaces_lists():
 
 
 def test_an_experiment_is_the_defaults_with_its_keys_laid_over():
-    raw = with_entry("experiments.mine", {"ddpm": {"epochs": 3, "unet": {"block_out_channels": [64, 64, 64, 64]}}})
-    mine = config.parse(raw).experiments["mine"]
-    defaults = config.parse(with_entry("experiments.plain", {})).experiments["plain"]
+    data = {"dataset": RAW["experiments"]["sportballs"]["dataset"]}
+    mine = data | {"ddpm": {"epochs": 3, "unet": {"block_out_channels": [64, 64, 64, 64]}}}
+    mine = config.parse(with_entry("experiments.mine", mine)).experiments["mine"]
+    defaults = config.parse(with_entry("experiments.plain", data)).experiments["plain"]
     assert mine.ddpm.epochs == 3
     assert mine.ddpm.unet.block_out_channels == [64, 64, 64, 64]
     assert mine.ddpm.optimizer == defaults.ddpm.optimizer
@@ -107,6 +108,15 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(key, allowed):
     assert message.startswith(f"{key}: unknown key; allowed here: ")
     assert re.search(rf"\b{allowed}\b", message)
 
+
+# What each source of images needs, and nothing more.
+SOURCES = {
+    "sportballs": RAW["experiments"]["sportballs"]["dataset"],
+    "celeba": {"source": "celeba", "path": "raw/celeba", "attribute": "Young", "classes": ["old", "baseball"]},
+    "huggingface": {"source": "huggingface", "path": "raw/pq", "classes": ["baseball", "b", "c"]},
+    "folder": {"source": "folder", "path": "raw/mine", "classes": ["a", "baseball"]},
+}
+OWN = "experiments.own.dataset"
 
 MISTAKES = [
     # The key set, its value, how the message goes on behind the key, or the whole of it behind a "=".
@@ -189,6 +199,72 @@ def test_a_mistake_is_refused_in_one_line_that_names_the_key(key, value, text):
     assert refusal(raw).startswith(expected)
 
 
+def own(kind: str, **changes: object) -> dict:
+    """config.yaml with an experiment `own` on a data set of some source."""
+    return with_entry(OWN, {"name": "own"} | SOURCES[kind] | changes)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_source_of_images_needs_few_keys(source):
+    raw = own(source)
+    assert config.parse(raw).experiments["own"].dataset.source == source
+    assert jsonschema.Draft202012Validator(config.json_schema()).is_valid(raw)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "text"),
+    [
+        (
+            "folder",
+            {"source": "tar"},
+            ".source: 'tar' is no source of images; allowed: sportballs, celeba, huggingface, f",
+        ),
+        (
+            "folder",
+            {"diameter": [0.1, 0.2]},
+            ".diameter: unknown key; allowed here: classes, image_column, image_size, ",
+        ),
+        ("celeba", {"seed": 1}, ".seed: unknown key; allowed here: attribute, classes, download, image_size, "),
+        ("celeba", {"classes": ["baseball", "b", "c"]}, ".classes: list should have at most 2 items"),
+        ("celeba", {"preprocessing": "crop"}, ".preprocessing: input should be 'squash' or 'center_crop', got 'crop'"),
+        (
+            "huggingface",
+            {"classes": ["baseball", 1]},
+            ".classes.1: input should be a valid string, got 1 (put it in quotes)",
+        ),
+        ("huggingface", {"val_share": 1.0}, ".val_share: input should be less than 1, got 1.0"),
+        ("folder", {"max_unreadable": 2}, ".max_unreadable: input should be less than or equal to 1"),
+        ("folder", {"num_train": 0}, ".num_train: input should be greater than 0, got 0"),
+        ("folder", {"classes": ["baseball", "baseball"]}, ".classes: a class is listed twice"),
+    ],
+)
+def test_a_mistake_in_a_source_is_refused_in_one_line_that_names_the_key(source, changes, text):
+    assert refusal(own(source, **changes)).startswith(f"{OWN}{text}")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_names_the_key_that_is_missing(source):
+    needed = {"sportballs": "diameter", "celeba": "attribute", "huggingface": "path", "folder": "path"}[source]
+    raw = own(source)
+    del raw["experiments"]["own"]["dataset"][needed]
+    assert refusal(raw) == f"{OWN}.{needed}: missing; give it here or in defaults"
+
+
+def test_a_data_set_without_a_source_is_told_which_there_are():
+    assert refusal(with_entry(OWN, {"name": "own"})) == (
+        f"{OWN}.source: missing; allowed: sportballs, celeba, huggingface, folder"
+    )
+    assert refusal(with_entry(OWN, None)) == f"{OWN}: should be a mapping, got None"
+
+
+def test_who_fetched_the_images_does_not_matter():
+    steps = [
+        config.step_settings(config.parse(own("celeba", download=download)), "own", "dataset")
+        for download in (True, False)
+    ]
+    assert steps[0].fingerprint() == steps[1].fingerprint()
+
+
 def test_a_key_that_is_nowhere_is_asked_for():
     raw = copy.deepcopy(RAW)
     del raw["defaults"]["sampling"]["seed"]
@@ -204,7 +280,8 @@ def test_experiments_share_a_data_set_only_with_equal_settings():
     name = RAW["experiments"]["quickstart"]["dataset"]["name"]
     same = with_entry("experiments.other", {"dataset": RAW["experiments"]["quickstart"]["dataset"]})
     assert config.dataset_owner(config.parse(same), name) == "quickstart"
-    message = refusal(with_entry("experiments.other", {"dataset": {"name": name}}))
+    other = RAW["experiments"]["quickstart"]["dataset"] | {"seed": 5}
+    message = refusal(with_entry("experiments.other", {"dataset": other}))
     assert message.startswith(f"experiments.other.dataset.name: '{name}' is also the data set of quickstart, with")
 
 
@@ -284,6 +361,28 @@ def test_the_published_settings():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "image_size", "num_samples", "scale"), [("celeba", 64, 50176, 150), ("celebahq", 256, 1024, 10)]
+)
+def test_the_published_settings_on_faces(name, image_size, num_samples, scale):
+    """Section 3 of the paper, tables 1 and 3."""
+    published, balls = CONFIG.experiments[name], CONFIG.experiments["sportballs"]
+    assert (published.target, published.dataset.classes) == ("female", ["female", "male"])
+    assert (published.dataset.image_size, published.sampling.num_samples) == (image_size, num_samples)
+    assert published.dataset.num_train is None and published.dataset.num_val is None
+    assert published.sampling.start == "standard_normal"
+    assert published.classifiers == balls.classifiers
+    assert scale in published.sweep["non_robust_x0_ema99"] and published.sweep["unconditional"] == [0]
+    if name == "celeba":
+        assert published.ddpm == balls.ddpm
+        assert published.dataset.preprocessing == "squash"
+        assert set(published.sweep) == set(CONFIG.methods)
+        assert max(published.sweep["non_robust_x0"]) > 500  # where the FID grows again, section 3.3
+    else:
+        schedule = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+        assert published.ddpm.schedule.model_dump() == schedule  # google/ddpm-celebahq-256's
+
+
 def test_the_methods_that_ship():
     found = {
         name: (method.classifier, method.input, config.stabilizer_name(method.stabilizer))
@@ -330,6 +429,8 @@ def test_the_classes_of_sportballs_are_the_generators():
     assert allowed == ", ".join(sportballs.CLASSES)
 
 
+UNDESCRIBED = ("batch_size", "epochs", "seed", "stabilizer", "name")
+
 # --- The schema -------------------------------------------------------------------------------------------------
 
 
@@ -356,10 +457,10 @@ def test_every_key_of_the_schema_that_holds_a_value_says_what_it_is():
     def undescribed(model: type, prefix: str) -> list[str]:
         found = []
         for name, field in model.model_fields.items():
-            inner = config._inner_model(field.annotation)
-            if inner is not None and inner is not StabilizerConfig:
-                found += undescribed(inner, f"{prefix}{name}.")
-            elif field.description is None and name not in ("batch_size", "epochs", "seed", "stabilizer", "name"):
+            inner = [model for model in config._models_in(field.annotation) if model is not StabilizerConfig]
+            for below in inner:
+                found += undescribed(below, f"{prefix}{name}.")
+            if not inner and field.description is None and name not in UNDESCRIBED:
                 found.append(f"{prefix}{name}")
         return found
 

@@ -16,7 +16,7 @@ rule dataset:
     threads: 4
     resources:
         mem_mb=2000,
-        runtime=60,
+        runtime=240,  # where a download is part of it
     params:
         config=settings_file("dataset"),
         folder=folder("data/{dataset}"),
