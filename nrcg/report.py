@@ -362,14 +362,27 @@ def _training(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(("loss", "words", "samples"))
     if (folder / "training.csv").exists():
         rows = read_csv(folder / "training.csv", ("epoch", "train_loss"))
-        found["loss"] = data_uri(render(lambda: training_loss(rows), "svg"), "svg+xml")
         last = rows[-1]
-        found["words"] = f"{format_count(last['epoch'])} epochs, last training loss {format_number(last['train_loss'])}"
+        if last["epoch"] == 0:
+            found["words"] = f"pretrained ({_origin(folder)}), not trained here"
+        else:
+            found["loss"] = data_uri(render(lambda: training_loss(rows), "svg"), "svg+xml")
+            epochs, loss = format_count(last["epoch"]), format_number(last["train_loss"])
+            found["words"] = f"{epochs} epochs, last training loss {loss}"
         if not math.isnan(last.get("val_loss", math.nan)):
             found["words"] += f", validation loss {format_number(last['val_loss'])}"
     if (folder / "samples.png").exists():
         found["samples"] = _picture((folder / "samples.png").read_bytes())
     return found
+
+
+def _origin(folder: Path) -> str:
+    """Where a pretrained model came from, as training.json says."""
+    try:
+        origin = json.loads((folder / "training.json").read_text())["pretrained"]
+        return "@".join(filter(None, (origin["source"], origin["revision"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return "source unknown"
 
 
 def _classifiers(folder: Path, num_steps: int | None) -> dict[str, Any]:

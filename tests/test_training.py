@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 
 from nrcg import training
 from nrcg.config import ClassifierConfig, DDPMConfig
-from nrcg.diffusion import Schedule, build_unet
-from nrcg.training import Checkpoint, Images, accuracy, accuracy_over_t, epoch_batches, steps_per_epoch
+from nrcg.diffusion import Schedule, build_scheduler, build_unet
+from nrcg.loading import Images, epoch_batches, steps_per_epoch
+from nrcg.training import Checkpoint, accuracy, accuracy_over_t
 
 CPU = torch.device("cpu")
 SIZE = 8
@@ -285,12 +287,14 @@ def test_sample_grids_are_due_within_training_not_at_its_end(tmp_path):
     assert due == [(1, False), (2, False)]
 
 
-def test_training_steps_draw_every_t_from_1_to_T(monkeypatch):
-    x = torch.zeros(500, 1, 2, 2)
-    t, noise = training._step_noise(0, 0, x, 10)
+def test_training_steps_draw_every_t_from_1_to_T():
+    def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return training._step_noise(0, step, (500, 1, 2, 2), 10, CPU)
+
+    t, noise = draw(0)
     assert sorted(set(t.tolist())) == list(range(1, 11))
-    assert not torch.equal(noise, training._step_noise(0, 1, x, 10)[1])
-    assert torch.equal(noise, training._step_noise(0, 0, x, 10)[1])
+    assert not torch.equal(noise, draw(1)[1])
+    assert torch.equal(noise, draw(0)[1])
     # 2000 standard normal numbers: the mean's standard error is 0.022, the standard deviation's 0.016.
     assert noise.mean().item() == pytest.approx(0, abs=0.1)
     assert noise.std().item() == pytest.approx(1, abs=0.07)
@@ -302,12 +306,12 @@ def test_the_saved_pipeline_opens_with_diffusers(tmp_path, undisturbed):
     from nrcg.sampling import GuidedDDPMPipeline
 
     unet, log = undisturbed
-    config, mean = DDPMConfig(**DDPM), np.full((3, SIZE, SIZE), 0.25)
+    scheduler, mean = build_scheduler(DDPMConfig(**DDPM).schedule), np.full((3, SIZE, SIZE), 0.25)
     folder = tmp_path / "models" / "ddpm"
     for _ in range(2):  # an old folder is replaced as a whole
-        training.save_pipeline(folder, unet, config, mean, {"who": "a test"}, log)
+        training.save_pipeline(folder, unet, scheduler, mean, {"who": "a test"}, log)
         (folder / "stale").write_text("")
-    training.save_pipeline(folder, unet, config, mean, {"who": "a test"}, log)
+    training.save_pipeline(folder, unet, scheduler, mean, {"who": "a test"}, log)
     assert not (folder / "stale").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["ddpm"]
     pipe = DDPMPipeline.from_pretrained(folder)
@@ -327,7 +331,7 @@ def test_the_saved_pipeline_opens_with_diffusers(tmp_path, undisturbed):
 # --- Classifiers ------------------------------------------------------------------------------------------------
 
 
-def train_classifier(**changes):
+def train_classifier(checkpoint: Checkpoint | None = None, on_step=lambda done: None, **changes):
     return training.train_classifier(
         ClassifierConfig(**CLASSIFIER | changes),
         SCHEDULE,
@@ -336,7 +340,8 @@ def train_classifier(**changes):
         num_classes=2,
         device=CPU,
         precision=torch.float32,
-        on_step=lambda done: None,
+        checkpoint=checkpoint or Checkpoint(Path("never") / "written.pt", "a", minutes=60),
+        on_step=on_step,
         on_epoch=lambda row: None,
     )
 
