@@ -178,6 +178,14 @@ class DDPMConfig(Section):
             raise ValueError("empty; give a diffusers folder or hub id, or null to train")
         return source
 
+    @field_validator("num_processes", mode="before")
+    @classmethod
+    def _num_processes(cls, number: Any) -> Any:
+        # A union's own message would speak of each of its types.
+        if number != "auto" and (type(number) is not int or number < 1):
+            raise ValueError(f"{number!r} is no number of processes; a whole number >= 1 or auto is allowed")
+        return number
+
     @model_validator(mode="after")
     def _one_image_per_process(self) -> DDPMConfig:
         if self.num_processes != "auto" and self.num_processes > self.batch_size:
