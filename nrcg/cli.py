@@ -726,7 +726,7 @@ def _grid_batch(image_size: int) -> int:
 
 
 def _draw_grid(unet: Any, scheduler: Any, config: DDPMConfig, mean: Any, precision: Any, path: Path) -> None:
-    """A grid of 36 unguided samples by all steps; on a CPU, large ones are 4, by 20 steps of DDIM."""
+    """A grid of 36 unguided samples by all steps; large ones on a CPU, where that takes hours, are few, by DDIM."""
     import torch
 
     from nrcg.datasets import to_uint8
@@ -738,7 +738,7 @@ def _draw_grid(unet: Any, scheduler: Any, config: DDPMConfig, mean: Any, precisi
     pipe.data_mean = torch.from_numpy(mean)
     columns, steps = 6, None
     if size > 64 and pipe.device.type == "cpu":
-        columns, steps = 2, min(20, len(scheduler.betas))
+        columns, steps = (2 if size <= 128 else 1), min(10, len(scheduler.betas))
         _set_sampler(pipe, "ddim")
     out = pipe(
         num_samples=columns**2,

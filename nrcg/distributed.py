@@ -93,15 +93,19 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
     """
     if not launched():
         return Ranks(), device
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    threads = torch.get_num_threads()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or accelerate takes every core for each process
     asked = int(os.environ["WORLD_SIZE"])
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)]
     )
     if accelerator.num_processes != asked:
         raise DataError(f"{asked} processes were asked for, accelerate started {accelerator.num_processes}")
+    torch.set_num_threads(threads)
     return Ranks(accelerator), accelerator.device
 
 
