@@ -214,6 +214,7 @@ def _import_ddpm(arguments: argparse.Namespace, settings: TrainDDPMStep, manifes
     from nrcg.datasets import mean_image, open_split
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of every key and file name that only old models have
     config, out = settings.ddpm, Path(arguments.out)
     device, precision = _device(arguments, settings)
     pipe, origin = pretrained.open_pretrained(config.pretrained)
@@ -622,7 +623,7 @@ def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tup
 
     if launched():  # the processes of a training share the threads
         threads = arguments.threads or os.cpu_count() or 1
-        torch.set_num_threads(max(threads // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
+        torch.set_num_threads(max(threads // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])), 1))
     elif arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = resolve_device(arguments.device or getattr(settings, "device", "auto"))
