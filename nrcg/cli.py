@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from nrcg import __version__
 from nrcg.config import (
     ROLES,
+    DDPMConfig,
     EvaluateStep,
     ExperimentConfig,
     ReportStep,
     SampleStep,
     StepSettings,
+    TrainDDPMStep,
     checked_device,
     format_scale,
     load,
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. A user's mistake prints one line and returns 1."""
     _die_with_parent()
     arguments = _parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for the processes of a training
     if getattr(arguments, "threads", None):
         # Read by the matrix libraries when they are loaded, so before any import of them.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -65,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _die_with_parent() -> None:
     """Under the workflow a job ends with its parent: after a kill -9 of Snakemake it must not write on.
 
-    NRCG_WORKFLOW holds the parent's process number.
+    NRCG_WORKFLOW holds the parent's process number, NRCG_LAUNCHER that of a training's processes. Those that torchrun
+    started end with it.
     """
-    parent = os.environ.get("NRCG_WORKFLOW")
+    torchrun = str(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    parent = os.environ.get("NRCG_LAUNCHER") or torchrun or os.environ.get("NRCG_WORKFLOW")
     if not parent or not sys.platform.startswith("linux"):
         return
     import ctypes
@@ -190,15 +195,26 @@ def _list_images(data: ImageData) -> Listing:
     )
 
 
-def train_ddpm(arguments: argparse.Namespace) -> None:
-    """Train the diffusion model."""
-    from nrcg import tracking, training
+def train_ddpm(arguments: argparse.Namespace) -> int | None:
+    """Train the diffusion model, or take a pretrained one."""
+    import contextlib
+
+    from nrcg import distributed, tracking, training
     from nrcg.datasets import load_manifest, mean_image, open_split
+    from nrcg.diffusion import build_scheduler, resolve_device
     from nrcg.progress import Progress
 
-    settings = _settings(arguments, "train_ddpm")
+    settings: TrainDDPMStep = _settings(arguments, "train_ddpm")
     config, manifest = settings.ddpm, load_manifest(arguments.data)
-    device, precision = _device(arguments, settings)
+    if config.pretrained is not None:
+        return _import_ddpm(arguments, settings, manifest)
+    if not distributed.launched():
+        device = resolve_device(arguments.device or settings.device)
+        count = distributed.num_processes(config.num_processes, device, arguments.gpus)
+        if count > 1:
+            return _launch(arguments, device, count)
+    ranks, device = distributed.join(_device(arguments, settings)[0])
+    precision = _precision(arguments, settings, device)
     train = training.Images(*open_split(arguments.data, "train"), device)
     val = training.Images(*open_split(arguments.data, "val"), device)
     record = _record(settings, manifest, device, precision)
@@ -208,17 +224,22 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
     )
     steps = config.epochs * training.steps_per_epoch(len(train), config.batch_size)
     mean = mean_image(arguments.data)
-    with (
-        tracking.run(
-            settings.experiment, "train_ddpm", kind="train", params=settings.model_dump(), tags=_data_tags(manifest)
-        ) as run,
-        Progress("train_ddpm", steps, "step") as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        run, bar = tracking.NullRun(), None
+        if ranks.main:
+            params = settings.model_dump() | {"num_processes": ranks.count}
+            run = stack.enter_context(
+                tracking.run(settings.experiment, "train_ddpm", kind="train", params=params, tags=_data_tags(manifest))
+            )
+            bar = stack.enter_context(Progress("train_ddpm", steps, "step"))
 
         def keep_grid(unet: torch.nn.Module, epoch: int) -> None:
             path = out.with_name(f"{out.name}.samples") / f"epoch{epoch:04d}.png"
-            _draw_grid(unet, config, mean, device, precision, path)
+            _draw_grid(unet, build_scheduler(config.schedule), config, mean, precision, path)
             run.log_artifact(path, "samples")
+
+        def ignore(*_: object) -> None:
+            """The other processes write nothing."""
 
         unet, log = training.train_ddpm(
             config,
@@ -229,15 +250,74 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
             device=device,
             precision=precision,
             checkpoint=checkpoint,
-            on_step=bar.set,
-            on_resume=bar.resume,
-            on_epoch=lambda row: _log_epoch(run, row),
-            on_samples=keep_grid,
+            on_step=bar.set if bar else ignore,
+            on_resume=bar.resume if bar else ignore,
+            on_epoch=(lambda row: _log_epoch(run, row)) if ranks.main else ignore,
+            on_samples=keep_grid if ranks.main else ignore,
+            ranks=ranks,
         )
-        training.save_pipeline(out, unet, config, mean, record | {"mlflow_run_id": run.id}, log)
-        _draw_grid(unet, config, mean, device, precision, out / "samples.png")
+        ranks.leave()
+        if not ranks.main:
+            return None
+        scheduler = build_scheduler(config.schedule)
+        training.save_pipeline(
+            out, unet, scheduler, mean, record | {"num_processes": ranks.count, "mlflow_run_id": run.id}, log
+        )
+        _draw_grid(unet, scheduler, config, mean, precision, out / "samples.png")
         run.log_artifact(out / "samples.png", "samples")
     checkpoint.remove()
+
+
+def _launch(arguments: argparse.Namespace, device: torch.device, count: int) -> int:
+    """Run this very command in several processes, each with its own GPU."""
+    from nrcg import distributed
+
+    environment = {}
+    if device.type == "cuda" and os.environ.get("NRCG_WORKFLOW"):
+        from nrcg.devices import lease_cuda_devices
+
+        leased = lease_cuda_devices(_cuda_uuids(), count)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(max(leased) + 1)))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[position] for position in leased)
+    return distributed.launch([sys.executable, "-m", "nrcg.cli", *arguments.argv], count, environment)
+
+
+def _import_ddpm(arguments: argparse.Namespace, settings: TrainDDPMStep, manifest: dict) -> None:
+    """A pretrained model into the folder of the trained one, with the data set's mean image."""
+    from diffusers.utils import logging
+
+    from nrcg import pretrained, tracking, training
+    from nrcg.datasets import mean_image, open_split
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of every key and file name that only old models have
+    config, out = settings.ddpm, Path(arguments.out)
+    device, precision = _device(arguments, settings)
+    pipe, origin = pretrained.open_pretrained(config.pretrained)
+    pretrained.check_pretrained(
+        pipe,
+        config.schedule,
+        image_size=manifest["image_size"],
+        channels=manifest["channels"],
+        source=config.pretrained,
+    )
+    pipe.to(device)
+    mean = mean_image(arguments.data)
+    params = {"experiment": settings.experiment, "pretrained": origin, "schedule": config.schedule.model_dump()}
+    with tracking.run(settings.experiment, "train_ddpm", kind="train", params=params, tags=_data_tags(manifest)) as run:
+        row = pretrained.pretrained_row(
+            pipe,
+            training.Images(*open_split(arguments.data, "val"), device),
+            num_images=config.num_val_images,
+            batch_size=min(config.batch_size, _grid_batch(manifest["image_size"])),
+            precision=precision,
+        )
+        run.log_metrics({"val_loss": row["val_loss"]})
+        record = _record(settings, manifest, device, precision) | {"pretrained": origin, "mlflow_run_id": run.id}
+        training.save_pipeline(out, pipe.unet, pipe.scheduler, mean, record, [row])
+        _draw_grid(pipe.unet, pipe.scheduler, config, mean, precision, out / "samples.png")
+        run.log_artifact(out / "samples.png", "samples")
 
 
 def train_classifier(arguments: argparse.Namespace) -> None:
@@ -260,6 +340,9 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     val = training.Images(*open_split(arguments.data, "val"), device)
     schedule = Schedule.from_config(settings.schedule)
     out, name = Path(arguments.out), f"train_{settings.role}"
+    checkpoint = training.Checkpoint(
+        out.with_name(f"{out.name}.checkpoint.pt"), _identity(settings, manifest), config.checkpoint_minutes
+    )
     steps = config.epochs * training.steps_per_epoch(len(train), config.batch_size)
     with (
         tracking.run(
@@ -275,7 +358,9 @@ def train_classifier(arguments: argparse.Namespace) -> None:
             num_classes=len(manifest["classes"]),
             device=device,
             precision=precision,
+            checkpoint=checkpoint,
             on_step=bar.set,
+            on_resume=bar.resume,
             on_epoch=lambda row: _log_epoch(run, row),
         )
         over_t = training.accuracy_over_t(classifier, schedule, val)
@@ -298,6 +383,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
                 **_record(settings, manifest, device, precision),
             },
         )
+    checkpoint.remove()
 
 
 def forward(arguments: argparse.Namespace) -> None:
@@ -666,7 +752,7 @@ def _job_weights(settings: ExperimentConfig) -> dict[str, float]:
     classifiers = settings.classifiers
     epochs = [getattr(classifiers, role).epochs for role in ROLES]
     return {
-        "train_ddpm": 3.0 * num_train * settings.ddpm.epochs,
+        "train_ddpm": 3.0 * num_train * settings.ddpm.epochs if settings.ddpm.pretrained is None else 1.0,
         "train_classifier": 3 / 4 * num_train * sum(epochs) / len(epochs),
         "forward": 5.0 * settings.forward.num_images * steps,
         "sample": 2.5 * min(settings.sampling.shard_size, settings.sampling.num_samples) * steps,
@@ -691,18 +777,34 @@ def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tup
     """Device and precision: the flags', else the settings'. Also sets the number of threads."""
     import torch
 
-    from nrcg.diffusion import resolve_device, resolve_precision
+    from nrcg.diffusion import resolve_device
+    from nrcg.distributed import launched
 
-    if arguments.threads:
+    if launched():  # the processes of a training share the threads
+        threads = arguments.threads or os.cpu_count() or 1
+        torch.set_num_threads(max(threads // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])), 1))
+    elif arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = resolve_device(arguments.device or getattr(settings, "device", "auto"))
-    if device.type == "cuda" and device.index is None and os.environ.get("NRCG_WORKFLOW"):
+    if device.type == "cuda" and device.index is None and os.environ.get("NRCG_WORKFLOW") and not launched():
         from nrcg.devices import lease_cuda_device
 
-        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-        device = torch.device("cuda", lease_cuda_device(uuids))
+        device = torch.device("cuda", lease_cuda_device(_cuda_uuids()))
+    return device, _precision(arguments, settings, device)
+
+
+def _precision(arguments: argparse.Namespace, settings: StepSettings | None, device: torch.device) -> torch.dtype:
+    from nrcg.diffusion import resolve_precision
+
     precision = getattr(arguments, "precision", None) or getattr(settings, "precision", "float32")
-    return device, resolve_precision(precision, device)
+    return resolve_precision(precision, device)
+
+
+def _cuda_uuids() -> list[str]:
+    """The visible GPUs' names, the same in every process whatever each of them sees."""
+    import torch
+
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
 
 
 def _pipeline(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[Any, torch.device, torch.dtype]:
@@ -781,20 +883,36 @@ def _draw_samples(
     return images
 
 
-def _draw_grid(unet: Any, config: Any, mean: Any, device: Any, precision: Any, path: Path) -> None:
-    """A grid of 36 unguided samples."""
+def _grid_batch(image_size: int) -> int:
+    """Samples at once of a grid: the memory of 36 at 64 x 64."""
+    return min(max(36 * 64**2 // image_size**2, 1), 36)
+
+
+def _draw_grid(unet: Any, scheduler: Any, config: DDPMConfig, mean: Any, precision: Any, path: Path) -> None:
+    """A grid of 36 unguided samples by all steps; large ones on a CPU, where that takes hours, are few, by DDIM."""
     import torch
 
     from nrcg.datasets import to_uint8
-    from nrcg.diffusion import build_scheduler
     from nrcg.figures import sample_grid, save_png
     from nrcg.sampling import GuidedDDPMPipeline
 
-    pipe = GuidedDDPMPipeline(unet, build_scheduler(config.schedule)).to(device)
+    size = mean.shape[-1]
+    pipe = GuidedDDPMPipeline(unet, scheduler)
     pipe.data_mean = torch.from_numpy(mean)
-    out = pipe(num_samples=36, batch_size=36, seed=config.seed, precision=precision, on_step=lambda done: None)
+    columns, steps = 6, None
+    if size > 64 and pipe.device.type == "cpu":
+        columns, steps = (2 if size <= 128 else 1), min(10, len(scheduler.betas))
+        pipe.use_sampler("ddim")
+    out = pipe(
+        num_samples=columns**2,
+        batch_size=_grid_batch(size),
+        seed=config.seed,
+        num_inference_steps=steps,
+        precision=precision,
+        on_step=lambda done: None,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, sample_grid(to_uint8(out.samples), 6))
+    save_png(path, sample_grid(to_uint8(out.samples), columns))
 
 
 def _log_epoch(run: Any, row: dict) -> None:
@@ -910,6 +1028,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="data/<dataset>")
     sub.add_argument("--threads", type=_positive, help="CPU threads")
     sub = add("train-ddpm", train_ddpm, step=True, compute=True)
+    sub.add_argument("--gpus", type=_count, help="GPUs that ddpm.num_processes may use; default: all that are visible")
     sub.add_argument("--data", required=True, help="data/<dataset>")
     sub.add_argument("--out", required=True, help="models/<experiment>/ddpm")
     sub = add("train-classifier", train_classifier, step=True, compute=True)
@@ -999,6 +1118,10 @@ def _positive(text: str) -> int:
 
 def _batch_size(text: str) -> int | str:
     return text if text == "auto" else _positive(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _scale(text: str) -> float:

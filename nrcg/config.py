@@ -223,11 +223,15 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The forward process (eq. 2): betas linear from beta_start to beta_end."""
+    """The forward process (eq. 2), in the terms of diffusers' schedulers."""
 
     num_train_timesteps: Annotated[int, Field(ge=2)] = Field(description="T, the number of diffusion steps.")
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(description="beta_1 of the linear schedule.")
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(description="beta_T of the linear schedule.")
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(description="beta_1; squaredcos_cap_v2 does not use it.")
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(description="beta_T; squaredcos_cap_v2 does not use it.")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
+        default="linear",
+        description="linear in beta (published), in its root (latent diffusion), or the cosine of improved DDPM.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
@@ -237,12 +241,27 @@ class ScheduleConfig(Section):
 
 
 class DDPMConfig(Section):
-    """The unconditional diffusion model."""
+    """The unconditional diffusion model: trained from scratch, or a pretrained one."""
 
+    pretrained: str | None = Field(
+        default=None,
+        description="A diffusers folder, or a hub id (optionally ID@REVISION), taken instead of training; null trains. "
+        "The schedule must be the model's own; the keys of the training are not used.",
+    )
     schedule: ScheduleConfig
     unet: UNetConfig
     epochs: Positive = Field(description="Passes over the training images.")
-    batch_size: Positive
+    batch_size: Positive = Field(description="Images per optimiser step, over all processes.")
+    micro_batch_size: Positive | None = Field(
+        default=None,
+        description="Images at once on a device, the gradients being summed; null: all of a step's. Takes less memory, "
+        "changes the result by rounding alone.",
+    )
+    num_processes: Positive | Literal["auto"] = Field(
+        default="auto",
+        description="Processes that share each batch; auto: one per GPU that the job has, 1 on a CPU. Changes the "
+        "result by rounding alone.",
+    )
     optimizer: OptimizerConfig
     ema_decay: Fraction = Field(description="Largest decay of the weight EMA; the saved weights are the EMA's.")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
@@ -251,6 +270,27 @@ class DDPMConfig(Section):
     num_val_images: Positive = Field(description="Validation images of the loss per epoch.")
     sample_every: Annotated[int, Field(ge=0)] = Field(description="A sample grid each n epochs; 0: only at the end.")
     seed: Annotated[int, Field(ge=0)]
+
+    @field_validator("pretrained")
+    @classmethod
+    def _pretrained(cls, source: str | None) -> str | None:
+        if source is not None and not source.strip():
+            raise ValueError("empty; give a diffusers folder or hub id, or null to train")
+        return source
+
+    @field_validator("num_processes", mode="before")
+    @classmethod
+    def _num_processes(cls, number: Any) -> Any:
+        # A union's own message would speak of each of its types.
+        if number != "auto" and (type(number) is not int or number < 1):
+            raise ValueError(f"{number!r} is no number of processes; a whole number >= 1 or auto is allowed")
+        return number
+
+    @model_validator(mode="after")
+    def _one_image_per_process(self) -> DDPMConfig:
+        if self.num_processes != "auto" and self.num_processes > self.batch_size:
+            raise ValueError(f"num_processes: {self.num_processes} processes cannot share {self.batch_size} images")
+        return self
 
 
 class ClassifierConfig(Section):
@@ -263,6 +303,9 @@ class ClassifierConfig(Section):
     optimizer: OptimizerConfig
     batch_norm_momentum: Annotated[float, Field(gt=0, le=1)] = Field(
         description="torchvision's MobileNetV3 ships 0.01, too slow for short trainings."
+    )
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
+        default=10, description="A checkpoint at least this often; a killed training goes on from the last."
     )
     seed: Annotated[int, Field(ge=0)]
 
@@ -501,6 +544,8 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _size_halves(self) -> ExperimentConfig:
+        if self.ddpm.pretrained is not None:  # it brings its own U-Net
+            return self
         size, halvings = self.dataset.image_size, len(self.ddpm.unet.block_out_channels) - 1
         if size % 2**halvings:
             raise ValueError(
@@ -801,14 +846,25 @@ class DatasetStep(StepSettings):
 
 
 class TrainDDPMStep(StepSettings):
-    UNAFFECTING = ("device", "ddpm.checkpoint_minutes", "ddpm.sample_every")
+    UNAFFECTING = (
+        "device",
+        "ddpm.checkpoint_minutes",
+        "ddpm.sample_every",
+        "ddpm.micro_batch_size",
+        "ddpm.num_processes",
+    )
     device: str
     precision: Precision
     ddpm: DDPMConfig
 
+    def fingerprint(self) -> str:
+        if self.ddpm.pretrained is None:
+            return super().fingerprint()
+        return fingerprint({"ddpm": self.ddpm.model_dump(mode="json", include={"pretrained", "schedule"})})
+
 
 class TrainClassifierStep(StepSettings):
-    UNAFFECTING = ("device",)
+    UNAFFECTING = ("device", "classifier.checkpoint_minutes")
     device: str
     precision: Precision
     role: Role

@@ -47,7 +47,16 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> Schedule:
-        return cls.linear(config.num_train_timesteps, config.beta_start, config.beta_end)
+        """The schedule by diffusers' names: linear, scaled_linear (linear in the root of beta; Rombach et al. 2022),
+        squaredcos_cap_v2 (Nichol and Dhariwal 2021, eq. 17, betas capped at 0.999)."""
+        if config.beta_schedule == "linear":
+            return cls.linear(config.num_train_timesteps, config.beta_start, config.beta_end)
+        if config.beta_schedule == "scaled_linear":
+            ends = (config.beta_start**0.5, config.beta_end**0.5)
+            return cls(torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float64) ** 2)
+        share = torch.linspace(0, 1, config.num_train_timesteps + 1, dtype=torch.float64)
+        abar = torch.cos((share + 0.008) / 1.008 * torch.pi / 2) ** 2
+        return cls((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
 
     @classmethod
     def from_scheduler(cls, scheduler: DDPMScheduler) -> Schedule:
@@ -173,14 +182,14 @@ def build_unet(config: UNetConfig, image_size: int, channels: int) -> UNet2DMode
 
 
 def build_scheduler(config: ScheduleConfig) -> DDPMScheduler:
-    """diffusers' DDPMScheduler: linear betas, eps-prediction, Sigma_t = posterior variance, x0hat clipped."""
+    """diffusers' DDPMScheduler: eps-prediction, Sigma_t = posterior variance, x0hat clipped."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
-        beta_schedule="linear",
+        beta_schedule=config.beta_schedule,
         variance_type="fixed_small",
         prediction_type="epsilon",
         clip_sample=True,

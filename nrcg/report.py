@@ -363,18 +363,26 @@ def _training(folder: Path) -> dict[str, Any]:
     if (folder / "training.csv").exists():
         rows = read_csv(folder / "training.csv", ("epoch", "train_loss"))
         last = rows[-1]
-        if math.isnan(last["train_loss"]):  # an imported model: only its validation loss is known
-            found["words"] = "not trained here"
+        if last["epoch"] == 0 or math.isnan(last["train_loss"]):
+            found["words"] = f"pretrained ({_origin(folder)}), not trained here"
         else:
             found["loss"] = data_uri(render(lambda: training_loss(rows), "svg"), "svg+xml")
-            found["words"] = (
-                f"{format_count(last['epoch'])} epochs, last training loss {format_number(last['train_loss'])}"
-            )
+            epochs, loss = format_count(last["epoch"]), format_number(last["train_loss"])
+            found["words"] = f"{epochs} epochs, last training loss {loss}"
         if not math.isnan(last.get("val_loss", math.nan)):
             found["words"] += f", validation loss {format_number(last['val_loss'])}"
     if (folder / "samples.png").exists():
         found["samples"] = _picture((folder / "samples.png").read_bytes())
     return found
+
+
+def _origin(folder: Path) -> str:
+    """Where a pretrained model came from, as training.json says."""
+    try:
+        origin = json.loads((folder / "training.json").read_text())["pretrained"]
+        return "@".join(filter(None, (origin["source"], origin["revision"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return "source unknown"
 
 
 def _classifiers(folder: Path, num_steps: int | None) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """Training of the diffusion model and of the classifiers.
 
-The diffusion model's training goes on after a kill as if nothing had happened: every random choice is a function of
-(seed, epoch) or (seed, step), so a resumed training repeats an undisturbed one. The classifiers', which are
-short, start anew.
+A training goes on after a kill as if nothing had happened: every random choice is a function of (seed, epoch) or
+(seed, step), or its generator's state is in the checkpoint, so a resumed training repeats an undisturbed one. Neither
+the number of processes nor the size of the micro-batches changes the diffusion model's, beyond rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,56 +22,19 @@ from torch.nn import functional as F
 
 from nrcg.classifiers import Classifier, build_module, predicted_class
 from nrcg.config import ClassifierConfig, DDPMConfig, OptimizerConfig
-from nrcg.datasets import to_unit
-from nrcg.diffusion import DATA_MEAN_FILE, Schedule, autocast, build_scheduler, build_unet, freeze
+from nrcg.diffusion import DATA_MEAN_FILE, Schedule, autocast, build_unet, freeze, to_eps
+from nrcg.distributed import Ranks
+from nrcg.errors import ConfigError, DataError
 from nrcg.files import atomic_save_array, atomic_write_text, replace_folder, sha256_file, temporary_name
+from nrcg.loading import Images, batches_from, steps_per_epoch
 from nrcg.noise import spawn_seed
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, UNet2DModel
 
 LogRow = dict[str, float]
 OnStep = Callable[[int], None]
 OnEpoch = Callable[[LogRow], None]
-
-
-class Images:
-    """A split's images as training batches.
-
-    On a CUDA device all images stay there as uint8 where they take at most a quarter of its free memory; otherwise a
-    batch is read from the memory map and sent as uint8.
-
-    Args:
-        images: (N, H, W, C) uint8, an array or memory map.
-        labels: (N,) int64.
-    """
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
-        self._array, self._labels, self._device = images, torch.from_numpy(np.asarray(labels)), device
-        self._resident: Tensor | None = None
-        if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
-            self._resident = torch.from_numpy(np.array(images)).to(device)
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) at some positions."""
-        labels = self._labels[indices].to(self._device, non_blocking=True)
-        if self._resident is not None:
-            pixels = self._resident[indices.to(self._device)].permute(0, 3, 1, 2)
-            return pixels.float().div_(127.5).sub_(1.0), labels
-        order = np.sort(indices.numpy())  # the memory map is read forwards, then put in order
-        rows = self._array[order][np.searchsorted(order, indices.numpy())]
-        return to_unit(rows).to(self._device), labels
-
-
-def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Shuffled positions of an epoch in batches; the last, smaller one is dropped unless it is the only one."""
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(spawn_seed(seed, epoch)))
-    for first in range(0, max(num_images - batch_size + 1, 1), batch_size):
-        yield order[first : first + batch_size]
-
-
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    return max(num_images // batch_size, 1)
 
 
 @dataclass
@@ -94,9 +59,12 @@ class _Trainer:
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
 
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step from a float32 loss."""
+    def backward(self, loss: Tensor) -> None:
+        """Add a float32 loss's gradient."""
         self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        """One optimiser step from the gradients added since the last."""
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.grad_clip)
         self.scaler.step(self.optimizer)
@@ -176,7 +144,13 @@ class Checkpoint:
 
 
 def ddpm_loss(
-    unet: nn.Module, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor, precision: torch.dtype
+    unet: nn.Module,
+    schedule: Schedule,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    precision: torch.dtype,
+    prediction_type: str = "epsilon",
 ) -> Tensor:
     """The simplified objective of Ho et al. 2020 (eq. 14): mean squared error of the predicted noise.
 
@@ -184,33 +158,73 @@ def ddpm_loss(
         x0: (B, C, H, W) in [-1, 1].
         t: (B,) steps, 1..T.
         noise: eps, like x0.
+        prediction_type: what the U-Net predicts (`nrcg.diffusion.to_eps`).
     """
     x_t = schedule.q_sample(x0, t, noise)
     with autocast(x0.device, precision):
-        eps = unet(x_t, t - 1).sample
-    return F.mse_loss(eps.float(), noise)
+        output = unet(x_t, t - 1).sample
+    eps = to_eps(output.float()[:, : x0.shape[1]], x_t, t, schedule, prediction_type)
+    return F.mse_loss(eps, noise)
 
 
-def _step_noise(seed: int, step: int, x0: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """t (B,) uniform over 1..T and eps like x0, of one training step."""
-    generator = torch.Generator(x0.device).manual_seed(spawn_seed(seed, step, 1))
-    t = torch.randint(1, num_steps + 1, (len(x0),), generator=generator, device=x0.device)
-    return t, torch.randn(x0.shape, generator=generator, device=x0.device)
+def _step_noise(
+    seed: int, step: int, shape: Sequence[int], num_steps: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """t (B,) uniform over 1..T and eps (B, C, H, W), of one training step."""
+    generator = torch.Generator(device).manual_seed(spawn_seed(seed, step, 1))
+    t = torch.randint(1, num_steps + 1, (shape[0],), generator=generator, device=device)
+    return t, torch.randn(tuple(shape), generator=generator, device=device)
+
+
+def _chunks(start: int, stop: int, size: int | None) -> list[slice]:
+    """Positions start..stop in pieces of at most `size`; None: in one."""
+    size = size or max(stop - start, 1)
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+@contextlib.contextmanager
+def _naming_memory(key: str, advice: str) -> Iterator[None]:
+    """Out of memory becomes one line that names the key to change."""
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        raise DataError(f"{key}: out of memory; {advice}") from error
 
 
 @torch.no_grad()
 def ddpm_validation_loss(
-    unet: nn.Module, schedule: Schedule, images: Images, num_images: int, batch_size: int, precision: torch.dtype
+    unet: nn.Module,
+    schedule: Schedule,
+    images: Images,
+    num_images: int,
+    batch_size: int,
+    precision: torch.dtype,
+    *,
+    micro_batch_size: int | None = None,
+    prediction_type: str = "epsilon",
+    ranks: Ranks | None = None,
 ) -> float:
-    """The loss on the first validation images, t spread evenly over 1..T, with the same noise at every call."""
-    total, count = 0.0, min(num_images, len(images))
+    """The loss on the first images, t spread evenly over 1..T, with the same noise at every call."""
+    ranks = ranks or Ranks()
+    count = min(num_images, len(images))
+    total = torch.zeros((), dtype=torch.float64)
     for first in range(0, count, batch_size):
         indices = torch.arange(first, min(first + batch_size, count))
-        x0, _ = images.batch(indices)
-        t = (indices * 2654435761 % schedule.num_steps + 1).to(x0.device)  # a fixed, well-mixed t per image
-        _, noise = _step_noise(0, first, x0, schedule.num_steps)
-        total += ddpm_loss(unet, schedule, x0, t, noise, precision).item() * len(indices)
-    return total / count
+        # The noise is the batch's, whoever computes which part of it.
+        device, noise = images.device, None
+        mine = ranks.share(len(indices))
+        for part in _chunks(mine.start, mine.stop, micro_batch_size):
+            if noise is None:
+                _, noise = _step_noise(0, first, (len(indices), *images.image_shape), schedule.num_steps, device)
+            x0, _ = images.batch(indices[part])
+            t = (indices[part] * 2654435761 % schedule.num_steps + 1).to(device)  # a fixed, well-mixed t per image
+            loss = ddpm_loss(unet, schedule, x0, t, noise[part], precision, prediction_type)
+            total += loss.item() * len(x0)
+    # As float32, which every device can send.
+    return ranks.sum(total.to(device, torch.float32)).item() / count if ranks.count > 1 else total.item() / count
 
 
 def train_ddpm(
@@ -227,6 +241,7 @@ def train_ddpm(
     on_epoch: OnEpoch,
     on_samples: Callable[[nn.Module, int], None],
     on_resume: OnStep = lambda step: None,
+    ranks: Ranks | None = None,
 ) -> tuple[nn.Module, list[LogRow]]:
     """Train the U-Net of an unconditional DDPM.
 
@@ -235,12 +250,21 @@ def train_ddpm(
         on_epoch: called with each epoch's row: epoch, step, train_loss, val_loss, learning_rate, images_per_second.
         on_samples: called with the EMA's U-Net and the epoch when a sample grid is due.
         on_resume: called with the number of steps that a checkpoint brings.
+        ranks: the processes that train together, each with this call; None: this one alone. Only the main one writes
+            checkpoints; every one calls the hooks.
 
     Returns:
         The U-Net with the EMA's weights, frozen, and all rows.
+
+    Raises:
+        ConfigError, DataError: fewer images in a batch than processes; out of memory; checkpoints that differ.
     """
     from diffusers.training_utils import EMAModel
 
+    ranks = ranks or Ranks()
+    batch_size = min(config.batch_size, len(train))
+    if ranks.count > batch_size:
+        raise ConfigError(f"ddpm.num_processes: {ranks.count} processes cannot share a batch of {batch_size} images")
     torch.manual_seed(spawn_seed(config.seed, 0, 2))
     schedule = Schedule.from_config(config.schedule)
     unet = build_unet(config.unet, image_size, channels).to(device)
@@ -250,54 +274,89 @@ def train_ddpm(
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     epoch_loss, epoch_began, epoch_steps = torch.zeros((), device=device), time.perf_counter(), 0
     state = checkpoint.load()
+    ranks.check_equal(-1 if state is None else state["trainer"]["step"], f"{checkpoint.path}: the step")
     if state is not None:
         trainer.load_state_dict(state["trainer"])
         ema.load_state_dict(state["ema"])
         ema.to(device)
         epoch_loss = state["epoch_loss"].to(device)
         on_resume(trainer.step)
+        del state
     unet.train()
-    # By the rows, not the steps: a checkpoint of an epoch's last step comes before its row.
-    for epoch in range(len(trainer.log), config.epochs):
-        batches = list(epoch_batches(len(train), config.batch_size, config.seed, epoch))
-        for indices in batches[trainer.step - epoch * per_epoch :]:
-            x0, _ = train.batch(indices)
-            t, noise = _step_noise(config.seed, trainer.step, x0, schedule.num_steps)
+    replicas = ranks.wrap(unet)
+    mine = ranks.share(batch_size)
+    parts = _chunks(mine.start, mine.stop, config.micro_batch_size)
+    order = batches_from(len(train), config.batch_size, config.seed, trainer.step, config.epochs)
+    feed = train.batches(indices[mine] for indices in order)
+
+    def accumulate(x0: Tensor) -> Tensor:
+        """Add up the gradients of this process's images; returns their part of the step's loss."""
+        shape = (batch_size, *x0.shape[1:])
+        t, noise = _step_noise(config.seed, trainer.step, shape, schedule.num_steps, device)
+        total = torch.zeros((), device=device)
+        for part in parts:
             if config.unet.dropout:
-                torch.manual_seed(spawn_seed(config.seed, trainer.step, 4))
-            loss = ddpm_loss(unet, schedule, x0, t, noise, precision)
-            trainer.update(loss)
-            ema.step(unet.parameters())
-            epoch_loss += loss.detach()
-            epoch_steps += 1
-            on_step(trainer.step)
-            if checkpoint.due():
-                checkpoint.save(
-                    {"trainer": trainer.state_dict(), "ema": ema.state_dict(), "epoch_loss": epoch_loss.cpu()}
-                )
-        ema.copy_to(ema_unet.parameters())
-        seconds = time.perf_counter() - epoch_began
-        row = {
-            "epoch": epoch + 1,
-            "step": trainer.step,
-            "train_loss": epoch_loss.item() / per_epoch,
-            "val_loss": ddpm_validation_loss(
-                ema_unet, schedule, val, config.num_val_images, config.batch_size, precision
-            ),
-            "learning_rate": trainer.learning_rate,
-            "images_per_second": epoch_steps * config.batch_size / seconds,
-        }
-        trainer.log.append(row)
-        on_epoch(row)
-        if config.sample_every and (epoch + 1) % config.sample_every == 0 and epoch + 1 < config.epochs:
-            on_samples(ema_unet, epoch + 1)
-        epoch_loss, epoch_began, epoch_steps = torch.zeros((), device=device), time.perf_counter(), 0
+                torch.manual_seed(spawn_seed(config.seed, trainer.step, 4, part.start))
+            # The processes meet at the last part alone.
+            with contextlib.nullcontext() if part is parts[-1] else ranks.no_sync(replicas):
+                images = x0[part.start - mine.start : part.stop - mine.start]
+                loss = ddpm_loss(replicas, schedule, images, t[part], noise[part], precision)
+                share = loss * (len(images) / batch_size)
+                trainer.backward(share * ranks.count)  # the processes' gradients are averaged, not summed
+            total += share.detach()
+        return total
+
+    advice = f"{max(part.stop - part.start for part in parts)} images at once on {device} are too many: take fewer, "
+    with _naming_memory("ddpm.micro_batch_size", advice + "it changes no result"):
+        # By the rows, not the steps: a checkpoint of an epoch's last step comes before its row.
+        for epoch in range(len(trainer.log), config.epochs):
+            while trainer.step < (epoch + 1) * per_epoch:
+                x0, _ = next(feed)
+                loss = accumulate(x0)
+                trainer.update()
+                ema.step(unet.parameters())
+                epoch_loss += ranks.sum(loss)
+                epoch_steps += 1
+                on_step(trainer.step)
+                if ranks.main and checkpoint.due():
+                    checkpoint.save(
+                        {"trainer": trainer.state_dict(), "ema": ema.state_dict(), "epoch_loss": epoch_loss.cpu()}
+                    )
+            ema.copy_to(ema_unet.parameters())
+            seconds = time.perf_counter() - epoch_began
+            row = {
+                "epoch": epoch + 1,
+                "step": trainer.step,
+                "train_loss": epoch_loss.item() / per_epoch,
+                "val_loss": ddpm_validation_loss(
+                    ema_unet,
+                    schedule,
+                    val,
+                    config.num_val_images,
+                    config.batch_size,
+                    precision,
+                    micro_batch_size=config.micro_batch_size,
+                    ranks=ranks,
+                ),
+                "learning_rate": trainer.learning_rate,
+                "images_per_second": epoch_steps * batch_size / seconds,
+            }
+            trainer.log.append(row)
+            on_epoch(row)
+            if config.sample_every and (epoch + 1) % config.sample_every == 0 and epoch + 1 < config.epochs:
+                on_samples(ema_unet, epoch + 1)
+            epoch_loss, epoch_began, epoch_steps = torch.zeros((), device=device), time.perf_counter(), 0
     ema.copy_to(ema_unet.parameters())
     return ema_unet, trainer.log
 
 
 def save_pipeline(
-    folder: Path, unet: nn.Module, config: DDPMConfig, data_mean: np.ndarray, record: dict, log: list[LogRow]
+    folder: Path,
+    unet: UNet2DModel,
+    scheduler: SchedulerMixin,
+    data_mean: np.ndarray,
+    record: dict,
+    log: list[LogRow],
 ) -> None:
     """Write a diffusers pipeline folder as a whole, with the mean training image, training.csv and training.json.
 
@@ -310,7 +369,7 @@ def save_pipeline(
     from nrcg.results import write_csv
 
     new = temporary_name(folder)
-    DDPMPipeline(unet, build_scheduler(config.schedule)).save_pretrained(new)
+    DDPMPipeline(unet, scheduler).save_pretrained(new)
     atomic_save_array(new / DATA_MEAN_FILE, data_mean.astype(np.float32))
     write_csv(new / "training.csv", log, list(log[0]))
     weights = new / "unet" / "diffusion_pytorch_model.safetensors"
@@ -330,10 +389,15 @@ def train_classifier(
     num_classes: int,
     device: torch.device,
     precision: torch.dtype,
+    checkpoint: Checkpoint,
     on_step: OnStep,
     on_epoch: OnEpoch,
+    on_resume: OnStep = lambda step: None,
 ) -> tuple[Classifier, list[LogRow]]:
     """Train a classifier by cross-entropy; a robust one on images noised by eq. 2, each at its own t in 1..T.
+
+    Args:
+        on_resume: called with the number of steps that a checkpoint brings.
 
     Returns:
         The classifier, frozen, and a row per epoch: epoch, step, train_loss, val_accuracy, learning_rate.
@@ -344,30 +408,55 @@ def train_classifier(
     classifier = Classifier(module).to(device)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     trainer = _Trainer(module, config.optimizer, per_epoch * config.epochs, device, precision)
-    for epoch in range(config.epochs):
-        classifier.train()
-        total = torch.zeros((), device=device)
-        for indices in epoch_batches(len(train), config.batch_size, config.seed, epoch):
-            x, labels = train.batch(indices)
-            if config.noised:
-                t, noise = _step_noise(config.seed, trainer.step, x, schedule.num_steps)
-                x = schedule.q_sample(x, t, noise)
-            with autocast(device, precision):
-                logits = classifier(x)
-            loss = F.cross_entropy(logits.float(), labels)
-            trainer.update(loss)
-            total += loss.detach()
-            on_step(trainer.step)
-        row = {
-            "epoch": epoch + 1,
-            "step": trainer.step,
-            "train_loss": total.item() / per_epoch,
-            "val_accuracy": accuracy(classifier.eval(), val),
-            "learning_rate": trainer.learning_rate,
-        }
-        trainer.log.append(row)
-        on_epoch(row)
+    total = torch.zeros((), device=device)
+    state = checkpoint.load()
+    if state is not None:
+        trainer.load_state_dict(state["trainer"])
+        total = state["epoch_loss"].to(device)
+        _set_random_state(state["random"], device)
+        on_resume(trainer.step)
+    feed = train.batches(batches_from(len(train), config.batch_size, config.seed, trainer.step, config.epochs))
+    with _naming_memory("batch_size", f"{config.batch_size} images at once on {device} are too many: take fewer"):
+        for epoch in range(len(trainer.log), config.epochs):
+            classifier.train()
+            while trainer.step < (epoch + 1) * per_epoch:
+                x, labels = next(feed)
+                if config.noised:
+                    t, noise = _step_noise(config.seed, trainer.step, x.shape, schedule.num_steps, device)
+                    x = schedule.q_sample(x, t, noise)
+                with autocast(device, precision):
+                    logits = classifier(x)
+                loss = F.cross_entropy(logits.float(), labels)
+                trainer.backward(loss)
+                trainer.update()
+                total += loss.detach()
+                on_step(trainer.step)
+                if checkpoint.due():
+                    random = _random_state(device)  # dropout's
+                    checkpoint.save({"trainer": trainer.state_dict(), "epoch_loss": total.cpu(), "random": random})
+            row = {
+                "epoch": epoch + 1,
+                "step": trainer.step,
+                "train_loss": total.item() / per_epoch,
+                "val_accuracy": accuracy(classifier.eval(), val),
+                "learning_rate": trainer.learning_rate,
+            }
+            trainer.log.append(row)
+            on_epoch(row)
+            total = torch.zeros((), device=device)
     return freeze(classifier), trainer.log
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's default generators, on the CPU and on the device."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 @torch.no_grad()
@@ -390,7 +479,7 @@ def accuracy(
     for first in range(0, count, batch_size):
         x, labels = images.batch(torch.arange(first, min(first + batch_size, count)))
         if schedule is not None and t > 0:
-            _, noise = _step_noise(t, first, x, schedule.num_steps)
+            _, noise = _step_noise(t, first, x.shape, schedule.num_steps, x.device)
             x = schedule.q_sample(x, t, noise)
         right += int((predicted_class(classifier(x)) == labels).sum())
     return right / count

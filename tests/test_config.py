@@ -129,6 +129,10 @@ MISTAKES = [
     (f"{EXPERIMENT}.ddpm.optimizer.learning_rate", "1e-3", "input should be a valid number, got '1e-3' (YAML reads"),
     (f"{EXPERIMENT}.ddpm.optimizer.learning_rate", math.inf, "input should be a finite number"),
     (f"{EXPERIMENT}.ddpm.schedule.beta_start", 0.5, "must not be larger than beta_end"),
+    (f"{EXPERIMENT}.ddpm.schedule.beta_schedule", "sigmoid", "input should be 'linear', 'scaled_linear' or "),
+    (f"{EXPERIMENT}.ddpm.pretrained", " ", "empty; give a diffusers folder or hub id"),
+    (f"{EXPERIMENT}.ddpm.num_processes", 65, "65 processes cannot share 64 images"),
+    (f"{EXPERIMENT}.ddpm.num_processes", "all", "'all' is no number of processes; a whole"),
     (f"{EXPERIMENT}.ddpm.unet.attention", [True], "one entry for each entry of block_out_channels"),
     (f"{EXPERIMENT}.ddpm.unet.norm_num_groups", 7, "7 does not divide 32 channels"),
     (f"{EXPERIMENT}.classifiers.robust.noised", False, "must be true"),
@@ -336,7 +340,12 @@ def test_the_published_settings():
     """Section 3 of the paper."""
     published = CONFIG.experiments["sportballs"]
     ddpm = published.ddpm
-    assert ddpm.schedule.model_dump() == {"num_train_timesteps": 400, "beta_start": 1e-4, "beta_end": 0.02}
+    assert ddpm.schedule.model_dump() == {
+        "num_train_timesteps": 400,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+    }
     assert ddpm.schedule.num_train_timesteps == config.PUBLISHED_STEPS
     assert ddpm.unet.block_out_channels == [64, 128, 192, 256]
     assert ddpm.unet.attention == [False, True, True, True]
@@ -485,6 +494,11 @@ def fingerprints(raw: dict) -> dict[str, str]:
         ("forward.batch_size", 7, set()),
         ("ddpm.checkpoint_minutes", 5, set()),
         ("ddpm.sample_every", 3, set()),
+        ("ddpm.micro_batch_size", 3, set()),
+        ("ddpm.num_processes", 2, set()),
+        ("ddpm.pretrained", "some/model", {"train_ddpm"}),
+        ("ddpm.schedule.beta_schedule", "scaled_linear", {"train_ddpm", "train_classifier"}),
+        ("classifiers.robust.checkpoint_minutes", 3, set()),
         ("sampling.num_samples", 64, {"evaluate"}),
         ("sampling.shard_size", 64, {"sample", "evaluate"}),
         ("sampling.start", "standard_normal", {"sample", "evaluate"}),
@@ -508,6 +522,37 @@ def test_a_setting_makes_stale_exactly_the_steps_that_read_it(key, value, stale)
     before, after = fingerprints(RAW), fingerprints(with_entry(f"{EXPERIMENT}.{key}", value))
     changed = {step for step in STEPS if before[step] != after[step]}
     assert changed - {"report"} == stale
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stale"),
+    [
+        ("ddpm.epochs", 3, False),
+        ("ddpm.unet.dropout", 0.1, False),
+        ("precision", "float32", False),
+        ("ddpm.schedule.num_train_timesteps", 7, True),
+        ("ddpm.pretrained", "another/model", True),
+        ("ddpm.pretrained", None, True),
+    ],
+)
+def test_a_pretrained_model_depends_on_no_key_of_the_training(key, value, stale):
+    raw = with_entry(f"{EXPERIMENT}.ddpm.pretrained", "some/model")
+    before = config.step_settings(config.parse(raw), "quickstart", "train_ddpm").fingerprint()
+    *path, last = key.split(".")
+    section = raw["experiments"]["quickstart"]
+    for part in path:
+        section = section.setdefault(part, {})
+    section[last] = value
+    after = config.step_settings(config.parse(raw), "quickstart", "train_ddpm").fingerprint()
+    assert (before != after) == stale
+
+
+def test_a_pretrained_model_brings_its_own_unet():
+    raw = with_entry(f"{EXPERIMENT}.dataset.image_size", 26)  # halves once, the U-Net's levels want twice
+    with pytest.raises(ConfigError, match="cannot be halved 2 times"):
+        config.parse(raw)
+    raw["experiments"]["quickstart"]["ddpm"]["pretrained"] = "some/model"
+    assert config.parse(raw).experiments["quickstart"].dataset.image_size == 26
 
 
 def test_a_methods_change_reaches_its_own_jobs_alone():

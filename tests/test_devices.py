@@ -1,18 +1,22 @@
 """The lease of GPUs between the processes of a machine. Needs no GPU: a device is a number here."""
 
+import json
+import select
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nrcg.devices import has_nvidia_gpu
+from nrcg.devices import has_nvidia_gpu, lease_cuda_devices
 
 # Leases a device, says which, and holds it until its standard input ends.
 JOB = """
 import sys
-from nrcg.devices import lease_cuda_device
-print(lease_cuda_device(sys.argv[1].split(','), sys.argv[2], poll_seconds=0.02), flush=True)
+from nrcg.devices import lease_cuda_device, lease_cuda_devices
+names, folder, count = sys.argv[1].split(','), sys.argv[2], int(sys.argv[3])
+one = count == 1
+print(lease_cuda_device(names, folder, 0.02) if one else lease_cuda_devices(names, count, folder, 0.02), flush=True)
 sys.stdin.read()
 """
 
@@ -20,9 +24,9 @@ sys.stdin.read()
 class Job:
     """A process that leases one of the devices that it sees."""
 
-    def __init__(self, folder: Path, *names: str):
+    def __init__(self, folder: Path, *names: str, count: int = 1):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", JOB, ",".join(names), str(folder)],
+            [sys.executable, "-c", JOB, ",".join(names), str(folder), str(count)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -31,6 +35,10 @@ class Job:
     def device(self) -> int:
         """The device leased; waits for it."""
         return int(self.process.stdout.readline())
+
+    def devices(self) -> list[int]:
+        """The devices leased; waits for them."""
+        return json.loads(self.process.stdout.readline())
 
     def kill(self) -> None:
         """End as by kill -9."""
@@ -44,8 +52,8 @@ class Job:
 def start(tmp_path):
     jobs = []
 
-    def start_one(*names: str) -> Job:
-        jobs.append(Job(tmp_path / "leases", *names))
+    def start_one(*names: str, count: int = 1) -> Job:
+        jobs.append(Job(tmp_path / "leases", *names, count=count))
         return jobs[-1]
 
     yield start_one
@@ -73,6 +81,30 @@ def test_the_device_that_is_free_is_found(start):
     jobs = {job.device(): job for job in (start(*"abc"), start(*"abc"), start(*"abc"))}
     jobs[1].kill()
     assert start(*"abc").device() == 1
+
+
+def test_several_devices_go_to_one_process(start):
+    one = start(*"abcd")
+    held = one.device()
+    assert start(*"abcd", count=3).devices() == sorted({0, 1, 2, 3} - {held})
+
+
+def test_two_that_want_all_devices_take_turns(start):
+    """Neither holds some of them while it waits for the others."""
+    jobs = [start(*"abc", count=3) for _ in range(2)]
+    readable, _, _ = select.select([job.process.stdout for job in jobs], [], [], 60)
+    first = next(job for job in jobs if job.process.stdout in readable)
+    second = next(job for job in jobs if job is not first)
+    assert first.devices() == [0, 1, 2]
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.process.wait(timeout=0.3)
+    first.kill()
+    assert second.devices() == [0, 1, 2]
+
+
+def test_more_devices_than_there_are_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="3 devices of 2"):
+        lease_cuda_devices(["a", "b"], 3, tmp_path)
 
 
 def test_processes_that_see_different_devices_do_not_wait_for_each_other(start):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nrcg import config as nrcg_config
 from nrcg.config import ROLES, format_scale
-from nrcg.devices import has_nvidia_gpu
+from nrcg.devices import count_nvidia_gpus, has_nvidia_gpu
 from nrcg.errors import ConfigError
 from nrcg.features import resolve_features
 from nrcg.files import join_group
@@ -88,6 +88,16 @@ def gpus(wildcards):
     if device == "auto":
         return int(has_nvidia_gpu())
     return int(device.startswith("cuda"))
+
+
+def training_gpus(wildcards):
+    """One for each process that trains the diffusion model; of `auto`, all there are. Snakemake lowers it to what
+    --resources gpu=N allows."""
+    settings = CONFIG.experiments[wildcards.experiment]
+    asked = settings.ddpm.num_processes
+    if not gpus(wildcards) or settings.ddpm.pretrained is not None or ":" in settings.device:
+        return gpus(wildcards)
+    return max(count_nvidia_gpus(), 1) if asked == "auto" else asked
 
 
 def data_folder(wildcards):

@@ -1,5 +1,5 @@
 rule train_ddpm:
-    """The unconditional diffusion model, as a diffusers pipeline folder."""
+    """The unconditional diffusion model, trained or pretrained, as a diffusers pipeline folder."""
     input:
         dataset_files,
     output:
@@ -19,7 +19,7 @@ rule train_ddpm:
         "../envs/nrcg.yaml"
     threads: 16
     resources:
-        gpu=gpus,
+        gpu=training_gpus,
         mem_mb=8000,
         runtime=4320,
     params:
@@ -28,7 +28,7 @@ rule train_ddpm:
         folder=folder("models/{experiment}/ddpm"),
     shell:
         "nrcg train-ddpm --config {params.config} --data {params.data} --threads {threads}"
-        " --out {params.folder} > {log} 2>&1"
+        " --gpus {resources.gpu} --out {params.folder} > {log} 2>&1"
 
 
 rule train_classifier:
