@@ -24,6 +24,7 @@ from nrcg.config import (
     ReportStep,
     SampleStep,
     StepSettings,
+    TrainClassifierStep,
     TrainDDPMStep,
     checked_device,
     format_scale,
@@ -321,7 +322,7 @@ def _import_ddpm(arguments: argparse.Namespace, settings: TrainDDPMStep, manifes
 
 
 def train_classifier(arguments: argparse.Namespace) -> None:
-    """Train one classifier."""
+    """Train one classifier, or take a pretrained one."""
     import torch
 
     from nrcg import tracking, training
@@ -333,6 +334,9 @@ def train_classifier(arguments: argparse.Namespace) -> None:
 
     settings = _settings(arguments, "train_classifier", arguments.role)
     config, manifest = settings.classifier, load_manifest(arguments.data)
+    if config.pretrained is not None:
+        _import_classifier(arguments, settings, manifest)
+        return
     device, precision = _device(arguments, settings)
     if device.type == "cpu" and settings.precision == "auto":
         precision = torch.float32  # bfloat16 slows depthwise convolutions down on a CPU
@@ -384,6 +388,46 @@ def train_classifier(arguments: argparse.Namespace) -> None:
             },
         )
     checkpoint.remove()
+
+
+def _import_classifier(arguments: argparse.Namespace, settings: TrainClassifierStep, manifest: dict) -> None:
+    """A classifier by its SPEC into the folder of a trained one, its accuracy measured on the validation images."""
+    import torch
+
+    from nrcg import specs, tracking, training
+    from nrcg.classifiers import save_classifier
+    from nrcg.datasets import open_split
+    from nrcg.diffusion import Schedule
+    from nrcg.results import write_csv
+
+    config, out = settings.classifier, Path(arguments.out)
+    device, _ = _device(arguments, settings)
+    classifier = specs.load_for_classes(config.pretrained, manifest["classes"], config.class_map).to(device)
+    if classifier.channels not in (None, manifest["channels"]):
+        raise ConfigError(
+            f"classifiers.{settings.role}.pretrained: it takes images of {classifier.channels} channels, the data set"
+            f" has {manifest['channels']}"
+        )
+    params = {"experiment": settings.experiment, "role": settings.role, "classifier": config.model_dump()}
+    name = f"train_{settings.role}"
+    with tracking.run(settings.experiment, name, kind="train", params=params, tags=_data_tags(manifest)) as run:
+        val = training.Images(*open_split(arguments.data, "val"), device)
+        accuracy = training.accuracy(classifier, val)
+        print(f"{config.pretrained}: {100 * accuracy:.1f} % of the validation images right", flush=True)
+        run.log_metrics({"val_accuracy": accuracy})
+        over_t = training.accuracy_over_t(classifier, Schedule.from_config(settings.schedule), val)
+        out.mkdir(parents=True, exist_ok=True)
+        row = {"epoch": 0, "step": 0, "train_loss": float("nan"), "val_accuracy": accuracy}
+        write_csv(out / "training.csv", [row], list(row))
+        write_csv(out / "accuracy_over_t.csv", over_t, ["t", "accuracy"])
+        record = classifier.record() | {
+            "channels": manifest["channels"],
+            "image_size": manifest["image_size"],
+            "pretrained": config.pretrained,
+            "validation_accuracy": accuracy,
+            "mlflow_run_id": run.id,
+        }
+        save_classifier(out, classifier.module, record | _record(settings, manifest, device, torch.float32))
 
 
 def forward(arguments: argparse.Namespace) -> None:

@@ -294,8 +294,19 @@ class DDPMConfig(Section):
 
 
 class ClassifierConfig(Section):
-    """One classifier. `noised` images follow eq. 2, each at its own t uniform over the steps."""
+    """One classifier, trained here or `pretrained`. `noised` images follow eq. 2, each at its own t uniform over the
+    steps."""
 
+    pretrained: str | None = Field(
+        default=None,
+        description="A folder, torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER or python:MODULE:FACTORY; null"
+        " trains one. The training's settings then do not matter.",
+    )
+    class_map: dict[str, int | str | list[int | str]] | None = Field(
+        default=None,
+        description="pretrained: for each of dataset.classes the classifier's class, by name or number, or a list of"
+        " classes whose probabilities add up.",
+    )
     architecture: str = Field(description="mobilenet_v3_small, small_cnn, or another torchvision model's name.")
     noised: bool = Field(description="Train on noised images (robust) or on clean ones.")
     epochs: Positive
@@ -315,6 +326,12 @@ class ClassifierConfig(Section):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(f"{name!r} is no torchvision model name; for example: mobilenet_v3_small")
         return name
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifierConfig:
+        if self.class_map is not None and self.pretrained is None:
+            raise ValueError("class_map: is for a pretrained classifier; one trained here has the data set's classes")
+        return self
 
 
 class ClassifiersConfig(Section):
@@ -540,6 +557,17 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"target: {self.target!r} is no class of the data set; allowed: {', '.join(self.dataset.classes)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _class_maps(self) -> ExperimentConfig:
+        for role in ROLES:
+            mapped = getattr(self.classifiers, role).class_map
+            if mapped is not None and set(mapped) != set(self.dataset.classes):
+                raise ValueError(
+                    f"classifiers.{role}.class_map: needs exactly the keys {', '.join(self.dataset.classes)}, the data"
+                    " set's classes"
+                )
         return self
 
     @model_validator(mode="after")
@@ -870,6 +898,13 @@ class TrainClassifierStep(StepSettings):
     role: Role
     classifier: ClassifierConfig
     schedule: ScheduleConfig
+
+    def fingerprint(self) -> str:
+        if self.classifier.pretrained is None:
+            return super().fingerprint()
+        classifier = self.classifier.model_dump(mode="json", include={"pretrained", "class_map"})
+        schedule = self.schedule.model_dump(mode="json")
+        return fingerprint({"classifier": classifier, "role": self.role, "schedule": schedule})
 
 
 class ForwardStep(StepSettings):

@@ -619,17 +619,14 @@ def _validation_loss(ddpm: ReleasedDDPM, data: Path, device: torch.device) -> fl
 
 def _draw_grid(ddpm: ReleasedDDPM, path: Path, device: torch.device) -> None:
     """A few unguided samples in few steps: whether the model draws what it should is seen at a glance."""
-    from diffusers import DDIMScheduler
-
     from nrcg.progress import Progress
 
-    scheduler = DDIMScheduler.from_config(ddpm.scheduler.config, timestep_spacing="trailing")
-    pipe = GuidedDDPMPipeline(ddpm.unet, scheduler).to(device)
+    pipe = GuidedDDPMPipeline(ddpm.unet, ddpm.scheduler).to(device).use_sampler("ddim")
     count = 16 if ddpm.unet.config.sample_size <= 64 else 4
-    steps = min(NUM_GRID_STEPS, len(scheduler.betas))
-    with Progress("import-released samples.png", steps, "step") as bar:
+    steps = min(NUM_GRID_STEPS, len(ddpm.scheduler.betas))
+    with Progress("import-released samples.png", steps * count, "step") as bar:
         out = pipe(
-            num_samples=count, batch_size=count, num_inference_steps=steps, start="standard_normal", on_step=bar.update
+            num_samples=count, batch_size=count, num_inference_steps=steps, start="standard_normal", on_step=bar.set
         )
     save_png(path, sample_grid(to_uint8(out.samples), math.isqrt(count)))
 

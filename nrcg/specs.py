@@ -126,6 +126,37 @@ def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None
     return classifier
 
 
+def load_for_classes(spec: str, classes: Sequence[str], class_map: Mapping[str, Any] | None = None) -> Classifier:
+    """A classifier whose classes are a data set's, in its order.
+
+    Args:
+        spec: see `load_classifier`.
+        classes: the data set's.
+        class_map: their names to the classifier's classes; None where its classes have the same names, or no names
+            and the same number and order.
+
+    Raises:
+        DataError: see `load_classifier`; or the classes do not fit.
+    """
+    if class_map is None:
+        classifier = load_classifier(spec)
+        if classifier.classes is None:
+            size = classifier.image_size or PROBE_SIZE
+            count = probe(classifier, torch.zeros(1, classifier.channels or 3, size, size))
+            if count != len(classes):
+                raise DataError(
+                    f"classifier {spec!r}: it has {count} classes, the data set {len(classes)}; give class_map"
+                )
+            classifier.classes = list(classes)
+        if classifier.classes == list(classes):
+            return classifier
+        if not set(classes) <= set(classifier.classes):
+            names = ", ".join(classifier.classes[:10]) + (", ..." if len(classifier.classes) > 10 else "")
+            raise DataError(f"classifier {spec!r}: its classes are {names}; give a class_map for {', '.join(classes)}")
+        class_map = {name: name for name in classes}
+    return load_classifier(spec, {name: class_map[name] for name in classes})
+
+
 def build(rebuild: Mapping[str, Any]) -> nn.Module:
     """The network of a `Classifier.rebuild` record, without its weights.
 

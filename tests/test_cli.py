@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +87,8 @@ def test_help_and_mistakes_answer_without_loading_torch():
         "finally: print('torch' in sys.modules)"
     )
     for arguments in (["sample", "--help"], ["validate", "--config", "nope.yaml"]):
-        began = time.monotonic()
         found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert found.stdout.endswith("False\n")
-        assert time.monotonic() - began < 10  # about 0.4 s on an idle core
 
 
 def test_version(capsys):
@@ -126,15 +123,30 @@ MISTAKES = {
         f"{SHARD} --method unconditional --scale 0 --shard 2",
         "nrcg: --shard: 2 is past the last of 12 samples",
     ),
-    "shard before the start": (f"{SHARD} --method unconditional --scale 0 --shard=-1", "is less than 0"),
+    "shard before the start": (f"{SHARD} --method unconditional --scale 0 --shard=-1", "-8 is no whole number >= 0"),
     "no classifier": (f"{SHARD} --method robust --scale 1 --shard 0", "nrcg: --classifier: missing; method robust"),
     "no ddpm": ("sample --out out", "nrcg: --ddpm: missing"),
     "missing ddpm": ("sample --ddpm nope --out out", "nrcg: nope: no such folder"),
     "no pipeline": ("sample --ddpm {tiny} --out out", "model_index.json: not found"),
-    "missing classifier": (f"{SAMPLE} --classifier nope --target 0", "nrcg: nope/config.json: not found"),
+    "missing classifier": (
+        f"{SAMPLE} --classifier nope --target 0",
+        "nrcg: classifier 'nope': no such folder, and no SPEC",
+    ),
+    "missing classifier folder": (f"{SAMPLE} --classifier no/pe --target 0", "nrcg: no/pe/config.json: not found"),
+    "classifier of no library": (
+        f"{SAMPLE} --classifier torchvision:x --target 0",
+        "torchvision has no classifier 'x'",
+    ),
+    "unknown schedule": (
+        f"{SAMPLE} --scale-schedule steep",
+        "nrcg: --scale-schedule: scale schedule 'steep' is unknown",
+    ),
+    "trace of nothing": (f"{SAMPLE} --trace", "nrcg: --trace: nothing guides; give --classifier"),
+    "batch size that is text": (f"{SAMPLE} --batch-size all", "nrcg: argument --batch-size: all is not a whole number"),
+    "skip above 2": (f"{GUIDED} --target 0 --skip-above 2", "nrcg: skip_above: 2.0 is no probability in (0, 1]"),
     "bad stabilizer": (f"{SAMPLE} --stabilizer ema", "nrcg: --stabilizer: stabilizer 'ema' is unknown; allowed: none"),
     "bad beta": (f"{SAMPLE} --stabilizer ema:1.5", "nrcg: --stabilizer: "),
-    "no target": (f"{GUIDED}", "nrcg: --target: missing; allowed: baseball, basketball, soccer or 0..2"),
+    "no target": (f"{GUIDED}", "nrcg: --target: missing; allowed: baseball, basketball, soccer or a number"),
     "unknown target": (f"{GUIDED} --target tennis", "nrcg: target 'tennis' is no class of the classifier; allowed: "),
     "target past the end": (f"{GUIDED} --target 3", "nrcg: target '3' is no class of the classifier; allowed: "),
     "scale that is text": (f"{GUIDED} --target 0 --scale big", "nrcg: argument --scale: 'big' is no number"),
@@ -229,6 +241,33 @@ def sample(tiny: Path, out: Path, *more: object) -> np.ndarray:
     flags = ["--num-samples", 5, "--seed", 3, "--precision", "float32", "--threads", 1]
     assert nrcg("sample", "--ddpm", tiny / "ddpm", *guided, *flags, "--out", out, *more) == 0
     return np.load(out / "samples.npy")
+
+
+def test_a_classifier_by_spec_and_a_trace(tiny, tmp_path, monkeypatch):
+    """A classifier without names, from one's own module, on the denoised image; every flag of the guidance at once."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom nrcg.classifiers import SmallCNN\n"
+        "def make():\n    torch.manual_seed(0)\n    return SmallCNN(3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--classifier",
+        "python:mine:make",
+        "--target",
+        "1",
+        "--scale-schedule",
+        "linear:0.5",
+        "--skip-above",
+        "0.99",
+    ]
+    flags += ["--no-clip-pred-x0", "--sampler", "ddim", "--steps", 3, "--eta", 0.5, "--trace", "--every-k", 2]
+    assert sample(tiny, tmp_path / "out", *flags).shape == (5, TINY_SIZE, TINY_SIZE, 3)
+    sys.modules.pop("mine")
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert record["classifier"] == "python:mine:make" and record["skip_above"] == 0.99 and not record["clip_pred_x0"]
+    with np.load(tmp_path / "out" / "samples.trace.npz") as trace:
+        assert trace["grad_norm"].shape == (5, 3) and np.isnan(trace["grad_norm"][:, 1]).all()
+    assert (tmp_path / "out" / "trace.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sampling_with_anybodys_models_writes_pictures_and_what_made_them(tiny, tmp_path, capsys):
@@ -335,3 +374,35 @@ def test_metrics_of_different_features_are_not_joined(columns, code, capsys):
     assert Path("metrics.csv").exists() == (code == 0)
     if code:
         assert capsys.readouterr().err.startswith("nrcg: features differ and cannot be compared")
+
+
+def test_a_pretrained_classifier_takes_the_place_of_a_trained_one(tiny, tmp_path, capsys):
+    """Another net with more classes, as a state_dict; its groups are the data set's classes."""
+    from torchvision.models import resnet18
+
+    from nrcg.classifiers import load_classifier
+
+    torch.manual_seed(0)
+    theirs = resnet18(num_classes=4).eval()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    raw = json.loads((tiny / "toy.yaml").read_text())
+    block = raw["experiments"]["toy"]["classifiers"]["judge"]
+    block["pretrained"] = f"torchvision:resnet18?weights={tmp_path / 'theirs.pth'}&size=32"
+    command = ["train-classifier", "--config", tmp_path / "c.json", "--experiment", "toy", "--role", "judge"]
+    command += ["--data", tiny / "data", "--out", tmp_path / "judge"]
+    (tmp_path / "c.json").write_text(json.dumps(raw))
+    assert nrcg(*command) == 1
+    assert_one_line(capsys, "it has 4 classes, the data set 3; give class_map")
+    block["class_map"] = {"soccer": 2, "baseball": [0, 3], "basketball": 1}
+    (tmp_path / "c.json").write_text(json.dumps(raw))
+    assert nrcg(*command) == 0
+    classifier = load_classifier(tmp_path / "judge")
+    assert classifier.classes == CLASSES
+    names = {path.name for path in (tmp_path / "judge").iterdir()}
+    assert names == {"model.safetensors", "config.json", "training.csv", "accuracy_over_t.csv"}
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    seen = torch.nn.functional.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
+    p = theirs((((seen + 1) / 2) - mean.reshape(1, 3, 1, 1)) / std.reshape(1, 3, 1, 1)).softmax(dim=1)
+    expected = torch.stack([p[:, 0] + p[:, 3], p[:, 1], p[:, 2]], dim=1)
+    torch.testing.assert_close(classifier(x).softmax(dim=1), expected, rtol=1e-4, atol=1e-5)

@@ -136,6 +136,12 @@ MISTAKES = [
     (f"{EXPERIMENT}.ddpm.unet.attention", [True], "one entry for each entry of block_out_channels"),
     (f"{EXPERIMENT}.ddpm.unet.norm_num_groups", 7, "7 does not divide 32 channels"),
     (f"{EXPERIMENT}.classifiers.robust.noised", False, "must be true"),
+    (f"{EXPERIMENT}.classifiers.judge.class_map", {"a": 1}, "is for a pretrained classifier"),
+    (
+        f"{EXPERIMENT}.classifiers.judge",
+        {"pretrained": "timm:x", "class_map": {"baseball": 429, "soccer": "ball"}},
+        "=.class_map: needs exactly the keys baseball, basketball, soccer, the data set's classes",
+    ),
     (f"{EXPERIMENT}.classifiers.judge.architecture", "../x", "'../x' is no torchvision model name"),
     (f"{EXPERIMENT}.dataset.classes", ["baseball", "tennis"], "'tennis' is no SportBalls class; allowed: baseball, "),
     (f"{EXPERIMENT}.dataset.classes", ["soccer", "soccer"], "a class is listed twice"),
@@ -388,7 +394,8 @@ def test_the_published_settings_on_faces(name, image_size, num_samples, scale):
         assert set(published.sweep) == set(CONFIG.methods)
         assert max(published.sweep["non_robust_x0"]) > 500  # where the FID grows again, section 3.3
     else:
-        schedule = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+        schedule = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+        assert published.ddpm.pretrained == "google/ddpm-celebahq-256"
         assert published.ddpm.schedule.model_dump() == schedule  # google/ddpm-celebahq-256's
 
 
@@ -545,6 +552,26 @@ def test_a_pretrained_model_depends_on_no_key_of_the_training(key, value, stale)
     section[last] = value
     after = config.step_settings(config.parse(raw), "quickstart", "train_ddpm").fingerprint()
     assert (before != after) == stale
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stale"),
+    [
+        ("epochs", 7, False),
+        ("architecture", "resnet18", False),
+        ("pretrained", "timm:y", True),
+        ("class_map", "map", True),
+    ],
+)
+def test_a_pretrained_classifier_depends_on_no_key_of_the_training(key, value, stale):
+    def fingerprint(**changes):
+        block = {**RAW["experiments"]["quickstart"]["classifiers"]["judge"], "pretrained": "timm:x", **changes}
+        parsed = config.parse(with_entry(f"{EXPERIMENT}.classifiers.judge", block))
+        return config.step_settings(parsed, "quickstart", "train_classifier", "judge").fingerprint()
+
+    if value == "map":
+        value = {"baseball": 429, "basketball": 430, "soccer": 805}
+    assert (fingerprint(**{key: value}) != fingerprint()) is stale
 
 
 def test_a_pretrained_model_brings_its_own_unet():

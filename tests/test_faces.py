@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline
 from raw_images import write_celeba, write_celebahq
 
 from nrcg import config, datasets
@@ -71,6 +72,26 @@ def test_the_data_set_is_made_by_the_settings_that_ship(tree, name):
     assert "Nothing to be done" in snakemake(tree, "-n", f"data/{data.name}/dataset.json").stdout
 
 
+def pretrained_models(tree: Path, toy: dict) -> dict:
+    """A diffusers folder and a torchvision state_dict as others leave them; the settings that name them."""
+    import torch
+    from torchvision.models import resnet18
+
+    from nrcg.diffusion import build_scheduler, build_unet
+
+    torch.manual_seed(0)
+    defaults = config.load(ROOT / "config.yaml").experiments["sportballs"].ddpm
+    settings = config.DDPMConfig.model_validate(config.merge(defaults.model_dump(), toy["ddpm"]))
+    DDPMPipeline(build_unet(settings.unet, 16, 3), build_scheduler(settings.schedule)).save_pretrained(tree / "theirs")
+    torch.save(resnet18(num_classes=3).state_dict(), tree / "theirs.pth")
+    guide = "torchvision:resnet18?weights=theirs.pth&size=32&classes=no,yes,maybe"
+    return {
+        "ddpm": {"pretrained": "theirs", "schedule": toy["ddpm"]["schedule"]},
+        "classifiers": toy["classifiers"]
+        | {"non_robust": {"pretrained": guide, "class_map": {"female": ["no", 2], "male": "yes"}}},
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -79,10 +100,16 @@ def test_the_whole_chain_at_toy_size(tree, name):
     toy = {key: value for key, value in TOY.items() if key not in ("dataset", "description", "classifiers")}
     toy["classifiers"] = {role: {**TOY["classifiers"][role], "batch_size": 16} for role in config.ROLES}
     toy |= {"dataset": {"image_size": 16}, "evaluation": {"features": "judge"}}
+    if name == "celebahq":  # nothing is trained but the robust classifier and the judge
+        toy |= pretrained_models(tree, toy)
     toy["sweep"] = TOY["sweep"] | {"non_robust_x0_ema99": [1]}
     (tree / "toy.json").write_text(json.dumps({"experiments": {name: toy}}))
     run = snakemake(tree, name, "--cores", "2", "--configfile", "toy.json")
     assert run.returncode == 0, run.stdout[-5000:]
+    if name == "celebahq":
+        saved = json.loads((tree / "models/celebahq/classifiers/non_robust/config.json").read_text())
+        assert saved["groups"] == [[0, 2], [1]] and saved["classes"] == ["female", "male"]
+        assert not (tree / "models/celebahq/ddpm.checkpoint.pt").exists()
     results = tree / "results" / name
     assert "female" in (results / "report.html").read_text()
     summary = json.loads((results / "summary.json").read_text())

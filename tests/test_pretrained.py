@@ -141,7 +141,7 @@ def test_the_old_layout_is_the_same_model(tmp_path):
         tmp_path / "old" / "diffusion_pytorch_model.bin", weights_only=True
     )
     pipes = [open_pretrained(str(tmp_path / name))[0] for name in ("old", "new")]
-    samples = [pipe(num_samples=2, seed=0, on_step=lambda: None).samples for pipe in pipes]
+    samples = [pipe(num_samples=2, seed=0, on_step=lambda done: None).samples for pipe in pipes]
     assert torch.equal(*samples)
 
 
