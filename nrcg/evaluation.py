@@ -297,7 +297,9 @@ def open_references(
     held_out, held_out_labels = open_split(data, "val")
     count = len(images) if config.num_reference is None else min(config.num_reference, len(images))
     sums = {split: manifest["splits"][split]["sha256"]["images"] for split in ("train", "val")}
-    described = f"{manifest['name']}, training images 0..{count - 1}, class {settings.target}, sha256 {sums['train'][:12]}"
+    described = (
+        f"{manifest['name']}, training images 0..{count - 1}, class {settings.target}, sha256 {sums['train'][:12]}"
+    )
     extractors, references = [], []
     for spec in resolve_features(config.features, config.inception_dir):
         extractor = load_extractor(spec, weights_dir=config.inception_dir, judge=judge, device=device)
@@ -405,7 +407,9 @@ def evaluate_method(
     extractors, references = open_references(settings, data, classifiers, cache, device)
     quality = {}
     for name, role in (("judge", "judge"), ("guide", guide_role)):
-        for measure, (value, *interval) in ((key, record["classifiers"][role][key]) for key in ("clean_accuracy", "ece")):
+        for measure, (value, *interval) in (
+            (key, record["classifiers"][role][key]) for key in ("clean_accuracy", "ece")
+        ):
             quality |= _with_interval(f"{name}_{measure}", value, interval)
     rows = []
     with Progress(f"evaluate {settings.method}", settings.sampling.num_samples * len(scales), "image") as bar:

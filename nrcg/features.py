@@ -106,8 +106,10 @@ def find_torcheval(weights_dir: str | Path) -> Path | None:
 
 
 def resolve_features(features: str | Sequence[str], weights_dir: str | Path) -> list[str]:
-    """The protocols to evaluate by: those given, with `auto` replaced by `inception` and `torcheval` where their weights
-    lie in `weights_dir`, and `judge`."""
+    """The protocols to evaluate by, the headline first: inception, else torcheval, else the first given.
+
+    `auto` stands for `inception` and `torcheval` where their weights lie in `weights_dir`, and `judge`.
+    """
     found: list[str] = []
     for name in [features] if isinstance(features, str) else features:
         if name == "auto":
@@ -116,7 +118,8 @@ def resolve_features(features: str | Sequence[str], weights_dir: str | Path) -> 
             found.append("judge")
         else:
             found.append(name)
-    return list(dict.fromkeys(found))
+    first = ["inception", "torcheval"]
+    return sorted(dict.fromkeys(found), key=lambda name: first.index(name) if name in first else len(first))
 
 
 def extractor_name(spec: str) -> str:

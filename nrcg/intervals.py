@@ -116,13 +116,14 @@ def _resampled_means(values: np.ndarray, rng: np.random.Generator, replicates: i
     return means
 
 
-def supported(low_a: float, high_a: float, low_b: float, high_b: float) -> bool:
+def supported(value_a: float, interval_a: tuple[float, float], value_b: float, interval_b: tuple[float, float]) -> bool:
     """Whether two values differ by more than their 95 % intervals allow.
 
-    Each half-width towards the other is taken as 1.96 standard errors; the difference must exceed the root of their sum of
-    squares, as for independent samples. Give the intervals of one metric at one sample count. False where one is nan.
+    The difference must exceed the root of the summed squares of the half-widths that face each other: the 95 % interval of
+    a difference of independent estimates from theirs (Zou and Donner 2008, Stat. Med. 27). False where one is nan.
     """
-    if not np.isfinite([low_a, high_a, low_b, high_b]).all():
+    if value_a > value_b:
+        value_a, interval_a, value_b, interval_b = value_b, interval_b, value_a, interval_a
+    if not np.isfinite([value_a, *interval_a, value_b, *interval_b]).all():
         return False
-    gap = (low_a + high_a) / 2 - (low_b + high_b) / 2
-    return bool(abs(gap) > np.hypot((high_a - low_a) / 2, (high_b - low_b) / 2))
+    return bool(value_b - value_a > np.hypot(interval_a[1] - value_a, value_b - interval_b[0]))

@@ -195,7 +195,10 @@ def across(
             products = x @ y.T
             result.kernel[i] += _sum(_kernel(products, x_offsets, y_offsets, constant, dim), 1)
             squares = (x_norms[:, None] + y_norms[None] - 2 * products).clamp_(min=0)
-            y_ball, y_wide = ball(reference_within.nearest, precision_k, j), ball(reference_within.nearest, density_k, j)
+            y_ball, y_wide = (
+                ball(reference_within.nearest, precision_k, j),
+                ball(reference_within.nearest, density_k, j),
+            )
             result.inside[i] += _sum(squares <= y_ball + part * (y_norms + y_ball), 1)
             covers = squares < y_wide - part * (y_norms + y_wide)
             result.dense[i] += _sum(covers, 1)
@@ -333,4 +336,3 @@ def require_neighbours(num_samples: int, num_reference: int, k: int = DENSITY_K)
             f"neighbours need more than k = {k} images a side, got {num_reference} reference images and "
             f"{num_samples} samples"
         )
-

@@ -187,9 +187,7 @@ def load_reference(path: str | Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             words = json.loads(str(arrays["words"]))
-            sets = {
-                part: _read_set(arrays, part) for part in ("everything", "target") if f"{part}.n" in arrays.files
-            }
+            sets = {part: _read_set(arrays, part) for part in ("everything", "target") if f"{part}.n" in arrays.files}
             return Reference(
                 name=words["name"],
                 protocol=words["protocol"],

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = config.load(ROOT / "config.yaml")
 FIGURES = [
     *("forward_accuracy", "logit_sensitivity", "gradient_sensitivity", "stabilizers"),
-    *("accuracy_vs_scale", "fid_vs_scale", "cfid_vs_scale", "best_samples"),
+    *("accuracy_vs_scale", "fid_vs_scale", "cfid_vs_scale", "pareto", "best_samples"),
 ]
 
 
