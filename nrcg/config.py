@@ -282,8 +282,8 @@ class EvaluationConfig(Section):
             named = entry in ("auto", "inception", "torcheval", "judge")
             if not named and not re.fullmatch(r"(torchvision|timm|python):\S+", entry):
                 raise ValueError(
-                    f"{entry!r} is no protocol; allowed: auto, inception, torcheval, judge, torchvision:NAME, timm:NAME, "
-                    "python:MODULE:FACTORY, or a list of these"
+                    f"{entry!r} is no protocol; allowed: auto, inception, torcheval, judge, torchvision:NAME, "
+                    "timm:NAME, python:MODULE:FACTORY, or a list of these"
                 )
             if entries.count(entry) > 1:
                 raise ValueError(f"{entry} is listed twice")

@@ -134,8 +134,8 @@ def evaluate_images(
         progress: called with the number of samples done, after every batch.
 
     Returns:
-        A row: each metric NAME with its 95 % interval NAME_lo, NAME_hi (docs/evaluation.md), the counts of images, and the
-        texts `protocols` and `reference`, which must be equal for two rows to be comparable.
+        A row: each metric NAME with its 95 % interval NAME_lo, NAME_hi (docs/evaluation.md), the counts of images,
+        and the texts `protocols` and `reference`, which must be equal for two rows to be comparable.
 
     Raises:
         DataError: too few samples, or an extractor of another protocol than its reference.
@@ -210,11 +210,11 @@ def feature_estimates(
 ) -> dict[str, Estimate]:
     """The feature metrics of one protocol, by column name.
 
-    features: (N, dim) of the samples. suffix: of the names that do not hold the protocol's already. chosen: (N,) bool, the
-    samples whose diversity is measured, those that the judge takes for the target; None: all.
+    features: (N, dim) of the samples. suffix: of the names that do not hold the protocol's already. chosen: (N,)
+    bool, the samples whose diversity is measured, those that the judge takes for the target; None: all.
 
-    Pairwise metrics take as many of the first samples as the reference keeps images for them. Without a target class the
-    class-conditional columns are left out. Raises DataError with too few images.
+    Pairwise metrics take as many of the first samples as the reference keeps images for them. Without a target class
+    the class-conditional columns are left out. Raises DataError with too few images.
     """
     names = metrics.metric_names(reference.name)
     statistics = metrics.FeatureStatistics.from_features(features)

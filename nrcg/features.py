@@ -1,9 +1,9 @@
 """Feature extractors: uint8 images in, one feature vector per image out.
 
 Each is one protocol: a network with its weights, its resizing and its value range. Numbers of different protocols are
-never comparable. Three ship: clean-fid's Inception (`fid`), torcheval's, which the paper used (`fid_torcheval`), and the
-penultimate layer of the judge classifier, which needs no download. A SPEC of `nrcg.specs` gives any other network, and
-anything else that satisfies `Extractor` works too.
+never comparable. Three ship: clean-fid's Inception (`fid`), torcheval's, which the paper used (`fid_torcheval`), and
+the penultimate layer of the judge classifier, which needs no download. A SPEC of `nrcg.specs` gives any other
+network, and anything else that satisfies `Extractor` works too.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ TORCHEVAL_SHA256 = "0cc3c7bd"
 class Extractor(Protocol):
     """What `extract` needs.
 
-    name: goes into the metrics' names; only "inception" and "torcheval" make them FID and KID. protocol: preprocessing and
-    weights in words; two extractors of one name and protocol give equal features.
+    name: goes into the metrics' names; only "inception" and "torcheval" make them FID and KID. protocol:
+    preprocessing and weights in words; two extractors of one name and protocol give equal features.
     """
 
     name: str
@@ -132,7 +132,8 @@ def load_extractor(
 ) -> Extractor:
     """`inception`, `torcheval`, `judge`, or the SPEC of a network of `nrcg.specs` (its penultimate features).
 
-    Inception's weights are looked up in `weights_dir`, then downloaded into it. Raises DataError where they cannot be had.
+    Inception's weights are looked up in `weights_dir`, then downloaded into it. Raises DataError where they cannot be
+    had.
     """
     if spec == "inception":
         return InceptionExtractor(weights_dir, device, download=True)
@@ -217,8 +218,8 @@ class TorchevalExtractor:
 
     Images in [0, 1] are resized to 299 x 299 (bilinear, align_corners false, no antialiasing) and go through
     `torchvision.models.inception_v3` with its ImageNet weights, in float32; torchvision then takes its inputs to lie in
-    [0, 1] with ImageNet's mean and deviation and re-normalises them (`transform_input`), although nothing subtracted these
-    before: part of the protocol, and kept. torcheval 0.0.7, metrics/image/fid.py.
+    [0, 1] with ImageNet's mean and deviation and re-normalises them (`transform_input`), although nothing subtracted
+    these before: part of the protocol, and kept. torcheval 0.0.7, metrics/image/fid.py.
 
     Arguments and errors as `InceptionExtractor`; the file is `inception_v3_google-0cc3c7bd.pth`, and sha256 may be the
     digest's first digits.

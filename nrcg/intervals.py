@@ -1,9 +1,10 @@
 """95 % intervals of metrics, over the samples that might have been drawn; the reference images are held fixed.
 
-A metric that is no plain mean comes with each sample's influence on it (its derivative, or the jackknife's pseudo-value).
-The bootstrap resamples these influences: the replicates have the spread of the resampled metric to first order, but not
-the bias that repeated samples give to Fréchet distances, recall and coverage, and one set of resampled indices serves all
-metrics at the cost of a matrix product. See docs/evaluation.md for what an interval covers, and what not.
+A metric that is no plain mean comes with each sample's influence on it (its derivative, or the jackknife's
+pseudo-value). The bootstrap resamples these influences: the replicates have the spread of the resampled metric to
+first order, but not the bias that repeated samples give to Fréchet distances, recall and coverage, and one set of
+resampled indices serves all metrics at the cost of a matrix product. See docs/evaluation.md for what an interval
+covers, and what not.
 """
 
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ class Estimate:
     """A metric of n samples.
 
     value: the metric. influence: (n,) of each sample on it, in units of the metric, so that the value with the samples
-    weighted by w is about value + mean((w - 1) * influence); None where `interval` is known. low, high: the metric's range.
-    interval: (lo, hi) in closed form instead of by resampling.
+    weighted by w is about value + mean((w - 1) * influence); None where `interval` is known. low, high: the metric's
+    range. interval: (lo, hi) in closed form instead of by resampling.
     """
 
     value: float
@@ -30,6 +31,7 @@ class Estimate:
     low: float = -np.inf
     high: float = np.inf
     interval: tuple[float, float] | None = None
+    also: tuple[float, float] | None = None
 
 
 def share(hits: np.ndarray) -> Estimate:
@@ -55,14 +57,14 @@ def wilson_interval(successes: int, n: int, z: float = Z95) -> tuple[float, floa
     centre = part + z**2 / (2 * n)
     half = z * np.sqrt(part * (1 - part) / n + z**2 / (4 * n**2))
     low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
-    return max(0.0, float(low)), min(1.0, float(high))
+    return 0.0 if successes == 0 else float(low), 1.0 if successes == n else float(high)
 
 
 def share_difference(first: np.ndarray, second: np.ndarray) -> Estimate:
     """Difference of two shares of the same n samples, (n,) booleans each.
 
-    Interval of Agresti and Min 2005 (Stat. Med. 24): Wald's after half a sample more in each cell of the 2 x 2 table, so
-    that it keeps a width where the two never differ.
+    Interval of Agresti and Min 2005 (Stat. Med. 24): Wald's after half a sample more in each cell of the 2 x 2 table,
+    so that it keeps a width where the two never differ.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     only_first, only_second = np.sum(first & ~second) + 0.5, np.sum(second & ~first) + 0.5
@@ -78,8 +80,8 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """95 % percentile interval of each estimate.
 
-    Estimates over the same n samples share their resampled indices. Values outside [low, high] are moved to the bound. A
-    value that is not finite, or of fewer than 2 samples, gets (nan, nan). Deterministic given the seed.
+    Estimates over the same n samples share their resampled indices. Values outside [low, high] are moved to the
+    bound. A value that is not finite, or of fewer than 2 samples, gets (nan, nan). Deterministic given the seed.
     """
     found: dict[str, tuple[float, float]] = {}
     groups: dict[int, list[str]] = {}
@@ -98,6 +100,9 @@ def bootstrap_intervals(
         for column, name in enumerate(names):
             estimate = estimates[name]
             bounds = estimate.value + np.quantile(deviations[:, column], [0.025, 0.975])
+            if estimate.also is not None:
+                further = np.abs(np.array(estimate.also) - estimate.value)
+                bounds = estimate.value + np.array([-1, 1]) * np.hypot(bounds - estimate.value, further)
             low, high = np.clip(bounds, min(estimate.low, estimate.value), max(estimate.high, estimate.value))
             found[name] = (float(low), float(high))
     return {name: found[name] for name in estimates}
@@ -119,8 +124,9 @@ def _resampled_means(values: np.ndarray, rng: np.random.Generator, replicates: i
 def supported(value_a: float, interval_a: tuple[float, float], value_b: float, interval_b: tuple[float, float]) -> bool:
     """Whether two values differ by more than their 95 % intervals allow.
 
-    The difference must exceed the root of the summed squares of the half-widths that face each other: the 95 % interval of
-    a difference of independent estimates from theirs (Zou and Donner 2008, Stat. Med. 27). False where one is nan.
+    The difference must exceed the root of the summed squares of the half-widths that face each other: the 95 %
+    interval of a difference of independent estimates from theirs (Zou and Donner 2008, Stat. Med. 27). False where
+    one is nan.
     """
     if value_a > value_b:
         value_a, interval_a, value_b, interval_b = value_b, interval_b, value_a, interval_a

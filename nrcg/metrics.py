@@ -1,9 +1,9 @@
 """Metrics of generated images, computed from features (`nrcg.features`) and from a judge's logits.
 
-A metric is named after its protocol: `fid`, `cfid`, `kid` and `ckid` use clean-fid's Inception features, `fid_torcheval`
-and so on those of torcheval's Inception; on any other features the same formulas are called `fd_<extractor>`, `cfd_`,
-`kd_` and `ckd_`. The prefix `c` means "against the reference images of the target class alone" (cFID in the paper).
-docs/evaluation.md defines every column.
+A metric is named after its protocol: `fid`, `cfid`, `kid` and `ckid` use clean-fid's Inception features,
+`fid_torcheval` and so on those of torcheval's Inception; on any other features the same formulas are called
+`fd_<extractor>`, `cfd_`, `kd_` and `ckd_`. The prefix `c` means "against the reference images of the target class
+alone" (cFID in the paper). docs/evaluation.md defines every column.
 """
 
 import re
@@ -30,7 +30,8 @@ class MetricNames(NamedTuple):
 
 
 def metric_names(extractor_name: str) -> MetricNames:
-    """`fid, cfid, kid, ckid` for "inception", the same with `_torcheval` for "torcheval"; else `fd_, cfd_, kd_, ckd_<name>`.
+    """`fid, cfid, kid, ckid` for "inception", the same with `_torcheval` for "torcheval"; else `fd_, cfd_, kd_,
+    ckd_<name>`.
 
     Raises ValueError unless the name is made of lower-case letters, digits and underscores: it goes into
     column names.
@@ -147,10 +148,10 @@ def covariance_root(cov: np.ndarray) -> np.ndarray:
 def frechet_distance(stats_a: FeatureStatistics, stats_b: FeatureStatistics) -> float:
     """Squared Fréchet distance of two Gaussians, |mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    Heusel et al. 2017 (arXiv 1706.08500, eq. 6). The trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), which has the same
-    eigenvalues, is symmetric and so needs no matrix square root: real for any covariances, singular ones too, and several
-    times faster than `scipy.linalg.sqrtm`. Rounding may leave a value near zero slightly negative. Raises ValueError if
-    the dimensions differ, DataError if a side has fewer than 2 feature vectors.
+    Heusel et al. 2017 (arXiv 1706.08500, eq. 6). The trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), which has the
+    same eigenvalues, is symmetric and so needs no matrix square root: real for any covariances, singular ones too,
+    and several times faster than `scipy.linalg.sqrtm`. Rounding may leave a value near zero slightly negative. Raises
+    ValueError if the dimensions differ, DataError if a side has fewer than 2 feature vectors.
     """
     if stats_a.dim != stats_b.dim:
         raise ValueError(f"cannot compare features of dimensions {stats_a.dim} and {stats_b.dim}")
@@ -171,8 +172,8 @@ def frechet_estimate(
     features: (n, dim) of the samples. statistics: of the same samples. reference, root: the reference's statistics and
     `covariance_root` of its covariance R, made once for many sets of samples.
 
-    The derivative of Tr (R^(1/2) C R^(1/2))^(1/2) by C is A / 2 with A = R^(1/2) (R^(1/2) C R^(1/2))^(-1/2) R^(1/2), the
-    optimal transport from N(., C) to N(., R), so that sample z = x - mu moves the distance by
+    The derivative of Tr (R^(1/2) C R^(1/2))^(1/2) by C is A / 2 with A = R^(1/2) (R^(1/2) C R^(1/2))^(-1/2) R^(1/2),
+    the optimal transport from N(., C) to N(., R), so that sample z = x - mu moves the distance by
     2 (mu - mu_R).z + |z|^2 - z'A z, up to its mean over the samples. With n <= dim the same is computed from the n x n
     Gram matrix. Raises ValueError if shapes do not fit, DataError if a side has fewer than 2 feature vectors.
     """
@@ -230,8 +231,8 @@ def _check_features(features: np.ndarray, dim: int | None = None) -> None:
 def class_hits(logits: np.ndarray, target: int) -> np.ndarray:
     """(N,) bool: whose largest logit is the target's; their mean is the paper's "accuracy".
 
-    logits: (N, K). K = 1 is a binary classifier: class 1 where the logit is positive, else class 0. Raises ValueError for
-    another shape or a target that is no class, DataError for logits that are not finite.
+    logits: (N, K). K = 1 is a binary classifier: class 1 where the logit is positive, else class 0. Raises ValueError
+    for another shape or a target that is no class, DataError for logits that are not finite.
     """
     logits = _check_logits(logits)
     if not 0 <= target < logits.shape[1]:

@@ -1,8 +1,8 @@
 """Metrics that compare every image with every other: KID, precision and recall, density and coverage, diversity.
 
 All of them come from one blockwise pass over the inner products of two sets, so memory beyond the features is
-O(BLOCK * (BLOCK + dim)) whatever their number. Products are float64 up to EXACT_PAIRS pairs, above that float32 of centred
-features with float64 sums: a relative error of about 1e-6 of a squared distance, for three times the speed.
+O(BLOCK * (BLOCK + dim)) whatever their number. Products are float64 up to EXACT_PAIRS pairs, above that float32 of
+centred features with float64 sums: a relative error of about 1e-6 of a squared distance, for three times the speed.
 """
 
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ class Within:
     """What the pairs of one set of n say; float64 arrays.
 
     nearest: (n, K) squared distances of each point to its K nearest others, ascending; K = min(DENSITY_K, n - 1) or as
-    asked. kernel: (n,) sums of the KID kernel over all other points. distance: (n,) sums of the Euclidean distance to the
-    other points that were chosen, 0 for points that were not.
+    asked. kernel: (n,) sums of the KID kernel over all other points. distance: (n,) sums of the Euclidean distance to
+    the other points that were chosen, 0 for points that were not.
     """
 
     nearest: np.ndarray
@@ -43,9 +43,9 @@ class Across:
     """What the pairs of n samples and m reference points say.
 
     kernel: (n,) sums of the KID kernel over the reference. inside: (n,) number of reference balls of PRECISION_K that
-    hold a sample; dense: (n,) the same of DENSITY_K. recalled, covered: (m,) number of sample balls that hold a reference
-    point, number of samples in a reference point's ball. recalled_by, covered_by: (m,) the one sample where that number is
-    1. nearest: (n,) squared distance to the nearest reference point.
+    hold a sample; dense: (n,) the same of DENSITY_K. recalled, covered: (m,) number of sample balls that hold a
+    reference point, number of samples in a reference point's ball. recalled_by, covered_by: (m,) the one sample where
+    that number is 1. nearest: (n,) squared distance to the nearest reference point.
     """
 
     kernel: np.ndarray
@@ -170,8 +170,9 @@ def across(
 ) -> Across:
     """Pairs of samples (n, dim) and reference (m, dim), given the pairs within each.
 
-    A point on the edge of a ball is inside for precision and recall (Kynkäänniemi et al. 2019, eq. 1: <=) and outside for
-    density and coverage (Naeem et al. 2020, as their code counts: <); what rounding could have moved counts as on it.
+    A point on the edge of a ball is inside for precision and recall (Kynkäänniemi et al. 2019, eq. 1: <=) and outside
+    for density and coverage (Naeem et al. 2020, as their code counts: <); what rounding
+    could have moved counts as on it.
     """
     check_features(reference)
     check_features(samples, reference.shape[1])
@@ -226,8 +227,9 @@ def _mean(features: np.ndarray) -> np.ndarray:
 def kernel_estimate(samples: Within, reference: Within, pairs: Across) -> Estimate:
     """Squared maximum mean discrepancy with the KID kernel: the unbiased U-statistic over all pairs, may be negative.
 
-    Binkowski et al. 2018 (arXiv 1801.01401). It has the expectation of the usual mean over random subsets, without their
-    randomness. Influence: (n - 1) times what leaving a sample out changes. Raises DataError with fewer than 2 a side.
+    Binkowski et al. 2018 (arXiv 1801.01401). It has the expectation of the usual mean over random subsets, without
+    their randomness. Influence: (n - 1) times what leaving a sample out changes. Raises DataError with fewer than 2 a
+    side.
     """
     n, m = len(samples.kernel), len(reference.kernel)
     among, between = samples.kernel.sum(), pairs.kernel.sum()
@@ -243,11 +245,12 @@ def kernel_estimate(samples: Within, reference: Within, pairs: Across) -> Estima
 
 def neighbour_estimates(reference: Within, pairs: Across) -> dict[str, Estimate]:
     """precision, recall (Kynkäänniemi et al. 2019, arXiv 1904.06991), density, coverage (Naeem et al. 2020, arXiv
-    2002.09797) and off_manifold, the share of samples farther from every reference point than 99.9 % of reference points
-    are from their nearest other.
+    2002.09797) and off_manifold, the share of samples farther from every reference point than 99.9 % of reference
+    points are from their nearest other.
 
-    Recall and coverage ask whether any sample reaches a reference point, so leaving a sample out loses the points that it
-    alone reaches; that is its influence, with the other samples' balls held fixed.
+    Recall and coverage ask whether any sample reaches a reference point, so leaving a sample out loses the points
+    that it alone reaches; that is its influence, with the other samples' balls held fixed. As shares of the reference
+    points they have Wilson's interval over these besides.
     """
     n = len(pairs.inside)
     apart = np.quantile(reference.nearest[:, 0], OFF_MANIFOLD_QUANTILE)
@@ -262,7 +265,8 @@ def neighbour_estimates(reference: Within, pairs: Across) -> dict[str, Estimate]
 
 def _reached(count: np.ndarray, owner: np.ndarray, n: int) -> Estimate:
     alone = np.bincount(owner[count == 1].astype(np.int64), minlength=n)
-    return Estimate(float(np.mean(count > 0)), (n - 1) * alone / len(count), 0.0, 1.0)
+    over_reference = share(count > 0)
+    return Estimate(over_reference.value, (n - 1) * alone / len(count), 0.0, 1.0, also=over_reference.interval)
 
 
 def mean_pair_distance(pairs: Within, chosen: np.ndarray | None = None) -> Estimate:
@@ -293,9 +297,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, eqs. 1, 2), in [0, 1].
 
-    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest other. precision:
-    share of samples inside the reference's manifold (are they realistic?). recall: share of reference points inside the
-    samples' manifold (is all of it covered?).
+    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest other.
+    precision: share of samples inside the reference's manifold (are they realistic?). recall: share of reference
+    points inside the samples' manifold (is all of it covered?).
 
     reference: (Nr, dim), samples: (Ns, dim). Raises ValueError for other shapes, DataError if a set has no more than k
     points.

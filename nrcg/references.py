@@ -30,8 +30,8 @@ _IMAGES = 2048  # images extracted at a time
 class ReferenceSet:
     """One set of real images.
 
-    statistics: of all n. root: `covariance_root` of their covariance. features: (min(n, num_pairwise), dim) float32 of the
-    first ones, for the pairwise metrics. pairs: what these say among themselves.
+    statistics: of all n. root: `covariance_root` of their covariance. features: (min(n, num_pairwise), dim) float32
+    of the first ones, for the pairwise metrics. pairs: what these say among themselves.
     """
 
     statistics: FeatureStatistics
@@ -49,8 +49,8 @@ class Reference:
     """What samples are compared with under one protocol.
 
     name: the extractor's. protocol: its preprocessing and weights in words. images: which images, in words. everything:
-    all of them. target: those of the target class, or None. distance: mean pairwise distance of real images of the target
-    class that the others were not taken from where there are such, of `everything` without a target.
+    all of them. target: those of the target class, or None. distance: mean pairwise distance of real images of the
+    target class that the others were not taken from where there are such, of `everything` without a target.
     """
 
     name: str
@@ -86,9 +86,9 @@ def make_reference(
 ) -> Reference:
     """A reference from images, read in blocks; none is drawn twice.
 
-    images: (N, H, W, C) uint8. labels: (N,), needed for a target. held_out: (M, H, W, C) uint8, real images of the target
-    class that diversity is held against; without them the reference's own. num_pairwise: images of each set that are
-    compared in pairs, the first ones; None: all. described: which images these are, for `Reference.images`.
+    images: (N, H, W, C) uint8. labels: (N,), needed for a target. held_out: (M, H, W, C) uint8, real images of the
+    target class that diversity is held against; without them the reference's own. num_pairwise: images of each set
+    that are compared in pairs, the first ones; None: all. described: which images these are, for `Reference.images`.
 
     Raises DataError if the target class has fewer than 2 images.
     """

@@ -44,9 +44,9 @@ METRICS_COLUMNS = (
     "images_per_second",
     "peak_memory_mib",
 )
-"""Beside these a metrics.csv holds the Fréchet distances of one protocol or several, the headline's first: fid and cfid,
-fid_torcheval and cfid_torcheval, or fd_NAME and cfd_NAME; more metrics (docs/evaluation.md); and NAME_lo, NAME_hi, the 95 %
-interval of each."""
+"""Beside these a metrics.csv holds the Fréchet distances of one protocol or several, the headline's first: fid and
+cfid, fid_torcheval and cfid_torcheval, or fd_NAME and cfd_NAME; more metrics (docs/evaluation.md); and NAME_lo,
+NAME_hi, the 95 % interval of each."""
 
 IDENTITY_COLUMNS = ("experiment", "protocols", "reference", "best_by")
 """Columns in which rows must agree to be compared."""
@@ -175,7 +175,8 @@ def frechet_columns(rows: Sequence[Row]) -> tuple[str, str]:
     """Names of the headline protocol's Fréchet distances, to all training images and to those of the target class.
 
     Returns:
-        ("fid", "cfid") if there, else ("fid_torcheval", "cfid_torcheval"), else the first such as ("fd_judge", "cfd_judge").
+        ("fid", "cfid") if there, else ("fid_torcheval", "cfid_torcheval"), else the first such as ("fd_judge",
+        "cfd_judge").
 
     Raises:
         DataError: the rows have no such pair of columns.
@@ -195,7 +196,8 @@ def protocol_columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def protocol_of(frechet: str) -> str:
-    """The extractor behind a Fréchet column: `inception` for fid, `torcheval` for fid_torcheval, `judge` for fd_judge."""
+    """The extractor behind a Fréchet column: `inception` for fid, `torcheval` for fid_torcheval, `judge` for
+    fd_judge."""
     return "inception" if frechet == "fid" else frechet.removeprefix("fid_").removeprefix("fd_")
 
 
@@ -399,8 +401,8 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def best_and_ties(rows: Sequence[Row]) -> tuple[Row | None, list[Row]]:
-    """The method, at its best scale, with the lowest class-conditional distance, and those that its 95 % interval does not
-    tell from it. (None, []) where none has a finite distance."""
+    """The method, at its best scale, with the lowest class-conditional distance, and those that its 95 % interval
+    does not tell from it. (None, []) where none has a finite distance."""
     conditional = frechet_columns(rows)[1]
     finite = [row for row in best_per_method(rows).values() if math.isfinite(row[conditional])]
     if not finite:
