@@ -1,13 +1,13 @@
 """Speed of the feature metrics: 10,000 x 2,048 features to every number, against the reference packages.
 
 Ours: Fréchet distance, KID over all pairs, precision, recall, density, coverage, diversity and all their intervals, the
-reference's share included. Theirs on the same features: clean-fid's Fréchet and kernel distance, torch-fidelity's FID, KID
-and precision and recall (its default, which holds all distances in memory, and its blockwise one).
+reference's share included. Theirs on the same features: clean-fid's Fréchet and kernel distance, torch-fidelity's
+FID, KID and precision and recall (its default, which holds all distances in memory, and its blockwise one).
 
     python benchmarks/metrics_speed.py [--num 10000] [--dim 2048] [--threads 2]
 
-Needs torch-fidelity beside the pipeline's packages (`--ours` does without). The limit is that of the matrix products that
-the metrics need, at the measured speed of a large product.
+Needs torch-fidelity beside the pipeline's packages (`--ours` does without). The limit is that of the matrix products
+that the metrics need, at the measured speed of a large product.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def main() -> None:
     fidelity += timed("torch-fidelity: kid", lambda: kid_features_to_metric(x, y, **options))
     fidelity += timed("torch-fidelity: precision and recall", lambda: prc_features_to_metric(x, y, **options))
     print(
-        f"clean-fid, fid and kid: {clean:.1f} s, {clean / own:.1f} times ours ({clean / (own + once):.1f} with reference)"
+        f"clean-fid, fid and kid: {clean:.1f} s, {clean / own:.1f} times ours "
+        f"({clean / (own + once):.1f} with reference)"
     )
     print(f"torch-fidelity, fid, kid, prc: {fidelity:.1f} s, {fidelity / own:.1f} times ours", end=" ")
     print(f"({fidelity / (own + once):.1f} with reference)")

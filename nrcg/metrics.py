@@ -194,7 +194,7 @@ def frechet_estimate(
         values, vectors = np.linalg.eigh(rows @ rows.T)
         power = _positive(values)
         transported = (n - 1) * (vectors**2 @ power)
-    influence = _row_norms(features, mean, None) - transported
+    influence = (_row_norms(features, mean, None) - transported) * (n / (n - 1))
     for start, block in zip(range(0, n, _ROWS), _float64_blocks(features, _ROWS), strict=True):
         influence[start : start + len(block)] += 2 * (block - mean) @ shift
     value = _moments_distance(statistics, reference, power.sum())
