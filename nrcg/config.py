@@ -640,7 +640,6 @@ class SampleStep(StepSettings):
 class ReferenceStep(StepSettings):
     UNAFFECTING = ("device", "evaluation.best_by")
     device: str
-    precision: Precision
     target: str
     evaluation: EvaluationConfig
 

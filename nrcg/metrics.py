@@ -156,7 +156,7 @@ def frechet_distance(stats_a: FeatureStatistics, stats_b: FeatureStatistics) -> 
     if stats_a.dim != stats_b.dim:
         raise ValueError(f"cannot compare features of dimensions {stats_a.dim} and {stats_b.dim}")
     root = covariance_root(stats_a.cov)
-    trace = np.sqrt(np.clip(np.linalg.eigvalsh(root @ stats_b.cov @ root), 0, None)).sum()
+    trace = _positive(np.linalg.eigvalsh(root @ stats_b.cov @ root)).sum()
     return _moments_distance(stats_a, stats_b, trace)
 
 

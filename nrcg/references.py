@@ -185,7 +185,8 @@ def save_reference(path: str | Path, reference: Reference) -> None:
 def load_reference(path: str | Path) -> Reference:
     """Read what `save_reference` wrote. Raises FileNotFoundError, and DataError for any other file."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here: np.load leaves a damaged file open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             words = json.loads(str(arrays["words"]))
             sets = {part: _read_set(arrays, part) for part in ("everything", "target") if f"{part}.n" in arrays.files}
             return Reference(

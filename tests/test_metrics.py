@@ -212,9 +212,9 @@ def test_frechet_estimate_is_the_distance_and_its_derivative(n):
         centred = samples - mean
         return frechet_distance(exact_statistics(mean, (centred.T * weights) @ centred / (n - 1)), reference)
 
-    step = 1e-4
+    step = 1e-3
     slopes = [(weighted(i, step) - weighted(i, -step)) / (2 * step) * n for i in range(n)]
-    # The floor of rank-deficient covariances and the second order of the differences leave about 1e-3.
+    # Roots of eigenvalues near zero are good to about 1e-7, which the step divides.
     np.testing.assert_allclose(found.influence, slopes, rtol=5e-3, atol=5e-3 * np.abs(slopes).max())
 
 
