@@ -105,9 +105,7 @@ def compare(
             )
         for everything, conditional in protocol_columns(rows):
             name = protocol_of(everything)
-            reasons = paper.differences(
-                experiment, features=name, num_samples=int(ours["num_samples"]) if ours else None, **setting
-            )
+            reasons = paper.differences(experiment, features=name, num_samples=_count(ours), **setting)
             for column, value, words in ((everything, theirs.fid, "FID"), (conditional, theirs.cfid, "cFID")):
                 found.append(
                     ComparedNumber(
@@ -121,6 +119,10 @@ def compare(
                     )
                 )
     return found
+
+
+def _count(row: Row | None) -> int | None:
+    return int(row["num_samples"]) if row and math.isfinite(row["num_samples"]) else None
 
 
 TITLES = ("setup", "scale", "quantity", "published", "ours", "95 % interval", "our protocol", "samples", "comparable")

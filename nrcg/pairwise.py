@@ -1,8 +1,9 @@
 """Metrics that compare every image with every other: KID, precision and recall, density and coverage, diversity.
 
 All of them come from one blockwise pass over the inner products of two sets, so memory beyond the features is
-O(BLOCK * (BLOCK + dim)) whatever their number. Products are float64 up to EXACT_PAIRS pairs, above that float32 of
-centred features with float64 sums: a relative error of about 1e-6 of a squared distance, for three times the speed.
+O(BLOCK * (BLOCK + dim)), and at most KEPT_BYTES a set, whatever their number. Products are float64 up to EXACT_PAIRS
+pairs, above that float32 of centred features with float64 sums: a relative error of about 1e-6 of a squared distance, for
+three times the speed.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from nrcg.errors import DataError
 from nrcg.intervals import Estimate, mean, share
 
 BLOCK = 2048
+KEPT_BYTES = 2**30
+"""Prepared features of a set are kept up to this size, beyond it each block is prepared anew for every other."""
 EXACT_PAIRS = 2**22
 """Pairs up to which products are float64."""
 PRECISION_K = 3
@@ -74,25 +77,30 @@ class _Blocks:
 
     def __init__(self, features: np.ndarray, centre: np.ndarray, device: torch.device, dtype: torch.dtype) -> None:
         self.features, self.centre, self.device, self.dtype = features, centre, device, dtype
+        self._keep = features.size * dtype.itemsize <= KEPT_BYTES
+        self._kept: dict[int, tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         return self.starting_at(0)
 
     def starting_at(self, first: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         for start in range(first, len(self.features), BLOCK):
-            rows = np.asarray(self.features[start : start + BLOCK], np.float64) - self.centre
-            place = slice(start, start + len(rows))
-            norms, offsets = np.einsum("ij,ij->i", rows, rows), rows @ self.centre
-            x, norms, offsets = (
-                torch.from_numpy(array).to(self.dtype).to(self.device) for array in (rows, norms, offsets)
-            )
-            yield place, x, norms, offsets
+            block = self._kept.get(start) or self._prepare(start)
+            if self._keep:
+                self._kept[start] = block
+            yield block
+
+    def _prepare(self, start: int) -> tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = np.asarray(self.features[start : start + BLOCK], np.float64) - self.centre
+        norms, offsets = np.einsum("ij,ij->i", rows, rows), rows @ self.centre
+        x, norms, offsets = (torch.from_numpy(array).to(self.dtype).to(self.device) for array in (rows, norms, offsets))
+        return slice(start, start + len(rows)), x, norms, offsets
 
 
 def _kernel(products: torch.Tensor, offsets_a: torch.Tensor, offsets_b: torch.Tensor, constant: float, dim: int):
     """The KID kernel (x.y / dim + 1)^3 of Binkowski et al. 2018 (arXiv 1801.01401), from centred products."""
-    base = (products + offsets_a[:, None] + (offsets_b + constant)[None]).div_(dim).add_(1)
-    return base * base * base
+    base = torch.add(products, (offsets_b + (constant + dim))[None]).add_(offsets_a[:, None])
+    return (base * base).mul_(base).mul_(dim**-3.0)
 
 
 def _sum(values: torch.Tensor, axis: int) -> np.ndarray:
@@ -141,7 +149,7 @@ def within(
         for j, y, y_norms, y_offsets in blocks.starting_at(i.start):
             products = x @ y.T
             values = _kernel(products, x_offsets, y_offsets, constant, dim)
-            squares = (x_norms[:, None] + y_norms[None] - 2 * products).clamp_(min=0)
+            squares = torch.add(x_norms[:, None], products, alpha=-2).add_(y_norms[None]).clamp_(min=0)
             if i == j:
                 values.fill_diagonal_(0)
                 squares.fill_diagonal_(0)
@@ -195,7 +203,7 @@ def across(
         for j, y, y_norms, y_offsets in _Blocks(reference, centre, device, dtype):
             products = x @ y.T
             result.kernel[i] += _sum(_kernel(products, x_offsets, y_offsets, constant, dim), 1)
-            squares = (x_norms[:, None] + y_norms[None] - 2 * products).clamp_(min=0)
+            squares = torch.add(x_norms[:, None], products, alpha=-2).add_(y_norms[None]).clamp_(min=0)
             y_ball, y_wide = (
                 ball(reference_within.nearest, precision_k, j),
                 ball(reference_within.nearest, density_k, j),

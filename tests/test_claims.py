@@ -194,4 +194,6 @@ def test_a_rival_without_a_number_decides_nothing():
 def test_each_method_is_taken_at_its_best_scale_whatever_the_features():
     rows = inception_rows(metric_rows("celeba"))
     found = verdicts(forward_rows(), rows)
-    assert found["ema99_best_cfid"].measured.startswith("cfid of non-robust + x0 + EMA 0.99 at scale 25: 12.50")
+    assert found["ema99_best_cfid"].measured.startswith(
+        "cfid_torcheval of non-robust + x0 + EMA 0.99 at scale 25: 12.50"
+    )
