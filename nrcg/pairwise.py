@@ -2,8 +2,8 @@
 
 All of them come from one blockwise pass over the inner products of two sets, so memory beyond the features is
 O(BLOCK * (BLOCK + dim)), and at most KEPT_BYTES a set, whatever their number. Products are float64 up to EXACT_PAIRS
-pairs, above that float32 of centred features with float64 sums: a relative error of about 1e-6 of a squared distance, for
-three times the speed.
+pairs, above that float32 of centred features with float64 sums: a relative error of about 1e-6 of a squared distance,
+for three times the speed.
 """
 
 from collections.abc import Iterator

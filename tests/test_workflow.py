@@ -277,7 +277,7 @@ CHANGES = {
     "a method more": ({"sweep": {"robust": [1]}}, {"sample": 2, "evaluate": 1} | END),
     # The last shard of each of the three settings was not full.
     "more samples": ({"sampling": {"num_samples": 16}}, {"sample": 3, "evaluate": 2} | END),
-    "a shard more": ({"sampling": {"num_samples": 20}}, {"sample": 6, "reference": 1, "evaluate": 2} | END),
+    "a shard more": ({"sampling": {"num_samples": 20}}, {"sample": 6, "evaluate": 2} | END),
     "fewer samples": ({"sampling": {"num_samples": 8}}, {"evaluate": 2} | END),
     "forward": ({"forward": {"num_images": 6}}, {"forward": 1, "figures": 1, "report": 1}),
     "judge": ({"classifiers": {"judge": {"epochs": 2}}}, {"train_classifier": 1, "reference": 1, "evaluate": 2} | END),
