@@ -17,6 +17,7 @@ from nrcg.config import format_scale
 from nrcg.results import (
     Row,
     best_per_method,
+    differ,
     format_count,
     format_number,
     format_percent,
@@ -293,7 +294,7 @@ def _lowest(best: dict[str, Row], conditional: str) -> Claim:
     rival = min(others, key=lambda row: row[conditional])
     measured = (
         f"{conditional} of {_at(ours)}: {format_number(ours[conditional])}; best of the {len(others)} others, "
-        f"{_at(rival)}: {format_number(rival[conditional])}."
+        f"{_at(rival)}: {format_number(rival[conditional])}." + _unsupported(ours, rival, conditional)
     )
     return _claim(key, measured, ours[conditional] < rival[conditional])
 
@@ -307,7 +308,7 @@ def _lower(best: dict[str, Row], rival: str, conditional: str, key: str) -> Clai
         return _claim(key, _unmeasured(rival), None)
     measured = (
         f"{conditional} of {_at(ours)}: {format_number(ours[conditional])}, {_at(theirs)}: "
-        f"{format_number(theirs[conditional])}."
+        f"{format_number(theirs[conditional])}." + _unsupported(ours, theirs, conditional)
     )
     return _claim(key, measured, ours[conditional] < theirs[conditional])
 
@@ -326,5 +327,11 @@ def _more_of_class(best: dict[str, Row], target: str) -> Claim:
     measured = (
         f"Share of {target} by the judge: {_at(ours)}: {format_percent(ours['accuracy_judge'])} %, "
         f"unconditional: {format_percent(theirs['accuracy_judge'])} %: {100 * gain:+.1f} points (15 or more wanted)."
+        + _unsupported(ours, theirs, "accuracy_judge")
     )
     return _claim(key, measured, _at_least(gain, ACCURACY_MARGIN))
+
+
+def _unsupported(a: Row, b: Row, column: str) -> str:
+    """A remark where the 95 % intervals do not tell two settings apart: the verdict is then one of chance."""
+    return "" if differ(a, b, column) else " The 95 % intervals do not support a difference."

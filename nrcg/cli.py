@@ -13,14 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from nrcg import __version__
 from nrcg.config import (
     ROLES,
+    BestBy,
     DDPMConfig,
     EvaluateStep,
     ExperimentConfig,
+    ReferenceStep,
     ReportStep,
     SampleStep,
     StepSettings,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 GRID_SAMPLES = 256
 """Samples in grid.png of `nrcg sample`, as many as the paper's fig. 9 shows."""
+REFERENCE_CACHE = ".nrcg/references"
+"""Where features of reference images are kept; safe to delete."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -636,28 +640,49 @@ def _own_guidance(arguments: argparse.Namespace) -> Any:
     )
 
 
+def reference(arguments: argparse.Namespace) -> None:
+    """What every method is compared with: features of the training images, and how good the classifiers are."""
+    from nrcg.evaluation import describe_reference
+    from nrcg.files import atomic_write_text
+
+    settings: ReferenceStep = _settings(arguments, "reference")
+    device, _ = _device(arguments, settings)
+    record = describe_reference(
+        settings, Path(arguments.data), Path(arguments.classifiers), Path(arguments.cache), device
+    )
+    atomic_write_text(arguments.out, json.dumps(record, indent=2) + "\n")
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Metrics of one method over its scales."""
-    from nrcg.evaluation import evaluate_method
+    from nrcg.evaluation import evaluate_method, read_reference_record
     from nrcg.results import write_csv
 
     settings: EvaluateStep = _settings(arguments, "evaluate", arguments.method)
     device, _ = _device(arguments, settings)
     rows, columns = evaluate_method(
-        settings, Path(arguments.samples), Path(arguments.data), Path(arguments.classifiers), arguments.scales, device
+        settings,
+        Path(arguments.samples),
+        Path(arguments.data),
+        Path(arguments.classifiers),
+        arguments.scales,
+        device,
+        record=read_reference_record(Path(arguments.reference)),
+        cache=Path(arguments.cache),
     )
     write_csv(arguments.out, rows, columns)
 
 
 def collect(arguments: argparse.Namespace) -> None:
     """Join the methods' metrics into metrics.csv and summary.json."""
-    from nrcg.results import extractor, read_metrics, summarize, write_csv
+    from nrcg.results import check_comparable, extractor, read_metrics, summarize, write_csv
 
     tables = {path: read_metrics(path) for path in arguments.metrics}
     extractors = {path: extractor(rows) for path, rows in tables.items()}
     if len(set(extractors.values())) > 1:
         raise DataError(f"features differ and cannot be compared: {extractors}; evaluate every method anew")
-    rows = [row for rows in tables.values() for row in rows]
+    rows = [row | {"best_by": arguments.best_by} for rows in tables.values() for row in rows]
+    check_comparable(rows, [path for path, own in tables.items() for _ in own])
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_csv(arguments.out, rows, columns)
     if arguments.summary:
@@ -698,6 +723,7 @@ def report(arguments: argparse.Namespace) -> None:
             "num_samples": settings.sampling.num_samples,
             "start": settings.sampling.start,
             "dataset": settings.dataset.name,
+            "source": settings.dataset.source,
             "commit": git_commit(),
             "versions": _versions(),
             "settings": settings.model_dump(mode="json"),
@@ -707,6 +733,8 @@ def report(arguments: argparse.Namespace) -> None:
         figures_dir=arguments.figures,
         samples_dir=arguments.samples,
         models_dir=arguments.models,
+        reference_json=arguments.reference,
+        comparison_md=arguments.comparison,
     )
 
 
@@ -800,6 +828,7 @@ def _job_weights(settings: ExperimentConfig) -> dict[str, float]:
         "train_classifier": 3 / 4 * num_train * sum(epochs) / len(epochs),
         "forward": 5.0 * settings.forward.num_images * steps,
         "sample": 2.5 * min(settings.sampling.shard_size, settings.sampling.num_samples) * steps,
+        "reference": 1 / 4 * num_train,
         "evaluate": 1 / 4 * num_train,
         "dataset": num_train / 10,
     }
@@ -1085,16 +1114,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
     sub.add_argument("--out", required=True, help="results/<experiment>/forward.csv")
     _add_sample_arguments(add("sample", sample, compute=True))
+    sub = add("reference", reference, step=True, compute=True)
+    sub.add_argument("--data", required=True, help="data/<dataset>")
+    sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
+    sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
+    sub.add_argument("--out", required=True, help="results/<experiment>/reference.json")
     sub = add("evaluate", evaluate, step=True, compute=True)
     sub.add_argument("--method", help="a key of methods")
     sub.add_argument("--scales", type=_scale, nargs="+", required=True, help="the method's scales")
     sub.add_argument("--samples", required=True, help="results/<experiment>/samples")
     sub.add_argument("--data", required=True, help="data/<dataset>")
     sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
+    sub.add_argument("--reference", required=True, help="results/<experiment>/reference.json")
+    sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
     sub.add_argument("--out", required=True, help="results/<experiment>/metrics/<method>.csv")
     sub = add("collect", collect)
     sub.add_argument("--metrics", nargs="+", required=True, help="results/<experiment>/metrics/*.csv")
     sub.add_argument("--out", required=True, help="results/<experiment>/metrics.csv")
+    sub.add_argument("--best-by", choices=get_args(BestBy), default="cfid", help="rule for the best scale")
     sub.add_argument("--summary", help="results/<experiment>/summary.json")
     for name, verb in (("figures", figures), ("report", report)):
         sub = add(name, verb, step=True)
@@ -1104,6 +1141,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", required=True)
     sub.add_argument("--figures", required=True, help="results/<experiment>/figures")
     sub.add_argument("--models", required=True, help="models/<experiment>")
+    sub.add_argument("--reference", help="results/<experiment>/reference.json")
+    sub.add_argument("--comparison", help="results/<experiment>/paper_comparison.md")
     return parser
 
 

@@ -31,6 +31,7 @@ RULES = (
     "train_classifier",
     "forward",
     "sample",
+    "reference",
     "evaluate",
     "collect",
     "figures",
@@ -54,6 +55,7 @@ BatchSize = Annotated[Positive | Literal["auto"], BeforeValidator(_checked_batch
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
 
+BestBy = Literal["cfid", "fid", "ckid", "kid", "accuracy_judge"]
 Role = Literal["non_robust", "robust", "judge"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -507,13 +509,37 @@ class SamplingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    features: Literal["auto", "inception", "judge"] = Field(
-        description="auto: Inception where its weights are at hand, else the judge's features."
+    """How samples are measured; docs/evaluation.md."""
+
+    features: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="Protocols: inception (clean-fid), torcheval (as published), judge, torchvision:NAME, timm:NAME, "
+        "python:MODULE:FACTORY, or a list; auto: the judge, and each Inception whose weights are at hand."
     )
-    inception_dir: str = Field(description="Folder searched for clean-fid's inception-2015-12-05.pt.")
+    inception_dir: str = Field(description="Folder of the Inception weights; explicit protocols download into it.")
     num_reference: Positive | None = Field(
         description="Training images (the first ones) compared with; null: all. Never drawn with replacement."
     )
+    num_pairwise: Annotated[int, Field(ge=10)] | None = Field(
+        default=10_000,
+        description="Samples and reference images (the first ones) that KID, precision, recall, density, coverage and "
+        "diversity compare in pairs; null: all.",
+    )
+    best_by: BestBy = Field(default="cfid", description="What the best scale of a method is best in.")
+
+    @field_validator("features")
+    @classmethod
+    def _features(cls, features: str | list[str]) -> str | list[str]:
+        entries = [features] if isinstance(features, str) else features
+        for entry in entries:
+            named = entry in ("auto", "inception", "torcheval", "judge")
+            if not named and not re.fullmatch(r"(torchvision|timm|python):\S+", entry):
+                raise ValueError(
+                    f"{entry!r} is no protocol; allowed: auto, inception, torcheval, judge, torchvision:NAME, "
+                    "timm:NAME, python:MODULE:FACTORY, or a list of these"
+                )
+            if entries.count(entry) > 1:
+                raise ValueError(f"{entry} is listed twice")
+        return features
 
 
 class ExperimentConfig(Section):
@@ -927,8 +953,15 @@ class SampleStep(StepSettings):
     sampling: SamplingConfig
 
 
+class ReferenceStep(StepSettings):
+    UNAFFECTING = ("device", "evaluation.best_by")
+    device: str
+    target: str
+    evaluation: EvaluationConfig
+
+
 class EvaluateStep(StepSettings):
-    UNAFFECTING = ("device", "sampling.batch_size")
+    UNAFFECTING = ("device", "sampling.batch_size", "evaluation.best_by")
     device: str
     precision: Precision
     target: str
@@ -958,6 +991,7 @@ STEPS: dict[str, type[StepSettings]] = {
     "train_classifier": TrainClassifierStep,
     "forward": ForwardStep,
     "sample": SampleStep,
+    "reference": ReferenceStep,
     "evaluate": EvaluateStep,
     "report": ReportStep,
 }

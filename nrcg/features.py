@@ -1,15 +1,19 @@
 """Feature extractors: uint8 images in, one feature vector per image out.
 
-Two ship: clean-fid's Inception network, the only one whose distances may be called FID and KID, and the
-penultimate layer of the judge classifier, which needs no download. Anything else that satisfies `Extractor`
-works too.
+Each is one protocol: a network with its weights, its resizing and its value range. Numbers of different protocols are
+never comparable. Three ship: clean-fid's Inception (`fid`), torcheval's, which the paper used (`fid_torcheval`), and
+the penultimate layer of the judge classifier, which needs no download. A SPEC of `nrcg.specs` gives any other
+network, and anything else that satisfies `Extractor` works too.
 """
 
 import hashlib
+import http.client
 import os
-import tempfile
+import re
+import shutil
+import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from nrcg.errors import DataError
+from nrcg.files import temporary_name
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +32,22 @@ INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrai
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
+TORCHEVAL_FILE = "inception_v3_google-0cc3c7bd.pth"
+TORCHEVAL_URL = f"https://download.pytorch.org/models/{TORCHEVAL_FILE}"
+# torchvision names its files after the first 8 hex digits of their SHA-256 and checks these.
+TORCHEVAL_SHA256 = "0cc3c7bd"
+
+
 class Extractor(Protocol):
-    """What `extract` needs. `name` goes into the metrics' names; "inception" alone makes them FID and KID."""
+    """What `extract` needs.
+
+    name: goes into the metrics' names; only "inception" and "torcheval" make them FID and KID. protocol:
+    preprocessing and weights in words; two extractors of one name and protocol give equal features.
+    """
 
     name: str
     dim: int
+    protocol: str
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(n, H, W, C) uint8 images -> (n, dim) float32 features; row i depends on image i alone."""
@@ -83,11 +99,53 @@ def find_inception(weights_dir: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def resolve_features(features: str, weights_dir: str | Path) -> str:
-    """`inception` or `judge`; `auto` is Inception where its weights are at hand."""
-    if features != "auto":
-        return features
-    return "judge" if find_inception(weights_dir) is None else "inception"
+def find_torcheval(weights_dir: str | Path) -> Path | None:
+    """Path of torchvision's Inception v3 file in `weights_dir`, or None. No other place is tried."""
+    path = Path(weights_dir) / TORCHEVAL_FILE
+    return path if path.is_file() else None
+
+
+def resolve_features(features: str | Sequence[str], weights_dir: str | Path) -> list[str]:
+    """The protocols to evaluate by, the headline first: inception, else torcheval, else the first given.
+
+    `auto` stands for `inception` and `torcheval` where their weights lie in `weights_dir`, and `judge`.
+    """
+    found: list[str] = []
+    for name in [features] if isinstance(features, str) else features:
+        if name == "auto":
+            found += ["inception"] * (find_inception(weights_dir) is not None)
+            found += ["torcheval"] * (find_torcheval(weights_dir) is not None)
+            found.append("judge")
+        else:
+            found.append(name)
+    first = ["inception", "torcheval"]
+    return sorted(dict.fromkeys(found), key=lambda name: first.index(name) if name in first else len(first))
+
+
+def extractor_name(spec: str) -> str:
+    """The name in column names: `judge` for "judge", `timm_vit_tiny_patch16_224` for "timm:vit_tiny_patch16_224"."""
+    return re.sub(r"[^a-z0-9]+", "_", spec.lower()).strip("_")
+
+
+def load_extractor(
+    spec: str, *, weights_dir: str | Path, judge: "torch.nn.Module | None" = None, device: "str | torch.device" = "cpu"
+) -> Extractor:
+    """`inception`, `torcheval`, `judge`, or the SPEC of a network of `nrcg.specs` (its penultimate features).
+
+    Inception's weights are looked up in `weights_dir`, then downloaded into it. Raises DataError where they cannot be
+    had.
+    """
+    if spec == "inception":
+        return InceptionExtractor(weights_dir, device, download=True)
+    if spec == "torcheval":
+        return TorchevalExtractor(weights_dir, device, download=True)
+    if spec == "judge":
+        if judge is None:
+            raise DataError("features of the judge need a judge: give its folder")
+        return JudgeExtractor(judge)
+    from nrcg.specs import load_classifier
+
+    return JudgeExtractor(load_classifier(spec).to(device), extractor_name(spec), repeat_grey=True)
 
 
 class InceptionExtractor:
@@ -121,14 +179,9 @@ class InceptionExtractor:
         from cleanfid.inception_torchscript import InceptionV3W
         from cleanfid.resize import build_resizer
 
-        path = find_inception(weights_dir)
-        if path is None and download:
-            path = _download_inception(Path(weights_dir), sha256)
-        if path is None:
-            raise DataError(
-                f"{INCEPTION_FILE} is missing: download {INCEPTION_URL} and put it into {Path(weights_dir)}"
-            )
+        path = _find_weights(weights_dir, INCEPTION_FILE, INCEPTION_URL, sha256, download)
         self.sha256 = _check_digest(path, sha256)
+        self.protocol = f"clean-fid, PIL bicubic antialiased to 299 in float32, TorchScript {self.sha256[:12]}"
         self.device = torch.device(device)
         try:
             with warnings.catch_warnings():
@@ -160,17 +213,75 @@ class InceptionExtractor:
             return self._model(x).float().cpu().numpy()
 
 
-class JudgeExtractor:
-    """Penultimate features of the judge classifier; its Fréchet distance is `fd_judge`, never FID.
+class TorchevalExtractor:
+    """torcheval's FrechetInceptionDistance, the published protocol: torchvision's Inception v3 before its classifier.
 
-    classifier: an nn.Module with `features(x)`, (B, C, H, W) in [-1, 1] -> (B, D), and `feature_dim`, which
-    is D. It is put into eval mode and stays on its own device; the images must have the channels and size
-    that it takes.
+    Images in [0, 1] are resized to 299 x 299 (bilinear, align_corners false, no antialiasing) and go through
+    `torchvision.models.inception_v3` with its ImageNet weights, in float32; torchvision then takes its inputs to lie in
+    [0, 1] with ImageNet's mean and deviation and re-normalises them (`transform_input`), although nothing subtracted
+    these before: part of the protocol, and kept. torcheval 0.0.7, metrics/image/fid.py.
+
+    Arguments and errors as `InceptionExtractor`; the file is `inception_v3_google-0cc3c7bd.pth`, and sha256 may be the
+    digest's first digits.
     """
 
-    def __init__(self, classifier: "torch.nn.Module", name: str = "judge") -> None:
+    name = "torcheval"
+    dim = 2048
+
+    def __init__(
+        self,
+        weights_dir: str | Path,
+        device: "str | torch.device" = "cpu",
+        *,
+        download: bool = False,
+        sha256: str | None = TORCHEVAL_SHA256,
+    ) -> None:
+        import pickle
+
+        import torch
+        from torchvision.models import inception_v3
+
+        path = _find_weights(weights_dir, TORCHEVAL_FILE, TORCHEVAL_URL, sha256, download)
+        self.sha256 = _check_digest(path, sha256)
+        self.protocol = f"torcheval, [0, 1], bilinear to 299, torchvision Inception v3 {self.sha256[:12]}"
+        self.device = torch.device(device)
+        model = inception_v3(weights=None, transform_input=True, init_weights=False)
+        try:
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (RuntimeError, EOFError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+            raise DataError(f"{path} is no Inception network: {str(error).strip().splitlines()[0]}") from error
+        model.fc = torch.nn.Identity()
+        self._model = model.to(self.device).eval()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(n, H, W, 1 or 3) uint8 -> (n, 2048) float32."""
+        import torch
+        from torch.nn.functional import interpolate
+
+        _check_images(images)
+        if len(images) == 0:
+            return np.empty((0, self.dim), dtype=np.float32)
+        with torch.no_grad():
+            x = _channels_first(images, repeat_grey=True).to(self.device).float() / 255
+            x = interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+            return self._model(x).float().cpu().numpy()
+
+
+class JudgeExtractor:
+    """Penultimate features of a classifier, the judge or any other; the Fréchet distance is `fd_<name>`, never FID.
+
+    classifier: an nn.Module with `features(x)`, (B, C, H, W) in [-1, 1] -> (B, D), and `feature_dim`, which
+    is D. It is put into eval mode and stays on its own device; the images must have the channels that it takes, except
+    that repeat_grey makes three of one.
+    """
+
+    def __init__(self, classifier: "torch.nn.Module", name: str = "judge", *, repeat_grey: bool = False) -> None:
         self.name = name
         self.dim = int(classifier.feature_dim)
+        self.repeat_grey = repeat_grey
+        size = getattr(classifier, "image_size", None)
+        resized = f", resized to {size}" if size else ""
+        self.protocol = f"penultimate features, [-1, 1]{resized}, weights {_weights_digest(classifier)[:12]}"
         self._classifier = classifier
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -184,32 +295,54 @@ class JudgeExtractor:
         device = torch.device("cpu") if parameter is None else parameter.device
         self._classifier.eval()
         with torch.no_grad():
-            # A copy: torch warns about arrays that it may not write to, as memory-mapped ones are.
-            x = torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = _channels_first(images, self.repeat_grey).to(device).float() / 127.5 - 1
             return self._classifier.features(x).float().cpu().numpy()
 
 
+def _channels_first(images: np.ndarray, repeat_grey: bool) -> "torch.Tensor":
+    """(n, H, W, C) to (n, C, H, W), uint8."""
+    import torch
+
+    # A copy: torch warns about arrays that it may not write to, as memory-mapped ones are.
+    x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
+    return x.expand(-1, 3, -1, -1) if repeat_grey and x.shape[1] == 1 else x
+
+
+def _weights_digest(module: "torch.nn.Module") -> str:
+    """SHA-256 over names, shapes and values of a network's parameters and buffers, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        values = value.detach().float().cpu().contiguous().numpy()
+        digest.update(f"{name} {values.shape} {value.dtype}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
 def _check_digest(path: Path, expected: str | None) -> str:
-    """SHA-256 of the file, in hexadecimal. Raises DataError if `expected` is given and differs."""
+    """SHA-256 of the file, in hexadecimal. Raises DataError if `expected`, its first digits, is given and differs."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if expected is not None and digest != expected.lower():
+    if expected is not None and not digest.startswith(expected.lower()):
         raise DataError(f"{path} is damaged or another file: sha256 {digest}, expected {expected.lower()}")
     return digest
 
 
-def _download_inception(weights_dir: Path, sha256: str | None) -> Path:
-    """clean-fid's own download, into a scratch folder first: a cut connection must not leave half a file."""
-    from cleanfid.downloads_helper import check_download_inception
-
+def _find_weights(weights_dir: str | Path, file: str, url: str, sha256: str | None, download: bool) -> Path:
+    """The file in `weights_dir`, downloaded if asked for. Raises DataError where it cannot be had."""
+    path = Path(weights_dir) / file
+    if path.is_file():
+        return path
+    if not download:
+        raise DataError(f"{file} is missing: download {url} and put it into {path.parent}")
+    part = temporary_name(path)  # beside the file: a cut connection must not leave half of it
     try:
-        weights_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=weights_dir) as scratch:
-            part = Path(check_download_inception(fpath=scratch))
-            _check_digest(part, sha256)
-            part.replace(weights_dir / INCEPTION_FILE)
-    except OSError as error:
-        raise DataError(
-            f"cannot download {INCEPTION_URL} into {weights_dir} ({error}): put it there by hand"
-        ) from error
-    return weights_dir / INCEPTION_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as answer, open(part, "wb") as out:
+            shutil.copyfileobj(answer, out)
+        _check_digest(part, sha256)
+        part.replace(path)
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"cannot download {url} into {path.parent} ({error}): put it there by hand") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path

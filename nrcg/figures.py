@@ -9,6 +9,7 @@
 | accuracy_vs_scale | 5, 8a |
 | fid_vs_scale | 6, 8b |
 | cfid_vs_scale | 7, 8c |
+| pareto | - |
 | best_samples | tables 1 to 3 |
 
 Figures are drawn without pyplot, so no backend and no setting leaks into the caller's session, and equal numbers
@@ -40,10 +41,13 @@ from nrcg.files import atomic_write
 from nrcg.results import (
     Row,
     best_per_method,
+    best_rule,
     extractor,
     format_percent,
     frechet_columns,
+    has_intervals,
     method_label,
+    pareto_front,
     read_forward,
     read_metrics,
     sort_methods,
@@ -146,6 +150,7 @@ def make_figures(
         ("accuracy_vs_scale", lambda: accuracy_vs_scale(metrics, styles, target=target)),
         ("fid_vs_scale", lambda: fid_vs_scale(metrics, styles)),
         ("cfid_vs_scale", lambda: cfid_vs_scale(metrics, styles, target=target)),
+        ("pareto", lambda: pareto(metrics, styles, target=target)),
         ("best_samples", lambda: best_samples(metrics, samples_dir, target=target)),
     ):
         for kind in ("png", "svg"):
@@ -345,11 +350,10 @@ def _distance_vs_scale(rows: Sequence[Row], styles: Mapping[str, Style], column:
     if values and max(values) > 10 * min(values):  # noise would flatten everything else
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis, minor=max(values) < 100 * min(values))
-    kind = "Inception" if extractor(rows) == "inception" else extractor(rows)
+    network = extractor(rows)
+    kind = {"inception": "Inception", "torcheval": "torcheval's Inception"}.get(network, network)
     axes.set(xlabel="guidance scale $s$", ylabel=_text(f"Fréchet distance, {kind} features ({column})"))
-    axes.set_title(
-        _text(f"to {reference}; lower is better, ring: best scale by {frechet_columns(rows)[1]}"), fontsize=9
-    )
+    axes.set_title(_text(f"to {reference}; lower is better, ring: best scale by {best_rule(rows)[0]}"), fontsize=9)
     _legend(axes)
     return figure
 
@@ -361,6 +365,9 @@ def _over_scale(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style], co
     for method in guided:
         scale, value = _series(rows, method, "scale", column)
         _line(axes, scale, factor * value, styles[method], method, styles[method].marker)
+        if has_intervals(rows, column):
+            scale, low, high = _series(rows, method, "scale", f"{column}_lo", f"{column}_hi")
+            axes.vlines(scale, factor * low, factor * high, color=styles[method].color, linewidth=1, alpha=0.6)
         axes.plot(
             best[method]["scale"],
             factor * best[method][column],
@@ -402,6 +409,43 @@ def _plain_numbers(axis: Axis, minor: bool = False) -> None:
 
     axis.set_major_formatter(FuncFormatter(label))
     axis.set_minor_formatter(FuncFormatter(between) if minor else NullFormatter())
+
+
+def pareto(rows: Sequence[Row], styles: Mapping[str, Style], *, target: str) -> Figure:
+    """Judge accuracy against the class-conditional distance of every setting, and the front that none other beats."""
+    figure, (axes,) = _figure(6.4, 4.4)
+    conditional = frechet_columns(rows)[1]
+    for method in _methods(rows):
+        scale, accuracy, distance = _series(rows, method, "scale", "accuracy_judge", conditional)
+        marker = styles[method].marker or "*"
+        label = _text(method_label(method))
+        axes.plot(100 * accuracy, distance, marker, color=styles[method].color, markersize=6, label=label)
+        if has_intervals(rows, conditional) and has_intervals(rows, "accuracy_judge"):
+            names = (f"{conditional}_lo", f"{conditional}_hi", "accuracy_judge_lo", "accuracy_judge_hi")
+            _, low, high, left, right = _series(rows, method, "scale", *names)
+            axes.vlines(100 * accuracy, low, high, color=styles[method].color, linewidth=0.8, alpha=0.5)
+            axes.hlines(distance, 100 * left, 100 * right, color=styles[method].color, linewidth=0.8, alpha=0.5)
+        for x, y, s in zip(100 * accuracy, distance, scale, strict=True):
+            if method != "unconditional" and math.isfinite(x) and math.isfinite(y):
+                axes.annotate(format_scale(s), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+    front = pareto_front(rows)
+    axes.plot(
+        [100 * row["accuracy_judge"] for row in front],
+        [row[conditional] for row in front],
+        color="#444444",
+        linestyle=":",
+        linewidth=1.2,
+        zorder=0,
+        label="Pareto front",
+    )
+    values = [row[conditional] for row in rows if math.isfinite(row[conditional]) and row[conditional] > 0]
+    if values and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis, minor=max(values) < 100 * min(values))
+    axes.set(xlabel=_text(f"samples that the judge takes for {target}, %"), ylabel=conditional, xlim=(-3, 106))
+    axes.set_title("every method and scale (numbers); best towards the lower right", fontsize=9)
+    _legend(axes)
+    return figure
 
 
 def best_samples(rows: Sequence[Row], samples_dir: str | os.PathLike, *, target: str) -> Figure:

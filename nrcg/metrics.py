@@ -1,14 +1,12 @@
 """Metrics of generated images, computed from features (`nrcg.features`) and from a judge's logits.
 
-A metric is named after its protocol: `fid`, `cfid`, `kid` and `ckid` are clean-fid's values on its Inception
-features; on any other features the same formulas are called `fd_<extractor>`, `cfd_`, `kd_` and `ckd_`. The
-prefix `c` means "against the reference images of the target class alone" (cFID in the paper).
+A metric is named after its protocol: `fid`, `cfid`, `kid` and `ckid` use clean-fid's Inception features,
+`fid_torcheval` and so on those of torcheval's Inception; on any other features the same formulas are called
+`fd_<extractor>`, `cfd_`, `kd_` and `ckd_`. The prefix `c` means "against the reference images of the target class
+alone" (cFID in the paper). docs/evaluation.md defines every column.
 """
 
-import contextlib
-import logging
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nrcg.errors import DataError
+from nrcg.intervals import Estimate
 
-logger = logging.getLogger(__name__)
-
-KID_SUBSET_SIZE = 1000  # clean-fid's default
 _ROWS = 4096  # rows turned to float64 at a time
 
 
@@ -34,7 +30,8 @@ class MetricNames(NamedTuple):
 
 
 def metric_names(extractor_name: str) -> MetricNames:
-    """`fid, cfid, kid, ckid` for "inception"; `fd_, cfd_, kd_, ckd_<name>` for any other name.
+    """`fid, cfid, kid, ckid` for "inception", the same with `_torcheval` for "torcheval"; else `fd_, cfd_, kd_,
+    ckd_<name>`.
 
     Raises ValueError unless the name is made of lower-case letters, digits and underscores: it goes into
     column names.
@@ -43,6 +40,8 @@ def metric_names(extractor_name: str) -> MetricNames:
         raise ValueError(f"extractor name {extractor_name!r} must be lower-case letters, digits and underscores")
     if extractor_name == "inception":
         return MetricNames("fid", "cfid", "kid", "ckid")
+    if extractor_name == "torcheval":
+        return MetricNames("fid_torcheval", "cfid_torcheval", "kid_torcheval", "ckid_torcheval")
     return MetricNames(*(f"{prefix}_{extractor_name}" for prefix in ("fd", "cfd", "kd", "ckd")))
 
 
@@ -140,136 +139,83 @@ class FeatureStatistics:
         return statistics
 
 
+def covariance_root(cov: np.ndarray) -> np.ndarray:
+    """Symmetric (dim, dim) square root of a covariance; eigenvalues that rounding made negative count as zero."""
+    values, vectors = np.linalg.eigh(cov)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
 def frechet_distance(stats_a: FeatureStatistics, stats_b: FeatureStatistics) -> float:
     """Squared Fréchet distance of two Gaussians, |mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    Heusel et al. 2017 (arXiv 1706.08500, eq. 6), computed by clean-fid's `frechet_distance`. Rounding may
-    leave a value near zero slightly negative. Where clean-fid fails (its call no longer fits scipy 1.18; an
-    "imaginary component" of singular covariances), the same trace comes from a symmetric eigenproblem, and
-    the log says so. Raises ValueError if the dimensions differ, DataError if a side has fewer than 2 feature
-    vectors.
+    Heusel et al. 2017 (arXiv 1706.08500, eq. 6). The trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), which has the
+    same eigenvalues, is symmetric and so needs no matrix square root: real for any covariances, singular ones too,
+    and several times faster than `scipy.linalg.sqrtm`. Rounding may leave a value near zero slightly negative. Raises
+    ValueError if the dimensions differ, DataError if a side has fewer than 2 feature vectors.
     """
-    import cleanfid.fid
-
     if stats_a.dim != stats_b.dim:
         raise ValueError(f"cannot compare features of dimensions {stats_a.dim} and {stats_b.dim}")
-    moments = (stats_a.mean, stats_a.cov, stats_b.mean, stats_b.cov)
-    try:
-        with warnings.catch_warnings():
-            # scipy: sqrtm's argument `disp` is deprecated, and a singular product is inexact.
-            warnings.simplefilter("ignore")
-            return float(cleanfid.fid.frechet_distance(*moments))
-    except (TypeError, ValueError) as error:
-        logger.warning("clean-fid's frechet_distance failed (%s); using the symmetric eigenvalue form instead", error)
-        return _symmetric_frechet_distance(*moments)
+    root = covariance_root(stats_a.cov)
+    trace = _positive(np.linalg.eigvalsh(root @ stats_b.cov @ root)).sum()
+    return _moments_distance(stats_a, stats_b, trace)
 
 
-def _symmetric_frechet_distance(mu_a: np.ndarray, cov_a: np.ndarray, mu_b: np.ndarray, cov_b: np.ndarray) -> float:
-    """The same by Tr (C_a C_b)^(1/2) = Tr (C_a^(1/2) C_b C_a^(1/2))^(1/2), real for any covariances."""
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    trace = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    return float(((mu_a - mu_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace)
+def _moments_distance(a: FeatureStatistics, b: FeatureStatistics, trace: float) -> float:
+    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.cov) + np.trace(b.cov) - 2 * trace)
 
 
-def kernel_distance(feats_a: np.ndarray, feats_b: np.ndarray, seed: int = 0) -> float:
-    """Squared maximum mean discrepancy with the kernel (x.y / dim + 1)^3, unbiased, so it may be negative.
+def frechet_estimate(
+    features: np.ndarray, statistics: FeatureStatistics, reference: FeatureStatistics, root: np.ndarray
+) -> Estimate:
+    """Fréchet distance of samples to a reference, and each sample's influence on it.
 
-    KID of Binkowski et al. 2018 (arXiv 1801.01401), computed by clean-fid's `kernel_distance` in float64: the
-    mean over 100 pairs of subsets of m = min(Na, Nb, 1000) vectors, drawn without replacement. If both sets
-    have m vectors every subset is the whole set: one is taken. feats_a: (Na, dim), feats_b: (Nb, dim); seed:
-    in [0, 2^32). numpy's global random state, which clean-fid draws from, is put back. Not safe beside
-    threads that draw from it. Raises ValueError for other shapes, DataError if a side has fewer than 2
-    vectors.
+    features: (n, dim) of the samples. statistics: of the same samples. reference, root: the reference's statistics and
+    `covariance_root` of its covariance R, made once for many sets of samples.
+
+    The derivative of Tr (R^(1/2) C R^(1/2))^(1/2) by C is A / 2 with A = R^(1/2) (R^(1/2) C R^(1/2))^(-1/2) R^(1/2),
+    the optimal transport from N(., C) to N(., R), so that sample z = x - mu moves the distance by
+    2 (mu - mu_R).z + |z|^2 - z'A z, up to its mean over the samples. With n <= dim the same is computed from the n x n
+    Gram matrix. Raises ValueError if shapes do not fit, DataError if a side has fewer than 2 feature vectors.
     """
-    from cleanfid.fid import kernel_distance as cleanfid_kernel_distance
-
-    _check_features(feats_a)
-    _check_features(feats_b, feats_a.shape[1])
-    if min(len(feats_a), len(feats_b)) < 2:
-        raise DataError(f"a kernel distance needs 2 images a side, got {len(feats_a)} and {len(feats_b)}")
-    num_subsets = 1 if len(feats_a) == len(feats_b) <= KID_SUBSET_SIZE else 100
-    with _global_seed(seed):
-        return cleanfid_kernel_distance(
-            np.asarray(feats_a, dtype=np.float64),
-            np.asarray(feats_b, dtype=np.float64),
-            num_subsets=num_subsets,
-            max_subset_size=KID_SUBSET_SIZE,
-        )
-
-
-@contextlib.contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
-    state = np.random.get_state()  # noqa: NPY002 - clean-fid draws from the legacy global generator
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
+    _check_features(features, reference.dim)
+    n, dim = features.shape
+    if statistics.n != n or statistics.dim != dim:
+        raise ValueError(f"{n} feature vectors of {dim}, but statistics of {statistics.n} of {statistics.dim}")
+    mean, shift = statistics.mean, statistics.mean - reference.mean
+    cov = statistics.cov
+    if n > dim:
+        values, vectors = np.linalg.eigh(root @ cov @ root)
+        power = _positive(values)
+        turn = root @ (vectors * np.where(power > 0, np.where(power > 0, power, 1) ** -0.5, 0))
+        # turn = R^(1/2) V w^(-1/4), so that |z turn|^2 = z'A z with w = power^2.
+        transported = _row_norms(features, mean, turn)
+    else:
+        rows = (np.asarray(features, np.float64) - mean) @ root / np.sqrt(n - 1)
+        values, vectors = np.linalg.eigh(rows @ rows.T)
+        power = _positive(values)
+        transported = (n - 1) * (vectors**2 @ power)
+    influence = (_row_norms(features, mean, None) - transported) * (n / (n - 1))
+    for start, block in zip(range(0, n, _ROWS), _float64_blocks(features, _ROWS), strict=True):
+        influence[start : start + len(block)] += 2 * (block - mean) @ shift
+    value = _moments_distance(statistics, reference, power.sum())
+    return Estimate(value, influence - influence.mean(), low=0.0)
 
 
-def precision_recall(
-    reference: np.ndarray, samples: np.ndarray, k: int = 3, *, block_size: int = 1024
-) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, eqs. 1, 2), in [0, 1].
-
-    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest
-    neighbour in the same set (the point itself not counted). precision: share of samples inside the
-    reference's manifold (are they realistic?). recall: share of reference points inside the samples' manifold
-    (is all of it covered?).
-
-    reference: (Nr, dim), samples: (Ns, dim). Every pair is compared, in float64; memory beyond the inputs is
-    O(block_size * (block_size + dim)). Time: at most about 2 (Nr + Ns)^2 dim operations.
-    Raises ValueError for other shapes, DataError if a set has no more than k points.
-    """
-    _check_features(reference)
-    _check_features(samples, reference.shape[1])
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if min(len(reference), len(samples)) <= k:
-        raise DataError(
-            f"precision and recall need more than k = {k} images a side, "
-            f"got {len(reference)} reference images and {len(samples)} samples"
-        )
-    reference_radii = _squared_radii(reference, k, block_size)
-    sample_radii = _squared_radii(samples, k, block_size)
-    sample_inside = np.zeros(len(samples), dtype=bool)
-    reference_inside = np.zeros(len(reference), dtype=bool)
-    for i, reference_block in _numbered_blocks(reference, block_size):
-        for j, sample_block in _numbered_blocks(samples, block_size):
-            distances = _squared_distances(reference_block, sample_block)
-            sample_inside[j] |= (distances <= reference_radii[i, None]).any(axis=0)
-            reference_inside[i] |= (distances <= sample_radii[None, j]).any(axis=1)
-    return float(sample_inside.mean()), float(reference_inside.mean())
+def _positive(eigenvalues: np.ndarray) -> np.ndarray:
+    """Roots of eigenvalues; those that are rounding of zero become zero."""
+    floor = max(eigenvalues.max(), 0.0) * len(eigenvalues) * np.finfo(float).eps
+    return np.sqrt(np.where(eigenvalues > floor, eigenvalues, 0.0))
 
 
-def _squared_radii(points: np.ndarray, k: int, block_size: int) -> np.ndarray:
-    """(N,) squared distance of each point to its k-th nearest other point."""
-    radii = np.empty(len(points))
-    for i, rows in _numbered_blocks(points, block_size):
-        nearest = np.full((len(rows), k), np.inf)
-        for j, columns in _numbered_blocks(points, block_size):
-            distances = _squared_distances(rows, columns)
-            if i == j:
-                np.fill_diagonal(distances, np.inf)
-            candidates = np.concatenate([nearest, distances], axis=1)
-            nearest = np.partition(candidates, k - 1, axis=1)[:, :k]
-        radii[i] = nearest[:, k - 1]
-    return radii
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(Na, Nb) squared Euclidean distances of float64 rows by |a|^2 + |b|^2 - 2 a.b."""
-    scale = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None, :]
-    distances = scale - 2 * (a @ b.T)
-    # What is left between equal points is rounding, which must not decide a comparison with a radius of zero.
-    distances[distances <= 1e-13 * scale] = 0
-    return distances
-
-
-def _numbered_blocks(features: np.ndarray, size: int) -> Iterator[tuple[slice, np.ndarray]]:
-    for start, block in zip(range(0, len(features), size), _float64_blocks(features, size), strict=True):
-        yield slice(start, start + len(block)), block
+def _row_norms(features: np.ndarray, mean: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
+    """(n,) squared norms of the rows (x - mean) matrix."""
+    norms = []
+    for block in _float64_blocks(features, _ROWS):
+        rows = block - mean
+        if matrix is not None:
+            rows = rows @ matrix
+        norms.append(np.einsum("ij,ij->i", rows, rows))
+    return np.concatenate(norms)
 
 
 def _float64_blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -282,73 +228,44 @@ def _check_features(features: np.ndarray, dim: int | None = None) -> None:
         raise ValueError(f"features must be (N, {dim or 'dim'}), got shape {features.shape}")
 
 
-def evaluate_samples(
-    samples_features: np.ndarray,
-    reference_features: np.ndarray,
-    reference_labels: np.ndarray,
-    target: int,
-    name: str,
-    seed: int,
-) -> dict[str, float]:
-    """All feature metrics of one set of samples, by column name (see `metric_names`).
+def class_hits(logits: np.ndarray, target: int) -> np.ndarray:
+    """(N,) bool: whose largest logit is the target's; their mean is the paper's "accuracy".
 
-    samples_features: (N, dim). reference_features: (M, dim), the images that the samples should look like.
-    reference_labels: (M,) class indices. target: the class that guidance aimed at. name: the extractor's.
-    seed: for the kernel distance's subsets.
-
-    Fréchet and kernel distance come twice: against all of the reference, and (prefix `c`) against its images
-    of the target class. `precision` and `recall` compare with the target class alone: samples guided to one
-    class ought not to cover the others, so a recall over all classes would punish success. Raises DataError
-    if the target class has too few reference images or there are too few samples (at least 4 each).
+    logits: (N, K). K = 1 is a binary classifier: class 1 where the logit is positive, else class 0. Raises ValueError
+    for another shape or a target that is no class, DataError for logits that are not finite.
     """
-    names = metric_names(name)
-    labels = np.asarray(reference_labels)
-    if labels.shape != (len(reference_features),):
-        raise ValueError(f"{len(reference_features)} reference features but labels of shape {labels.shape}")
-    target_features = reference_features[labels == target]
-    if len(target_features) == 0:
-        raise DataError(f"the reference set has no image of the target class {target}")
-    samples = FeatureStatistics.from_features(samples_features)
-    precision, recall = precision_recall(target_features, samples_features)
-    return {
-        names.frechet: frechet_distance(samples, FeatureStatistics.from_features(reference_features)),
-        names.class_frechet: frechet_distance(samples, FeatureStatistics.from_features(target_features)),
-        names.kernel: kernel_distance(samples_features, reference_features, seed),
-        names.class_kernel: kernel_distance(samples_features, target_features, seed),
-        "precision": precision,
-        "recall": recall,
-    }
+    logits = _check_logits(logits)
+    if not 0 <= target < logits.shape[1]:
+        raise ValueError(f"target {target} is none of the {logits.shape[1]} classes")
+    return logits.argmax(axis=1) == target
 
 
 def target_share(logits: np.ndarray, target: int) -> float:
-    """Share, in [0, 1], of samples whose largest logit is the target's: the paper's "accuracy".
+    """Share, in [0, 1], of `class_hits`."""
+    return float(class_hits(logits, target).mean())
 
-    logits: (N, K), N >= 1. K = 1 is a binary classifier: class 1 where the logit is positive, else class 0.
-    Raises ValueError for another shape or a target that is no class, DataError for logits that are not
-    finite.
-    """
+
+def _check_logits(logits: np.ndarray) -> np.ndarray:
+    """Logits (N, K >= 2) from (N, K >= 1); one logit is class 1's against zero."""
     logits = np.asarray(logits)
     if logits.ndim != 2 or 0 in logits.shape:
         raise ValueError(f"logits must be (N, K) with N and K at least 1, got shape {logits.shape}")
-    if logits.shape[1] == 1:
-        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
-    if not 0 <= target < logits.shape[1]:
-        raise ValueError(f"target {target} is none of the {logits.shape[1]} classes")
     if not np.isfinite(logits).all():
         raise DataError("logits are not all finite")
-    return float((logits.argmax(axis=1) == target).mean())
+    return np.concatenate([np.zeros_like(logits), logits], axis=1) if logits.shape[1] == 1 else logits
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Confidence interval (low, high) of a share, successes out of n; z = 1.96 gives about 95 %.
+def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: sum over bins of confidence of |bin| / N * |accuracy - mean confidence|, in [0, 1].
 
-    Wilson 1927, J. Am. Stat. Assoc. 22: unlike share +- z * standard error it stays inside [0, 1] and keeps a
-    width at 0 and n. Raises ValueError unless 0 <= successes <= n and n >= 1.
+    Guo et al. 2017 (arXiv 1706.04599, eq. 3), bins of equal width. logits: (N, K) as in `class_hits`; labels: (N,).
     """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"need 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    share = successes / n
-    centre = share + z**2 / (2 * n)
-    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
-    return max(0.0, float(low)), min(1.0, float(high))
+    logits = _check_logits(logits).astype(np.float64)
+    labels = np.asarray(labels)
+    if labels.shape != (len(logits),):
+        raise ValueError(f"{len(logits)} logits but labels of shape {labels.shape}")
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    confidence = weights.max(axis=1) / weights.sum(axis=1)
+    surplus = (logits.argmax(axis=1) == labels) - confidence
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return float(np.abs(np.bincount(place, surplus, bins)).sum() / len(logits))

@@ -12,7 +12,7 @@ TITLE = "Diffusion Classifier Guidance for Non-robust Classifiers"
 class PublishedRow:
     """One row of tables 1 to 3.
 
-    Accuracy in percent, by the classifier that guides (self-graded); FID and cFID with Inception features.
+    Accuracy in percent, by the classifier that guides (self-graded); FID and cFID by torcheval (its Inception).
     """
 
     dataset: str
@@ -34,7 +34,7 @@ class Protocol:
     num_steps: int
     num_samples: int
     start: str = "standard_normal"
-    features: str = "inception"
+    features: str = "torcheval"
 
 
 _UNCONDITIONAL, _GUIDED = "unconditional", "non-robust + x0 + EMA 0.99"
@@ -72,27 +72,31 @@ def published_rows(experiment: str) -> tuple[PublishedRow, ...]:
 def differences(
     experiment: str,
     *,
-    features: str,
+    features: str | None = None,
     num_samples: int | None = None,
     image_size: int | None = None,
     num_steps: int | None = None,
     start: str | None = None,
+    source: str | None = None,
 ) -> list[str]:
     """How the measured protocol differs from the published one, one phrase each.
 
-    Any entry means that Fréchet distances are not comparable in value, only in their order between methods.
-    What is given as None is not compared. Empty for an experiment that the paper has not.
+    Any entry means that values are not comparable, only their order between methods. What is given as None is not
+    compared. Empty for an experiment that the paper has not.
 
     Args:
-        features: `inception` for fid and cfid, otherwise the extractor's name, such as `judge`.
+        features: the protocol: `torcheval` as published, `inception` for clean-fid's, otherwise the extractor's name.
         num_steps: T.
+        source: of the images, `dataset.source`: `sportballs` draws its own, not the authors' images.
     """
     dataset = COMPARED_WITH.get(experiment)
     if dataset is None:
         return []
     protocol = PROTOCOLS[dataset]
     found = []
-    if features != protocol.features:
+    if features == "inception":
+        found.append("clean-fid's Inception and resizing instead of torcheval's")
+    elif features is not None and features != protocol.features:
         found.append(f"features of the {features} network instead of Inception")
     for name, ours, theirs in (
         ("samples", num_samples, protocol.num_samples),
@@ -103,6 +107,8 @@ def differences(
             found.append(f"{ours:,} {name} instead of {theirs:,}")
     if start is not None and start != protocol.start:
         found.append(f"start {start} instead of {protocol.start}")
+    if source == "sportballs":
+        found.append("images drawn anew, not the authors' own")
     return found
 
 

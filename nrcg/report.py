@@ -15,29 +15,33 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from nrcg import paper
+from nrcg import comparison, paper
 from nrcg.claims import check_claims
 from nrcg.config import format_scale, scaled_beta
 from nrcg.errors import DataError
 from nrcg.figures import classifier_accuracy, load_samples, png_bytes, render, sample_grid, training_loss
 from nrcg.files import atomic_write
 from nrcg.results import (
-    BEST_RULE,
     Row,
     at_edge,
+    best_and_ties,
     best_per_method,
+    best_rule,
     edge_notes,
     extractor,
     format_count,
+    format_interval,
     format_number,
     format_percent,
     frechet_columns,
     method_label,
+    pareto_front,
     read_csv,
     read_forward,
     read_metrics,
     sort_methods,
     table_cells,
+    tie_note,
 )
 
 STRIP_COLUMNS = 16
@@ -56,6 +60,7 @@ class ReportContext(TypedDict, total=False):
         num_samples: samples per method and scale.
         start: where sampling starts, `standard_normal` or `data_mean`.
         dataset: name of the data set.
+        source: where its images come from, `dataset.source`.
         target_share: share of the target among the training images, in [0, 1].
         commit: git commit of the code.
         versions: package -> version.
@@ -70,6 +75,7 @@ class ReportContext(TypedDict, total=False):
     num_samples: int
     start: str
     dataset: str
+    source: str
     target_share: float
     commit: str
     versions: Mapping[str, str]
@@ -97,13 +103,19 @@ CAPTIONS = {
         "Distance to all training images. It grows when only one class is made, also if the samples are perfect.",
     ),
     "cfid_vs_scale": ("figs. 7 and 8c", "Distance to the training images of the target class alone."),
+    "pareto": (
+        "",
+        "Judge accuracy against the class-conditional distance of every setting, with 95 % intervals. A setting on the "
+        "front is beaten by no other in both.",
+    ),
 }
-"""File -> the paper's figure, caption. best_samples is shown as the rows of samples."""
+"""File -> the paper's figure (empty for ours alone), caption. best_samples is shown as the rows of samples."""
 
 COLUMN_TITLES = {
     "num_samples": "samples",
     "accuracy_guide": "guide, %",
     "accuracy_judge": "judge, %",
+    "accuracy_gap": "guide − judge, %",
     "nonfinite": "non-finite",
     "images_per_second": "img/s",
     "peak_memory_mib": "memory, MiB",
@@ -119,6 +131,8 @@ def write_report(
     figures_dir: str | os.PathLike,
     samples_dir: str | os.PathLike,
     models_dir: str | os.PathLike,
+    reference_json: str | os.PathLike | None = None,
+    comparison_md: str | os.PathLike | None = None,
 ) -> None:
     """Write the report as one HTML file that loads nothing from elsewhere.
 
@@ -128,6 +142,8 @@ def write_report(
         figures_dir: what `nrcg.figures.make_figures` wrote.
         samples_dir: holds METHOD/scaleSCALE/shardNNNN.npy.
         models_dir: the experiment's folder of models, with ddpm/ and classifiers/.
+        reference_json: what `nrcg reference` wrote, for the classifiers' calibration; None leaves that out.
+        comparison_md: where to write the table of published and measured values as Markdown; None writes none.
 
     Raises:
         DataError: a CSV file is missing or broken, or the context lacks a name that is needed.
@@ -140,6 +156,15 @@ def write_report(
     chosen = _best_setup(metrics)
     strips, image_size = _strips(metrics, samples_dir)
     models = Path(models_dir)
+    column, rule = best_rule(metrics)
+    compared = comparison.compare(
+        context["experiment"],
+        metrics,
+        image_size=image_size,
+        num_steps=context.get("T"),
+        start=context.get("start"),
+        source=context.get("source"),
+    )
     environment = Environment(
         loader=PackageLoader("nrcg", "templates"),
         autoescape=True,
@@ -164,19 +189,28 @@ def write_report(
             image_size=image_size,
             num_steps=context.get("T"),
             start=context.get("start"),
+            source=context.get("source"),
         ),
         notes=edge_notes(metrics),
-        rule=BEST_RULE,
+        tie_note=tie_note(metrics),
+        rule=rule,
+        rule_column=column,
+        compared={"titles": comparison.TITLES, "lines": [comparison.cells(line) for line in compared]},
+        front=[_name(row) for row in pareto_front(metrics)],
+        protocols=[str(metrics[0].get(key, "")) for key in ("protocols", "reference")],
+        self_trained=extractor(metrics) == "judge",
         sweep=_sweep(metrics),
         figures=_figures(Path(figures_dir)),
         strips=strips,
         gallery=_gallery(chosen, samples_dir),
         training=_training(models / "ddpm"),
-        classifiers=_classifiers(models / "classifiers", context.get("T")),
+        classifiers=_classifiers(models / "classifiers", context.get("T"), _quality(reference_json)),
         settings=_flatten(context.get("settings", {})),
         betas=_betas(context.get("T")),
     )
     atomic_write(out, page.encode())
+    if comparison_md is not None:
+        atomic_write(comparison_md, comparison.markdown(context["experiment"], metrics, compared).encode())
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -260,12 +294,17 @@ def _comparison(experiment: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One line per method at its best scale, with the published row of the same method or None."""
     everything, conditional = frechet_columns(rows)
     published = {row.method: row for row in paper.published_rows(experiment)}
+    _, ties = best_and_ties(rows)
+    intervals = [("accuracy_judge", True), ("accuracy_guide", True), (conditional, False), (everything, False)]
+    intervals += [("precision", False), ("recall", False)]
     return [
         {
             "method": method_label(method),
             "scale": "" if method == "unconditional" else format_scale(row["scale"]),
             "edge": at_edge(rows, method),
+            "tie": any(row is tie for tie in ties),
             "values": table_cells(row, everything, conditional),
+            "intervals": [format_interval(row, *column) for column in intervals] + ["", ""],
             "published": published.get(method),
         }
         for method, row in best_per_method(rows).items()
@@ -278,13 +317,19 @@ def _sweep(rows: Sequence[Row]) -> dict[str, list]:
     columns = [
         name
         for name in rows[0]
-        if isinstance(rows[0][name], float) and name != "scale" and any(not math.isnan(row[name]) for row in rows)
+        if isinstance(rows[0][name], float)
+        and name != "scale"
+        and not name.endswith(("_lo", "_hi"))
+        and any(not math.isnan(row[name]) for row in rows)
     ]
     lines = [
         {
             "method": method_label(method),
             "best": row is best[method],
-            "values": [format_scale(row["scale"]), *(_cell(name, row[name]) for name in columns)],
+            "values": [
+                (format_scale(row["scale"]), ""),
+                *((_cell(name, row[name]), format_interval(row, name, _is_share(name))) for name in columns),
+            ],
         }
         for method in sort_methods(row["method"] for row in rows)
         for row in sorted((row for row in rows if row["method"] == method), key=lambda row: row["scale"])
@@ -292,10 +337,15 @@ def _sweep(rows: Sequence[Row]) -> dict[str, list]:
     return {"titles": ["scale", *(COLUMN_TITLES.get(name, name) for name in columns)], "lines": lines}
 
 
+def _is_share(column: str) -> bool:
+    """Columns shown in percent."""
+    return column.startswith("accuracy")
+
+
 def _cell(column: str, value: float) -> str:
-    if column.startswith("accuracy"):
+    if _is_share(column):
         return format_percent(value)
-    if column in ("num_samples", "nonfinite", "peak_memory_mib"):
+    if column.startswith("num_") or column in ("nonfinite", "peak_memory_mib"):
         return format_count(value)
     return format_number(value, 4 if "d_" in column or "id" in column else 3)
 
@@ -385,7 +435,18 @@ def _origin(folder: Path) -> str:
         return "source unknown"
 
 
-def _classifiers(folder: Path, num_steps: int | None) -> dict[str, Any]:
+def _quality(path: str | os.PathLike | None) -> dict[str, dict]:
+    """Role -> how good the classifier is on clean images, from reference.json."""
+    if path is None or not Path(path).exists():
+        return {}
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))["classifiers"]
+        return {role: {"ece": [float(value) for value in record[role]["ece"]]} for role in ROLES}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no record of the references ({error}); delete it and run snakemake again") from None
+
+
+def _classifiers(folder: Path, num_steps: int | None, quality: Mapping[str, dict]) -> dict[str, Any]:
     """Table and figure of the trained classifiers, as far as they are there."""
     lines, tables = [], {}
     for role in ROLES:
@@ -400,7 +461,12 @@ def _classifiers(folder: Path, num_steps: int | None) -> dict[str, Any]:
                 f"{path}: no classifier's settings ({error}); delete the folder and train it anew"
             ) from None
         lines.append(
-            {"role": role, "architecture": config.get("architecture", ""), "accuracy": format_percent(accuracy)}
+            {
+                "role": role,
+                "architecture": config.get("architecture", ""),
+                "accuracy": format_percent(accuracy),
+                "ece": format_percent(quality[role]["ece"][0]) if role in quality else "-",
+            }
         )
         table = folder / role / "accuracy_over_t.csv"
         if table.exists():

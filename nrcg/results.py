@@ -14,10 +14,11 @@ from nrcg import paper
 from nrcg.config import format_scale
 from nrcg.errors import DataError
 from nrcg.files import atomic_write
+from nrcg.intervals import supported
 
 Row = dict[str, str | float]
 
-TEXT_COLUMNS = ("experiment", "method", "mlflow_run_id")
+TEXT_COLUMNS = ("experiment", "method", "protocols", "reference", "best_by", "mlflow_run_id")
 """Columns that stay text; every other column holds numbers."""
 
 FORWARD_COLUMNS = (
@@ -43,7 +44,12 @@ METRICS_COLUMNS = (
     "images_per_second",
     "peak_memory_mib",
 )
-"""Beside these a metrics.csv holds the Fréchet distances of one extractor: fid and cfid, or fd_NAME and cfd_NAME."""
+"""Beside these a metrics.csv holds the Fréchet distances of one protocol or several, the headline's first: fid and
+cfid, fid_torcheval and cfid_torcheval, or fd_NAME and cfd_NAME; more metrics (docs/evaluation.md); and NAME_lo,
+NAME_hi, the 95 % interval of each."""
+
+IDENTITY_COLUMNS = ("experiment", "protocols", "reference", "best_by")
+"""Columns in which rows must agree to be compared."""
 
 METHOD_LABELS = {
     "unconditional": "unconditional",
@@ -57,7 +63,14 @@ METHOD_LABELS = {
 }
 """Names to print, in the order of every table and legend."""
 
-BEST_RULE = "best scale of a method: the lowest class-conditional Fréchet distance"
+BEST_BY = {
+    "cfid": "the lowest class-conditional Fréchet distance",
+    "fid": "the lowest Fréchet distance to all training images",
+    "ckid": "the lowest class-conditional kernel distance",
+    "kid": "the lowest kernel distance to all training images",
+    "accuracy_judge": "the highest accuracy by the judge",
+}
+"""Rules for the best scale of a method, `evaluation.best_by`."""
 
 MAX_WIDTH = 110
 
@@ -159,47 +172,127 @@ def _field(value: object) -> object:
 
 
 def frechet_columns(rows: Sequence[Row]) -> tuple[str, str]:
-    """Names of the Fréchet distance to all training images and to those of the target class.
+    """Names of the headline protocol's Fréchet distances, to all training images and to those of the target class.
 
     Returns:
-        ("fid", "cfid") where Inception features were used, otherwise such as ("fd_judge", "cfd_judge").
+        ("fid", "cfid") if there, else ("fid_torcheval", "cfid_torcheval"), else the first such as ("fd_judge",
+        "cfd_judge").
 
     Raises:
         DataError: the rows have no such pair of columns.
     """
+    return protocol_columns(rows)[0]
+
+
+def protocol_columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """`frechet_columns` of every protocol, the headline's first. Raises DataError without any."""
     columns = list(rows[0]) if rows else []
-    if "fid" in columns and "cfid" in columns:
-        return "fid", "cfid"
-    for name in columns:
-        if name.startswith("fd_") and f"c{name}" in columns:
-            return name, f"c{name}"
-    raise DataError("no Fréchet distance: neither fid and cfid nor fd_NAME and cfd_NAME are among the columns")
+    named = [name for name in columns if name.startswith("fd_") and not name.endswith(("_lo", "_hi"))]
+    pairs = [(name, f"c{name}") for name in ("fid", "fid_torcheval", *named)]
+    found = [pair for pair in pairs if set(pair) <= set(columns)]
+    if not found:
+        raise DataError("no Fréchet distance: neither fid and cfid nor fd_NAME and cfd_NAME are among the columns")
+    return found
+
+
+def protocol_of(frechet: str) -> str:
+    """The extractor behind a Fréchet column: `inception` for fid, `torcheval` for fid_torcheval, `judge` for
+    fd_judge."""
+    return "inception" if frechet == "fid" else frechet.removeprefix("fid_").removeprefix("fd_")
 
 
 def extractor(rows: Sequence[Row]) -> str:
-    """The network whose features the Fréchet distances compare: `inception`, `judge`, ... Raises DataError."""
-    name = frechet_columns(rows)[0]
-    return "inception" if name == "fid" else name.removeprefix("fd_")
+    """The network whose features the headline distances compare: `inception`, `judge`, ... Raises DataError."""
+    return protocol_of(frechet_columns(rows)[0])
+
+
+def check_comparable(rows: Sequence[Row], names: Sequence[str] = ()) -> None:
+    """Refuse rows that were not measured alike.
+
+    Args:
+        names: of the rows in the message, such as their files; by default methods.
+
+    Raises:
+        DataError: protocols, preprocessing, weights, reference images or sample counts differ; says in what.
+    """
+    names = names or [str(row.get("method", "")) for row in rows]
+    for column in ("protocols", "reference", "num_samples", "num_pairwise"):
+        values = {}
+        for name, row in zip(names, rows, strict=True):
+            values.setdefault(row.get(column), name)
+        if len(values) > 1:
+            (first, first_name), (second, second_name), *_ = values.items()
+            what = {"protocols": "features", "reference": "reference images"}.get(column, f"numbers ({column})")
+            raise DataError(
+                f"{what} differ and cannot be compared: {first_name} has {first!r}, {second_name} has {second!r}; "
+                "evaluate every method anew"
+            )
+
+
+def interval(row: Row, column: str) -> tuple[float, float]:
+    """The 95 % interval of a metric; (nan, nan) where there is none."""
+    return row.get(f"{column}_lo", math.nan), row.get(f"{column}_hi", math.nan)
+
+
+def has_intervals(rows: Sequence[Row], column: str) -> bool:
+    return bool(rows) and f"{column}_lo" in rows[0] and f"{column}_hi" in rows[0]
+
+
+def differ(a: Row, b: Row, column: str) -> bool:
+    """Whether the 95 % intervals of two settings support that they differ in a metric; True where there are none."""
+    if not has_intervals([a, b], column):
+        return True
+    return supported(a[column], interval(a, column), b[column], interval(b, column))
+
+
+def best_rule(rows: Sequence[Row]) -> tuple[str, str]:
+    """The column that the best scale of a method is best in, and the rule in words. Raises DataError."""
+    rule = str(rows[0].get("best_by") or "cfid") if rows else "cfid"
+    everything, conditional = frechet_columns(rows)
+    if rule not in BEST_BY:
+        raise DataError(f"best_by: {rule!r} is no rule; allowed: {', '.join(BEST_BY)}")
+    column = {"cfid": conditional, "fid": everything}.get(rule, rule)
+    if rule in ("ckid", "kid"):
+        frechet = conditional if rule == "ckid" else everything
+        column = frechet.replace("fid", "kid", 1) if "fid" in frechet[:4] else frechet.replace("fd_", "kd_", 1)
+    if column not in rows[0]:
+        raise DataError(f"best_by: {rule}: there is no column {column}")
+    return column, f"best scale of a method: {BEST_BY[rule]}"
 
 
 def best_per_method(rows: Sequence[Row]) -> dict[str, Row]:
-    """The row of each method's best scale: lowest class-conditional Fréchet distance, nan last, then lowest scale.
+    """The row of each method's best scale by the rows' `best_by` (cfid without one), nan last, then lowest scale.
 
-    The distance is the one that is reported as well, as in the paper: a little optimistic for long sweeps.
+    The number is the one that is reported as well, as in the paper: a little optimistic for long sweeps.
 
     Raises:
-        DataError: no Fréchet columns.
+        DataError: no Fréchet columns, or not that of the rule.
     """
-    _, conditional = frechet_columns(rows)
+    column = best_rule(rows)[0]
+    sign = -1 if column.startswith("accuracy") else 1
 
     def rank(row: Row) -> tuple[bool, float, float]:
-        distance = row[conditional]
-        return math.isnan(distance), 0.0 if math.isnan(distance) else distance, row["scale"]
+        value = row[column]
+        return math.isnan(value), 0.0 if math.isnan(value) else sign * value, row["scale"]
 
     return {
         method: min((row for row in rows if row["method"] == method), key=rank)
         for method in sort_methods(row["method"] for row in rows)
     }
+
+
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
+    """Settings that no other beats in judge accuracy and class-conditional distance at once, by rising accuracy.
+
+    A setting is left out if another is at least as good in both and better in one; so are those without a finite value.
+    """
+    conditional = frechet_columns(rows)[1]
+    finite = [row for row in rows if math.isfinite(row["accuracy_judge"]) and math.isfinite(row[conditional])]
+    front: list[Row] = []
+    for row in sorted(finite, key=lambda row: (-row["accuracy_judge"], row[conditional])):
+        if not front or row[conditional] < front[-1][conditional]:
+            front.append(row)
+    return front[::-1]
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
@@ -215,7 +308,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
 def at_edge(rows: Sequence[Row], method: str) -> bool:
     """Whether the best scale is the lowest or highest of several tried, so that a better one may lie outside.
 
-    A scale without a finite distance counts as tried. False where no scale has one.
+    A scale without a finite value counts as tried. False where no scale has one.
 
     Raises:
         KeyError: no row of this method.
@@ -223,7 +316,7 @@ def at_edge(rows: Sequence[Row], method: str) -> bool:
     """
     best = best_per_method(rows)[method]
     scales = {row["scale"] for row in rows if row["method"] == method}
-    if len(scales) < 2 or math.isnan(best[frechet_columns(rows)[1]]):
+    if len(scales) < 2 or math.isnan(best[best_rule(rows)[0]]):
         return False
     return best["scale"] in (min(scales), max(scales))
 
@@ -251,6 +344,16 @@ def format_percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
+def format_interval(row: Row, column: str, percent: bool = False) -> str:
+    """The 95 % interval of a metric as "lo to hi"; empty where there is none."""
+    low, high = interval(row, column)
+    if math.isnan(low) or math.isnan(high):
+        return ""
+    if percent:
+        return f"{format_percent(low)} to {format_percent(high)}"
+    return f"{format_number(low)} to {format_number(high)}"
+
+
 def table_cells(row: Row, everything: str, conditional: str) -> list[str]:
     """A setting's numbers as the comparison table shows them; the Fréchet columns by their names."""
     return [
@@ -275,6 +378,7 @@ def format_table(rows: Sequence[Row]) -> str:
     """
     everything, conditional = frechet_columns(rows)
     best = best_per_method(rows)
+    _, ties = best_and_ties(rows)
     header = ["method", "scale", "judge %", "guide %", conditional, everything, "prec.", "recall", "nonfin.", "img/s"]
     body = [
         [
@@ -284,13 +388,36 @@ def format_table(rows: Sequence[Row]) -> str:
         ]
         for method, row in best.items()
     ]
+    for line, row in zip(body, best.values(), strict=True):
+        line[4] = f"≈{line[4]}" if any(row is tie for tie in ties) else line[4]
     lines = _align([header, *body])
     lines.insert(1, "-" * len(lines[0]))
-    lines += ["", *_wrap(f"{BEST_RULE} ({conditional}); judge %, guide %: samples classified as the target")]
-    for note in edge_notes(rows):
+    column, rule = best_rule(rows)
+    lines += ["", *_wrap(f"{rule} ({column}); judge %, guide %: samples classified as the target")]
+    for note in filter(None, [tie_note(rows), *edge_notes(rows)]):
         lines += _wrap(note)
     lines += _published_lines(rows)
     return "\n".join(lines)
+
+
+def best_and_ties(rows: Sequence[Row]) -> tuple[Row | None, list[Row]]:
+    """The method, at its best scale, with the lowest class-conditional distance, and those that its 95 % interval
+    does not tell from it. (None, []) where none has a finite distance."""
+    conditional = frechet_columns(rows)[1]
+    finite = [row for row in best_per_method(rows).values() if math.isfinite(row[conditional])]
+    if not finite:
+        return None, []
+    lowest = min(finite, key=lambda row: row[conditional])
+    return lowest, [row for row in finite if row is not lowest and not differ(lowest, row, conditional)]
+
+
+def tie_note(rows: Sequence[Row]) -> str:
+    """A sentence that names the methods whose difference from the best is not supported; empty without any."""
+    lowest, ties = best_and_ties(rows)
+    if not ties:
+        return ""
+    names = ", ".join(str(row["method"]) for row in ties)
+    return f"≈ the 95 % intervals do not tell {names} from the lowest {frechet_columns(rows)[1]}, {lowest['method']}."
 
 
 def edge_notes(rows: Sequence[Row]) -> list[str]:
@@ -330,7 +457,7 @@ def _published_lines(rows: Sequence[Row]) -> list[str]:
     changes = paper.differences(
         experiment, features=extractor(rows), num_samples=counts.pop() if len(counts) == 1 else None
     )
-    lines = ["", f"published, {published[0].dataset} (guide %, cFID, FID by Inception):"]
+    lines = ["", f"published, {published[0].dataset} (guide %, cFID, FID by torcheval's Inception):"]
     lines += _align(
         [
             [row.method, format_scale(row.scale), f"{row.accuracy:.2f} %", f"cFID {row.cfid:.2f}", f"FID {row.fid:.2f}"]

@@ -91,9 +91,13 @@ def metric_rows(experiment: str = "quickstart") -> list[dict]:
 
 
 def inception_rows(rows: list[dict]) -> list[dict]:
-    """The same rows named as Inception features would be."""
+    """The same rows named as those of the published protocol, torcheval's Inception."""
     return [
-        {key.replace("fd_judge", "fid").replace("kd_judge", "kid"): value for key, value in row.items()} for row in rows
+        {
+            key.replace("fd_judge", "fid_torcheval").replace("kd_judge", "kid_torcheval"): value
+            for key, value in row.items()
+        }
+        for row in rows
     ]
 
 

@@ -194,4 +194,18 @@ def test_a_rival_without_a_number_decides_nothing():
 def test_each_method_is_taken_at_its_best_scale_whatever_the_features():
     rows = inception_rows(metric_rows("celeba"))
     found = verdicts(forward_rows(), rows)
-    assert found["ema99_best_cfid"].measured.startswith("cfid of non-robust + x0 + EMA 0.99 at scale 25: 12.50")
+    assert found["ema99_best_cfid"].measured.startswith(
+        "cfid_torcheval of non-robust + x0 + EMA 0.99 at scale 25: 12.50"
+    )
+
+
+@pytest.mark.parametrize("half, remark", [(1.0, False), (10.0, True)])
+def test_a_difference_that_the_intervals_do_not_support_is_remarked(half, remark):
+    """EMA 0.99 at 12.5 against the robust classifier at 16: supported where 3.5 > sqrt(2) * half."""
+    rows = metric_rows()
+    for row in rows:
+        row |= {"cfd_judge_lo": row["cfd_judge"] - half, "cfd_judge_hi": row["cfd_judge"] + half}
+    claims = check_claims([], rows, num_classes=3, target="baseball")
+    found = [claim for claim in claims if claim.source == "figs. 7, 8c"]
+    assert len(found) == 2 and all(claim.holds for claim in found)
+    assert [("do not support" in claim.measured) for claim in found] == [remark, remark]

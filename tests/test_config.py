@@ -512,7 +512,9 @@ def fingerprints(raw: dict) -> dict[str, str]:
         ("sweep.robust", [1, 2, 3], set()),
         ("sweep.non_robust_x0_ema99", [1, 2, 3], set()),
         ("description", "Other words.", set()),
-        ("target", "soccer", {"forward", "sample", "evaluate"}),
+        ("target", "soccer", {"forward", "sample", "reference", "evaluate"}),
+        ("evaluation.best_by", "fid", set()),
+        ("evaluation.features", ["judge", "torcheval"], {"reference", "evaluate"}),
         ("precision", "float32", {"train_ddpm", "train_classifier", "forward", "sample", "evaluate"}),
         ("dataset.seed", 5, {"dataset"}),
         ("dataset.num_train", 5000, {"dataset"}),
@@ -521,7 +523,7 @@ def fingerprints(raw: dict) -> dict[str, str]:
         ("classifiers.robust.epochs", 2, {"train_classifier"}),
         ("classifiers.judge.epochs", 3, set()),
         ("forward.num_images", 5, {"forward"}),
-        ("evaluation.num_reference", 50, {"evaluate"}),
+        ("evaluation.num_reference", 50, {"reference", "evaluate"}),
     ],
 )
 def test_a_setting_makes_stale_exactly_the_steps_that_read_it(key, value, stale):

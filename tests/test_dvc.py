@@ -20,7 +20,7 @@ COVERED = {
     "ddpm": ["train_ddpm"],
     "classifiers": ["train_classifier"],
     "forward": ["forward"],
-    "metrics": ["sample", "evaluate"],
+    "metrics": ["sample", "reference", "evaluate"],
     "report": ["report"],
 }
 # What a step's settings field is made from. A device changes no result.

@@ -1,4 +1,4 @@
-"""Evaluation of samples: shards are joined and checked, and the target's share is counted."""
+"""Evaluation of samples: shards are joined and checked, rows hold every metric with its interval, references."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from nrcg.classifiers import Classifier, SmallCNN
+from nrcg.classifiers import Classifier
 from nrcg.errors import DataError
-from nrcg.evaluation import choose_extractor, read_samples, setting_folder, target_accuracy
-from nrcg.features import JudgeExtractor
+from nrcg.evaluation import (
+    classifier_quality,
+    evaluate_images,
+    predict,
+    read_reference_record,
+    read_samples,
+    setting_folder,
+)
 from nrcg.files import sha256_file
+from nrcg.intervals import wilson_interval
+from nrcg.metrics import FeatureStatistics, calibration_error, frechet_distance, target_share
+from nrcg.references import cached_reference, make_reference
 
 SHARD = 4
 
@@ -110,24 +119,191 @@ class Brightness(nn.Module):
         return mean if self.one_logit else torch.cat([-mean, mean], dim=1)
 
 
+def striped(count: int, seed: int, grey: int | None = None) -> np.ndarray:
+    """(count, 8, 8, 3) uint8: noise around a grey level of each image."""
+    rng = np.random.default_rng(seed)
+    level = rng.integers(40, 216, (count, 1, 1, 1)) if grey is None else np.full((count, 1, 1, 1), grey)
+    return np.clip(level + rng.integers(-30, 31, (count, 8, 8, 3)), 0, 255).astype(np.uint8)
+
+
+class Moments:
+    """(n, H, W, C) -> (n, 6): mean and deviation of each channel."""
+
+    name, dim, protocol = "moments", 6, "mean and deviation"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return np.concatenate([images.mean(axis=(1, 2)), images.std(axis=(1, 2))], axis=1).astype(np.float32)
+
+
+class Corners:
+    """Another protocol: the corner pixels."""
+
+    name, dim, protocol = "corners", 3, "first pixel"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return images[:, 0, 0].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def real():
+    images = striped(240, 0)
+    return images, (images.mean(axis=(1, 2, 3)) > 127.5).astype(int)
+
+
+@pytest.fixture(scope="module")
+def references(real):
+    return [make_reference(extractor, *real, 1) for extractor in (Moments(), Corners())]
+
+
+METRICS = ("precision", "recall", "density", "coverage")
+
+
+def test_a_row_holds_every_protocol_and_interval(references):
+    judge, guide = Classifier(Brightness(False)), Classifier(Brightness(True))
+    row = evaluate_images(striped(90, 1), references, [Moments(), Corners()], target=1, judge=judge, guide=guide)
+    names = [name.removesuffix("_lo") for name in row if name.endswith("_lo")]
+    assert names == [
+        *("accuracy_guide", "accuracy_judge", "accuracy_gap"),
+        *("fd_moments", "kd_moments", *(f"{name}_all" for name in METRICS)),
+        *("cfd_moments", "ckd_moments", *METRICS, "off_manifold", "diversity"),
+        *("fd_corners", "kd_corners", *(f"{name}_all_corners" for name in METRICS)),
+        *("cfd_corners", "ckd_corners", *(f"{name}_corners" for name in METRICS)),
+        *("off_manifold_corners", "diversity_corners"),
+    ]
+    for name in names:
+        assert row[f"{name}_lo"] <= row[name] <= row[f"{name}_hi"], name
+        assert row[f"{name}_lo"] < row[f"{name}_hi"], name
+    assert (row["num_samples"], row["num_reference"], row["num_pairwise"]) == (90, 240, 90)
+    assert row["accuracy_guide"] == row["accuracy_judge"]
+    assert row["protocols"] == "moments: mean and deviation | corners: first pixel"
+
+
+def test_cfid_compares_with_the_target_class_alone(real, references):
+    """Fresh images of the target class: near to it, far from the whole."""
+    samples = striped(200, 2)
+    samples = samples[samples.mean(axis=(1, 2, 3)) > 127.5]
+    row = evaluate_images(samples, references[:1], [Moments()])
+    assert row["cfd_moments_hi"] < row["fd_moments_lo"]
+    assert row["recall"] > row["recall_all"] and row["coverage"] > row["coverage_all"]
+    assert row["num_reference_target"] == real[1].sum()
+    features, target = Moments()(samples), Moments()(real[0][real[1] == 1])
+    expected = frechet_distance(*(FeatureStatistics.from_features(x) for x in (features, target)))
+    assert row["cfd_moments"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_samples_may_come_in_any_pieces(references):
+    """One array, an iterator of shards: the same row."""
+    samples, extractors = striped(70, 1), [Moments(), Corners()]
+    whole = evaluate_images(samples, references, extractors)
+    pieces = evaluate_images(iter(np.split(samples, [10, 11, 50])), references, extractors)
+    assert whole == pieces
+
+
+def test_without_a_target_there_is_one_comparison(real):
+    reference = make_reference(Moments(), real[0])
+    row = evaluate_images(real[0], [reference], [Moments()])
+    assert not any(name.startswith(("cfd", "ckd", "accuracy")) or "_all" in name for name in row)
+    assert abs(row["fd_moments"]) < 1e-6
+    assert [row[name] for name in METRICS] == [1.0, 1.0, 1.0, 1.0]
+    assert row["diversity"] == pytest.approx(1.0)
+
+
+def test_diversity_is_that_of_the_samples_in_the_class(real):
+    """Held against held-out images; the judge's choice leaves out the dark half, and one grey level is less diverse."""
+    held_out = striped(400, 5)
+    held_out = held_out[held_out.mean(axis=(1, 2, 3)) > 127.5]
+    reference = make_reference(Moments(), *real, 1, held_out=held_out)
+    judge = Classifier(Brightness(False))
+    fresh = evaluate_images(striped(300, 6), [reference], [Moments()], target=1, judge=judge)
+    assert fresh["diversity_lo"] < 1 < fresh["diversity_hi"]
+    narrow = np.concatenate([striped(60, 7, grey=170), striped(60, 8, grey=60)])
+    assert evaluate_images(narrow, [reference], [Moments()], target=1, judge=judge)["diversity_hi"] < 0.3
+
+
+def test_another_protocol_than_the_references_is_refused(references):
+    class Changed(Moments):
+        protocol = "mean and deviation, of larger images"
+
+    with pytest.raises(DataError, match=r"made by moments \(mean and deviation\), .* larger images\): they cannot be"):
+        evaluate_images(striped(20, 1), references[:1], [Changed()])
+
+
+@pytest.mark.parametrize("count, words", [(1, "at least 2 samples, got 1"), (5, "more than k = 5 images a side")])
+def test_too_few_samples(references, count, words):
+    with pytest.raises(DataError, match=words):
+        evaluate_images(striped(count, 1), references[:1], [Moments()])
+
+
 @pytest.mark.parametrize("one_logit", [False, True])
 @pytest.mark.parametrize("count", [8, 600])
-def test_target_accuracy_is_the_targets_share(one_logit, count):
+def test_accuracy_is_the_targets_share(one_logit, count):
     """A quarter of the images is bright; 600 images take three batches."""
     images = np.zeros((count, 4, 4, 3), np.uint8)
     images[::4] = 255
-    classifier = Classifier(Brightness(one_logit))
-    assert target_accuracy(classifier, images, 1, torch.device("cpu")) == 0.25
-    assert target_accuracy(classifier, images, 0, torch.device("cpu")) == 0.75
+    logits = predict(Classifier(Brightness(one_logit)), images)
+    assert logits.shape == (count, 1 if one_logit else 2)
+    assert (target_share(logits, 1), target_share(logits, 0)) == (0.25, 0.75)
 
 
-@pytest.mark.parametrize("features", ["auto", "judge"])
-def test_without_inceptions_weights_the_judges_features_serve(tmp_path, features):
-    judge = Classifier(SmallCNN(3)).eval()
-    extractor = choose_extractor(features, str(tmp_path), judge, torch.device("cpu"))
-    assert isinstance(extractor, JudgeExtractor)
+def test_classifier_quality(real):
+    """Brightness decides the labels, so all are right; its confidence is low near the middle."""
+    found = classifier_quality(Classifier(Brightness(False)), *real)
+    value, low, high = found["clean_accuracy"]
+    assert value == high == 1.0 and low == pytest.approx(wilson_interval(240, 240)[0])
+    value, low, high = found["ece"]
+    logits = predict(Classifier(Brightness(False)), real[0])
+    assert value == calibration_error(logits, real[1]) and low <= value <= high and value > 0.1
 
 
-def test_inception_that_is_asked_for_and_missing_is_refused(tmp_path):
-    with pytest.raises(DataError, match="inception"):
-        choose_extractor("inception", str(tmp_path), Classifier(SmallCNN(3)), torch.device("cpu"))
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_is_read_in_blocks_and_capped(real, monkeypatch):
+    monkeypatch.setattr("nrcg.references._IMAGES", 50)
+    images, labels = real
+    found = make_reference(Moments(), images, labels, 1, num_pairwise=30)
+    features = Moments()(images)
+    for part, rows in ((found.everything, features), (found.target, features[labels == 1])):
+        whole = FeatureStatistics.from_features(rows)
+        assert part.statistics.n == len(rows)
+        np.testing.assert_allclose(part.statistics.cov, whole.cov, rtol=1e-9)
+        np.testing.assert_array_equal(part.features, rows[:30])
+        np.testing.assert_allclose(part.root @ part.root, whole.cov, atol=1e-9 * whole.cov.max())
+    row = evaluate_images(striped(50, 1), [found], [Moments()])
+    assert (row["num_pairwise"], row["num_samples"]) == (30, 50)
+
+
+@pytest.mark.parametrize("labels, error", [(None, ValueError), (np.zeros(239), ValueError), (np.zeros(240), DataError)])
+def test_a_reference_needs_labels_and_images_of_the_target(real, labels, error):
+    with pytest.raises(error):
+        make_reference(Moments(), real[0], labels, 1)
+
+
+def test_the_cache_gives_back_what_was_made(real, tmp_path):
+    made = []
+
+    def make():
+        made.append(make_reference(Moments(), *real, 1, described="mine"))
+        return made[-1]
+
+    key = {"name": "moments", "protocol": "p", "sha256": "0"}
+    first, second = (cached_reference(tmp_path, key, make) for _ in range(2))
+    assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
+    assert second.identity == first.identity and second.distance == first.distance
+    samples = striped(40, 3)
+    assert evaluate_images(samples, [first], [Moments()]) == evaluate_images(samples, [second], [Moments()])
+    cached_reference(tmp_path, key | {"sha256": "1"}, make)
+    assert len(made) == 2
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:1000])  # damaged: made anew
+    cached_reference(tmp_path, key, make)
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"classifiers": {"judge": {"ece": [1], "clean_accuracy": [1]}}}'])
+def test_a_broken_record_of_the_references_is_named(text, tmp_path):
+    path = tmp_path / "reference.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=r"reference\.json: no record of the references .*snakemake"):
+        read_reference_record(path)

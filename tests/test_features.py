@@ -10,7 +10,18 @@ from torch import nn
 
 from nrcg import features
 from nrcg.errors import DataError
-from nrcg.features import INCEPTION_FILE, InceptionExtractor, JudgeExtractor, extract, find_inception
+from nrcg.features import (
+    INCEPTION_FILE,
+    TORCHEVAL_FILE,
+    InceptionExtractor,
+    JudgeExtractor,
+    TorchevalExtractor,
+    extract,
+    extractor_name,
+    find_inception,
+    load_extractor,
+    resolve_features,
+)
 
 
 def random_images(n: int, size: int = 16, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -238,7 +249,7 @@ def test_download(case, weights_dir, tmp_path, monkeypatch):
     """The download only, with the network replaced: whatever fails leaves no file behind."""
     source = weights_dir / INCEPTION_FILE
 
-    def urlopen(url):
+    def urlopen(url, timeout):
         if case == "offline":
             raise OSError("no route")
         assert url == features.INCEPTION_URL
@@ -254,6 +265,120 @@ def test_download(case, weights_dir, tmp_path, monkeypatch):
         with pytest.raises(DataError, match="sha256" if case == "damaged" else "no route"):
             InceptionExtractor(folder, download=True, sha256=digest)
         assert list(folder.iterdir()) == []
+
+
+# --- torcheval -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torcheval_weights(tmp_path_factory):
+    """torchvision's file with random weights, from its own class."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("torcheval")
+    model = inception_v3(weights=None, init_weights=False)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)  # torch's own initialisation fades to zero over the depth
+    torch.save(model.state_dict(), folder / TORCHEVAL_FILE)
+    return folder
+
+
+def test_torchevals_features_are_torchevals(torcheval_weights, monkeypatch):
+    """Parity with torcheval's own network, made by its own path with the download replaced."""
+    fid = pytest.importorskip("torcheval.metrics.image.fid")
+    weights = torch.load(torcheval_weights / TORCHEVAL_FILE, weights_only=True)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: weights)
+    theirs = fid.FIDInceptionV3().eval()
+    images = random_images(4, size=24)
+    images[1] //= 3
+    result = extract(TorchevalExtractor(torcheval_weights, sha256=None), images)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).numpy()
+    assert result.shape == (4, 2048) and expected.std() > 1e-3
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
+def test_torchevals_distance_is_torchevals():
+    """On the same features of full rank; torcheval sums in float32."""
+    fid = pytest.importorskip("torcheval.metrics.image.fid")
+    from nrcg.metrics import FeatureStatistics, frechet_distance
+
+    theirs = fid.FrechetInceptionDistance(model=nn.Flatten(), feature_dim=12)
+    sets = [random_images(200, size=2, seed=seed).astype(np.float32) / (200 + 100 * seed) for seed in (0, 1)]
+    for images, is_real in zip(sets, (True, False), strict=True):
+        theirs.update(torch.from_numpy(images).permute(0, 3, 1, 2), is_real=is_real)
+    ours = frechet_distance(*(FeatureStatistics.from_features(images.reshape(200, 12)) for images in sets))
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-3)
+
+
+def test_torcheval_checks_its_file(torcheval_weights, tmp_path):
+    with pytest.raises(DataError, match="expected 0cc3c7bd"):
+        TorchevalExtractor(torcheval_weights)
+    with pytest.raises(DataError, match=r"is missing: download https://download\.pytorch\.org"):
+        TorchevalExtractor(tmp_path)
+    (tmp_path / TORCHEVAL_FILE).write_bytes(b"no weights")
+    with pytest.raises(DataError, match="no Inception network"):
+        TorchevalExtractor(tmp_path, sha256=None)
+
+
+# --- choice ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "features_asked, files, expected",
+    [
+        ("auto", [], ["judge"]),
+        ("auto", [INCEPTION_FILE], ["inception", "judge"]),
+        ("auto", [TORCHEVAL_FILE, INCEPTION_FILE], ["inception", "torcheval", "judge"]),
+        (["judge", "torcheval"], [], ["torcheval", "judge"]),  # the headline comes first
+        (["timm:vit", "auto", "judge"], [TORCHEVAL_FILE], ["torcheval", "timm:vit", "judge"]),
+        ("inception", [], ["inception"]),
+    ],
+)
+def test_resolve_features(features_asked, files, expected, tmp_path):
+    for file in files:
+        (tmp_path / file).touch()
+    assert resolve_features(features_asked, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "spec, name", [("judge", "judge"), ("timm:vit_small_patch14.dinov2", "timm_vit_small_patch14_dinov2")]
+)
+def test_extractor_name(spec, name):
+    assert extractor_name(spec) == name
+
+
+def test_load_extractor_takes_a_spec(monkeypatch):
+    """A stand-in for nrcg.specs: the network's features, under the SPEC's name; grey images become three channels."""
+    import sys
+    import types
+
+    specs = types.ModuleType("nrcg.specs")
+    specs.load_classifier = lambda spec: TinyJudge() if spec == "torchvision:tiny" else None
+    monkeypatch.setitem(sys.modules, "nrcg.specs", specs)
+    extractor = load_extractor("torchvision:tiny", weights_dir="nowhere")
+    assert (extractor.name, extractor.dim) == ("torchvision_tiny", 5)
+    assert extract(extractor, random_images(2, channels=1)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("spec, words", [("inception", "cannot download"), ("judge", "need a judge")])
+def test_load_extractor_says_what_is_missing(spec, words, tmp_path, monkeypatch):
+    def offline(url, timeout):
+        raise OSError("no route")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(DataError, match=words):
+        load_extractor(spec, weights_dir=tmp_path)
+
+
+def test_protocols_name_the_weights(judge):
+    """Two judges of other weights are other protocols, the same judge is the same one."""
+    again, other = TinyJudge(), TinyJudge()
+    again.load_state_dict(judge._classifier.state_dict())
+    assert JudgeExtractor(again).protocol == judge.protocol
+    assert JudgeExtractor(other).protocol != judge.protocol
 
 
 # --- judge -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ NAMES = [
     "accuracy_vs_scale",
     "fid_vs_scale",
     "cfid_vs_scale",
+    "pareto",
     "best_samples",
 ]
 
@@ -119,7 +120,7 @@ def test_awkward_numbers_and_names_are_drawn(tmp_path, monkeypatch):
     written = figures.make_figures(
         tmp_path / "f.csv", tmp_path / "m.csv", tmp_path / "none", tmp_path / "out", target="5 $ bill", num_classes=3
     )
-    assert len(written) == 16 and all(path.stat().st_size > 500 for path in written)
+    assert len(written) == 18 and all(path.stat().st_size > 500 for path in written)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

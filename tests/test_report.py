@@ -65,8 +65,8 @@ def test_report_loads_nothing_and_holds_everything(paths, tmp_path):
     assert all(address.startswith("data:image/") for address in page.loads)
     assert "script" not in page.tags and "link" not in page.tags and "@import" not in text and "url(" not in text
     assert page.policy.startswith("default-src 'none'")
-    # 7 charts, 8 methods' samples, the best setup's samples, classifiers, loss, the DDPM's grid
-    assert len(page.loads) == 7 + 8 + 1 + 1 + 1 + 1
+    # 8 charts, 8 methods' samples, the best setup's samples, classifiers, loss, the DDPM's grid
+    assert len(page.loads) == 8 + 8 + 1 + 1 + 1 + 1
     for words in (
         "14 hold, 1 do not hold, 0 not measured",
         "non-robust + x0 + EMA 0.99, scale 25: the judge finds 92.0 % baseball, cfd_judge is 12.50",

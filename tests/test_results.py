@@ -10,13 +10,18 @@ from nrcg.errors import DataError
 from nrcg.results import (
     FORWARD_COLUMNS,
     at_edge,
+    best_and_ties,
     best_per_method,
+    best_rule,
+    check_comparable,
+    differ,
     extractor,
     format_count,
     format_number,
     format_percent,
     format_table,
     frechet_columns,
+    pareto_front,
     read_csv,
     read_forward,
     read_metrics,
@@ -97,6 +102,13 @@ def test_readers_ask_for_their_columns(tmp_path):
         (("cfd_judge", "fd_judge"), ("fd_judge", "cfd_judge"), "judge"),
         (("fd_dinov2", "kd_dinov2", "cfd_dinov2"), ("fd_dinov2", "cfd_dinov2"), "dinov2"),
         (("fd_a", "fd_b", "cfd_b", "fid"), ("fd_b", "cfd_b"), "b"),
+        (
+            ("fd_judge", "cfd_judge", "fid_torcheval", "cfid_torcheval"),
+            ("fid_torcheval", "cfid_torcheval"),
+            "torcheval",
+        ),
+        (("fid_torcheval", "cfid_torcheval", "fid", "cfid", "fid_lo", "cfid_lo"), ("fid", "cfid"), "inception"),
+        (("fd_x_lo", "cfd_x_lo", "fd_x", "cfd_x"), ("fd_x", "cfd_x"), "x"),
     ],
 )
 def test_frechet_columns_are_named_after_their_features(columns, expected, network):
@@ -211,7 +223,7 @@ def test_published_rows(experiment, cfid):
 
 def test_differences_name_what_is_not_as_published():
     same = {
-        "features": "inception",
+        "features": "torcheval",
         "num_samples": 50176,
         "image_size": 64,
         "num_steps": 400,
@@ -223,4 +235,85 @@ def test_differences_name_what_is_not_as_published():
         "64 pixels a side instead of 256",
         "400 diffusion steps instead of 1,000",
     ]
+    assert paper.differences("celeba", features="inception") == [
+        "clean-fid's Inception and resizing instead of torcheval's"
+    ]
+    assert paper.differences("sportballs", source="sportballs") == ["images drawn anew, not the authors' own"]
     assert paper.differences("my_own", features="judge") == []
+
+
+# --- intervals, rules, comparability ---------------------------------------------------------------------------------
+
+
+def with_intervals(rows, column, half):
+    return [row | {f"{column}_lo": row[column] - half, f"{column}_hi": row[column] + half} for row in rows]
+
+
+@pytest.mark.parametrize("half, ties", [(1.0, []), (2.0, ["b"]), (4.0, ["b", "c"])])
+def test_ties_are_what_the_intervals_do_not_tell_from_the_best(half, ties):
+    """Distances 10, 12, 15: a difference d is supported where d > sqrt(2) * half."""
+    rows = [row for name, value in zip("abc", (10.0, 12.0, 15.0), strict=True) for row in sweep(value, method=name)]
+    rows = with_intervals(rows, "cfd_judge", half)
+    lowest, found = best_and_ties(rows)
+    assert lowest["method"] == "a" and [row["method"] for row in found] == ties
+    assert differ(rows[0], rows[2], "cfd_judge") is ("c" not in ties)
+
+
+def test_without_intervals_every_difference_counts():
+    rows = sweep(10.0, method="a") + sweep(10.1, method="b")
+    assert best_and_ties(rows)[1] == []
+
+
+def test_table_marks_ties():
+    rows = with_intervals(metric_rows(), "cfd_judge", 5.0)
+    text = format_table(rows)
+    line = next(line for line in text.splitlines() if line.startswith("robust "))
+    assert "≈16.00" in line
+    assert "intervals do not tell" in text and max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("rule", "column", "scale"),
+    [("cfid", "cfd_judge", 2.0), ("fid", "fd_judge", 3.0), ("ckid", "ckd_judge", 1.0), ("accuracy_judge", None, 3.0)],
+)
+def test_the_best_scale_follows_the_rule(rule, column, scale):
+    values = ((2.0, 9.0, 0.1, 0.5), (1.0, 8.0, 0.2, 0.6), (3.0, 7.0, 0.3, 0.9))
+    names = ("cfd_judge", "fd_judge", "ckd_judge", "accuracy_judge")
+    rows = [
+        {"method": "robust", "scale": float(number), "best_by": rule, **dict(zip(names, row, strict=True))}
+        for number, row in enumerate(values, 1)
+    ]
+    assert best_rule(rows)[0] == (column or rule)
+    assert best_per_method(rows)["robust"]["scale"] == scale
+    assert at_edge(rows, "robust") is (scale != 2.0)
+
+
+def test_a_rule_needs_its_column():
+    with pytest.raises(DataError, match="there is no column kd_judge"):
+        best_rule([row | {"best_by": "kid"} for row in sweep(1.0)])
+    with pytest.raises(DataError, match="'luck' is no rule"):
+        best_rule([row | {"best_by": "luck"} for row in sweep(1.0)])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"protocols": "judge: other weights"}, "features differ and cannot be compared: a has 'judge: w'"),
+        ({"reference": "other images"}, "reference images differ"),
+        ({"num_samples": 10.0}, "num_samples"),
+        ({"num_pairwise": 10.0}, "num_pairwise"),
+    ],
+)
+def test_rows_that_were_measured_otherwise_are_refused(change, words):
+    row = {"method": "a", "protocols": "judge: w", "reference": "images", "num_samples": 9.0, "num_pairwise": 9.0}
+    check_comparable([row, row | {"method": "b"}])
+    with pytest.raises(DataError) as error:
+        check_comparable([row, row | {"method": "b"} | change])
+    assert words in str(error.value) and "b has" in str(error.value)
+
+
+def test_pareto_front():
+    """(accuracy, distance): the second is beaten by the third, the last has no distance."""
+    points = [(0.2, 5.0), (0.5, 9.0), (0.6, 7.0), (0.9, 8.0), (0.9, 8.5), (1.0, NAN)]
+    rows = [{"method": str(i), "accuracy_judge": a, "fd_judge": 1.0, "cfd_judge": d} for i, (a, d) in enumerate(points)]
+    assert [row["method"] for row in pareto_front(rows)] == ["0", "2", "3"]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = config.load(ROOT / "config.yaml")
 FIGURES = [
     *("forward_accuracy", "logit_sensitivity", "gradient_sensitivity", "stabilizers"),
-    *("accuracy_vs_scale", "fid_vs_scale", "cfid_vs_scale", "best_samples"),
+    *("accuracy_vs_scale", "fid_vs_scale", "cfid_vs_scale", "pareto", "best_samples"),
 ]
 
 
@@ -102,6 +102,7 @@ def test_every_experiment_plans_the_whole_chain(tree, name):
         "train_classifier": 3,
         "forward": 1,
         "sample": experiment.num_shards * sum(map(len, experiment.sweep.values())),
+        "reference": 1,
         "evaluate": len(experiment.sweep),
         "collect": 1,
         "figures": 1,
@@ -169,7 +170,10 @@ def test_the_results_are_where_the_docs_say(finished):
             for role in config.ROLES
             for name in ("model.safetensors", "config.json", "training.csv", "accuracy_over_t.csv")
         ),
-        *(f"results/toy/{name}" for name in ("forward.csv", "metrics.csv", "summary.json", "report.html")),
+        *(
+            f"results/toy/{name}"
+            for name in ("forward.csv", "reference.json", "metrics.csv", "summary.json", "report.html")
+        ),
         *(f"results/toy/figures/{figure}.{ending}" for figure in FIGURES for ending in ("png", "svg")),
         "results/toy/samples/unconditional/scale0/shard0001.json",
         "results/toy/samples/non_robust_x0_ema99/scale2.5/shard0000.npy",
@@ -199,7 +203,10 @@ def test_forward_csv_has_a_row_per_curve_and_step(finished):
 def test_metrics_csv_has_a_row_per_method_and_scale(finished):
     rows = rows_of(finished / "results/toy/metrics.csv")
     distances = {"fd_judge", "cfd_judge", "kd_judge", "ckd_judge"}
-    assert set(rows[0]) == {*METRICS_COLUMNS, *distances, "mlflow_run_id"}
+    assert {*METRICS_COLUMNS, *distances, "diversity", "protocols", "reference", "best_by", "mlflow_run_id"} <= set(
+        rows[0]
+    )
+    assert {f"{name}_{end}" for name in (*distances, "precision", "judge_ece") for end in ("lo", "hi")} <= set(rows[0])
     assert [(row["method"], row["scale"], row["num_samples"]) for row in rows] == [
         ("unconditional", "0", "12"),
         ("non_robust_x0_ema99", "1", "12"),
@@ -250,12 +257,21 @@ def test_data_and_models_are_used_by_hand_too(finished):
 # What a change reruns. `END` is cheap and follows every change of results.
 END = {"collect": 1, "figures": 1, "report": 1}
 EMA = {"classifier": "non_robust", "input": "pred_x0", "stabilizer": {"name": "ema", "beta": 0.95}}
-ALL = {"dataset": 1, "train_ddpm": 1, "train_classifier": 3, "forward": 1, "sample": 6, "evaluate": 2} | END
+ALL = {
+    "dataset": 1,
+    "train_ddpm": 1,
+    "train_classifier": 3,
+    "forward": 1,
+    "sample": 6,
+    "reference": 1,
+    "evaluate": 2,
+} | END
 CHANGES = {
     "device": ({"device": "auto"}, {}),
     "words": ({"description": "Other words."}, {"figures": 1, "report": 1}),
     "batch size": ({"sampling": {"batch_size": 3}}, {"figures": 1, "report": 1}),
-    "evaluation": ({"evaluation": {"num_reference": 90}}, {"evaluate": 2} | END),
+    "evaluation": ({"evaluation": {"num_reference": 90}}, {"reference": 1, "evaluate": 2} | END),
+    "best by": ({"evaluation": {"best_by": "fid"}}, END),
     "a scale more": ({"sweep": {"non_robust_x0_ema99": [1, 2.5, 4]}}, {"sample": 2, "evaluate": 1} | END),
     "a scale less": ({"sweep": {"non_robust_x0_ema99": [1]}}, {"evaluate": 1} | END),
     "a method more": ({"sweep": {"robust": [1]}}, {"sample": 2, "evaluate": 1} | END),
@@ -264,8 +280,11 @@ CHANGES = {
     "a shard more": ({"sampling": {"num_samples": 20}}, {"sample": 6, "evaluate": 2} | END),
     "fewer samples": ({"sampling": {"num_samples": 8}}, {"evaluate": 2} | END),
     "forward": ({"forward": {"num_images": 6}}, {"forward": 1, "figures": 1, "report": 1}),
-    "judge": ({"classifiers": {"judge": {"epochs": 2}}}, {"train_classifier": 1, "evaluate": 2} | END),
-    "ddpm": ({"ddpm": {"epochs": 3}}, {key: ALL[key] for key in ALL if key not in ("dataset", "train_classifier")}),
+    "judge": ({"classifiers": {"judge": {"epochs": 2}}}, {"train_classifier": 1, "reference": 1, "evaluate": 2} | END),
+    "ddpm": (
+        {"ddpm": {"epochs": 3}},
+        {key: ALL[key] for key in ALL if key not in ("dataset", "train_classifier", "reference")},
+    ),
     "dataset": ({"dataset": {"seed": 1}}, ALL),
 }
 

@@ -31,6 +31,7 @@ FIGURES = (
     "accuracy_vs_scale",
     "fid_vs_scale",
     "cfid_vs_scale",
+    "pareto",
     "best_samples",
 )
 
@@ -51,7 +52,14 @@ shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=$
 
 def experiment_results(experiment):
     """What an experiment's target asks for: every result, so that a lost one is made anew."""
-    tables = ["forward.csv", "metrics.csv", "summary.json", "report.html"]
+    tables = [
+        "forward.csv",
+        "reference.json",
+        "metrics.csv",
+        "summary.json",
+        "report.html",
+        "paper_comparison.md",
+    ]
     figures = [f"figures/{figure}.{ending}" for figure in FIGURES for ending in ("png", "svg")]
     return [f"results/{experiment}/{name}" for name in tables + figures]
 
@@ -77,9 +85,13 @@ def folder(pattern):
 
 
 def features(wildcards):
-    """The extractor that `auto` finds: metrics are made anew when Inception's weights come or go."""
+    """The protocols that `auto` finds: metrics are made anew when Inception's weights come or go."""
     evaluation = CONFIG.experiments[wildcards.experiment].evaluation
     return resolve_features(evaluation.features, evaluation.inception_dir)
+
+
+def best_by(wildcards):
+    return CONFIG.experiments[wildcards.experiment].evaluation.best_by
 
 
 def gpus(wildcards):

@@ -1,9 +1,38 @@
+rule reference:
+    """What every method is compared with: the training images' features, and how good the classifiers are."""
+    input:
+        dataset_files,
+        classifier_files("judge", "robust", "non_robust"),
+    output:
+        "results/{experiment}/reference.json",
+    log:
+        "logs/{experiment}/reference.log",
+    benchmark:
+        "logs/{experiment}/reference.tsv"
+    conda:
+        "../envs/nrcg.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=8000,
+        runtime=240,
+    params:
+        config=settings_file("reference"),
+        data=data_folder,
+        classifiers=folder("models/{experiment}/classifiers"),
+        features=features,
+    shell:
+        "nrcg reference --config {params.config} --data {params.data} --classifiers {params.classifiers}"
+        " --threads {threads} --out {output} > {log} 2>&1"
+
+
 rule evaluate:
     """Accuracies and distances of a method at each of its scales."""
     input:
         dataset_files,
         classifier_files("judge", "robust", "non_robust"),
         shard_files,
+        reference="results/{experiment}/reference.json",
     output:
         "results/{experiment}/metrics/{method}.csv",
     log:
@@ -27,7 +56,7 @@ rule evaluate:
     shell:
         "nrcg evaluate --config {params.config} --method {wildcards.method} --scales {params.scales}"
         " --samples {params.samples} --data {params.data} --classifiers {params.classifiers}"
-        " --threads {threads} --out {output} > {log} 2>&1"
+        " --reference {input.reference} --threads {threads} --out {output} > {log} 2>&1"
 
 
 rule collect:
@@ -47,5 +76,8 @@ rule collect:
     resources:
         mem_mb=500,
         runtime=10,
+    params:
+        best_by=best_by,
     shell:
-        "nrcg collect --metrics {input} --out {output.metrics} --summary {output.summary} > {log} 2>&1"
+        "nrcg collect --metrics {input} --best-by {params.best_by} --out {output.metrics}"
+        " --summary {output.summary} > {log} 2>&1"

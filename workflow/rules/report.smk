@@ -42,12 +42,14 @@ rule report:
         "models/{experiment}/ddpm/training.csv",
         forward="results/{experiment}/forward.csv",
         metrics="results/{experiment}/metrics.csv",
+        reference="results/{experiment}/reference.json",
     output:
-        report(
+        html=report(
             "results/{experiment}/report.html",
             caption="../report/report.rst",
             category="{experiment}",
         ),
+        comparison="results/{experiment}/paper_comparison.md",
     log:
         "logs/{experiment}/report.log",
     benchmark:
@@ -65,4 +67,4 @@ rule report:
     shell:
         "nrcg report --config {params.config} --forward {input.forward} --metrics {input.metrics}"
         " --samples {params.results}/samples --figures {params.results}/figures --models {params.models}"
-        " --out {output} > {log} 2>&1"
+        " --reference {input.reference} --comparison {output.comparison} --out {output.html} > {log} 2>&1"
