@@ -92,13 +92,19 @@ def schema(arguments: argparse.Namespace) -> None:
 
 def dataset(arguments: argparse.Namespace) -> None:
     """Make a data set."""
-    from nrcg.datasets import write_sportballs
+    from nrcg import tracking
+    from nrcg.datasets import load_manifest, write_sportballs
     from nrcg.progress import Progress
 
     settings = _settings(arguments, "dataset")
     data = settings.dataset
     total = data.num_train + data.num_val
-    with Progress(f"dataset {data.name}", total, "image") as bar:
+    with (
+        tracking.run(
+            settings.experiment, f"dataset {data.name}", kind="dataset", params=settings.model_dump(), deferred=True
+        ) as run,
+        Progress(f"dataset {data.name}", total, "image") as bar,
+    ):
         write_sportballs(
             arguments.out,
             image_size=data.image_size,
@@ -111,6 +117,9 @@ def dataset(arguments: argparse.Namespace) -> None:
             workers=arguments.threads,
             progress=lambda done, _: bar.set(done),
         )
+        manifest = load_manifest(arguments.out)
+        for split in manifest["splits"]:
+            _log_dataset(run, manifest, arguments.out, split, "made")
 
 
 def train_ddpm(arguments: argparse.Namespace) -> None:
@@ -137,6 +146,8 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
         ) as run,
         Progress("train_ddpm", steps, "step") as bar,
     ):
+        _log_dataset(run, manifest, arguments.data, "train", "training")
+        _log_dataset(run, manifest, arguments.data, "val", "validation")
 
         def keep_grid(unet: torch.nn.Module, epoch: int) -> None:
             path = out.with_name(f"{out.name}.samples") / f"epoch{epoch:04d}.png"
@@ -160,6 +171,7 @@ def train_ddpm(arguments: argparse.Namespace) -> None:
         training.save_pipeline(out, unet, config, mean, record | {"mlflow_run_id": run.id}, log)
         _draw_grid(unet, config, mean, device, precision, out / "samples.png")
         run.log_artifact(out / "samples.png", "samples")
+        run.log_model(out, "ddpm")
     checkpoint.remove()
 
 
@@ -190,6 +202,8 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         ) as run,
         Progress(f"train_classifier {settings.role}", steps, "step") as bar,
     ):
+        _log_dataset(run, manifest, arguments.data, "train", "training")
+        _log_dataset(run, manifest, arguments.data, "val", "validation")
         classifier, log = training.train_classifier(
             config,
             schedule,
@@ -221,6 +235,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
                 **_record(settings, manifest, device, precision),
             },
         )
+        run.log_model(out, settings.role)
 
 
 def forward(arguments: argparse.Namespace) -> None:
@@ -230,7 +245,7 @@ def forward(arguments: argparse.Namespace) -> None:
     from nrcg import stabilizers, tracking
     from nrcg.classifiers import class_index, load_classifier, read_classifier_config
     from nrcg.config import stabilizer_name
-    from nrcg.datasets import open_split, to_unit
+    from nrcg.datasets import load_manifest, open_split, to_unit
     from nrcg.progress import Progress
     from nrcg.results import FORWARD_COLUMNS, write_csv
     from nrcg.sampling import GuidedDDPMPipeline
@@ -252,6 +267,7 @@ def forward(arguments: argparse.Namespace) -> None:
         tracking.run(settings.experiment, "forward", kind="forward", params=settings.model_dump()) as run,
         Progress("forward", passes, "step") as bar,
     ):
+        _log_dataset(run, load_manifest(arguments.data), arguments.data, "val", "forward analysis")
         rows = forward_analysis(
             to_unit(images[:count]).to(device),
             torch.from_numpy(labels[:count]).to(device),
@@ -284,7 +300,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
-    from nrcg import stabilizers
+    from nrcg import stabilizers, tracking
     from nrcg.classifiers import class_index, load_classifier, read_classifier_config
     from nrcg.guidance import ClassifierGuidance
 
@@ -313,27 +329,38 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
         )
         weights["classifier"] = _weights_hash(folder)
     label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
-    _draw_samples(
-        arguments.out,
-        pipe,
-        guidance,
-        device,
-        precision,
-        num_samples=count,
-        first_sample=first,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start=config.start,
-        label=label,
-        record={
-            "experiment": settings.experiment,
-            "method": settings.method,
-            "scale": arguments.scale,
-            "shard": arguments.shard,
-            "settings": settings.fingerprint(),
-            "weights_sha256": weights,
-        },
-    )
+    with tracking.run(
+        settings.experiment,
+        f"{label} shard {arguments.shard}",
+        kind="shard",
+        params=settings.model_dump() | {"scale": arguments.scale, "shard": arguments.shard, "weights_sha256": weights},
+        tags={"method": settings.method},
+        deferred=True,
+    ) as run:
+        _draw_samples(
+            arguments.out,
+            pipe,
+            guidance,
+            device,
+            precision,
+            num_samples=count,
+            first_sample=first,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=config.start,
+            label=label,
+            record={
+                "experiment": settings.experiment,
+                "method": settings.method,
+                "scale": arguments.scale,
+                "shard": arguments.shard,
+                "settings": settings.fingerprint(),
+                "weights_sha256": weights,
+            },
+        )
+        record = json.loads(Path(arguments.out).with_suffix(".json").read_text())
+        numbers = {key: record[key] for key in ("seconds", "nonfinite", "peak_memory_mib")}
+        run.log_metrics(numbers | {"images_per_second": count / record["seconds"]})
 
 
 def _sample_own(arguments: argparse.Namespace) -> None:
@@ -406,15 +433,24 @@ def _set_sampler(pipe: Any, name: str) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Metrics of one method over its scales."""
+    from nrcg import tracking
+    from nrcg.datasets import load_manifest
     from nrcg.evaluation import evaluate_method
     from nrcg.results import write_csv
 
     settings: EvaluateStep = _settings(arguments, "evaluate", arguments.method)
     device, _ = _device(arguments, settings)
-    rows, columns = evaluate_method(
-        settings, Path(arguments.samples), Path(arguments.data), Path(arguments.classifiers), arguments.scales, device
-    )
-    write_csv(arguments.out, rows, columns)
+    data, manifest = Path(arguments.data), load_manifest(arguments.data)
+    tags = {"method": settings.method, "dataset": manifest["name"], "nrcg.step": "1000 x scale"}
+    with tracking.run(
+        settings.experiment, settings.method, kind=tracking.KIND_METHOD, params=settings.model_dump(), tags=tags
+    ) as run:
+        _log_dataset(run, manifest, data, "train", "reference")
+        rows, columns = evaluate_method(
+            settings, Path(arguments.samples), data, Path(arguments.classifiers), arguments.scales, device
+        )
+        tracking.log_method_over_scales(run, rows)
+        write_csv(arguments.out, rows, columns)
 
 
 def collect(arguments: argparse.Namespace) -> None:
@@ -451,8 +487,8 @@ def figures(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the self-contained HTML report."""
+    from nrcg import tracking
     from nrcg.report import write_report
-    from nrcg.tracking import git_commit
 
     settings: ReportStep = _settings(arguments, "report")
     write_report(
@@ -466,7 +502,7 @@ def report(arguments: argparse.Namespace) -> None:
             "num_samples": settings.sampling.num_samples,
             "start": settings.sampling.start,
             "dataset": settings.dataset.name,
-            "commit": git_commit(),
+            "commit": tracking.git_commit(),
             "versions": _versions(),
             "settings": settings.model_dump(mode="json"),
         },
@@ -476,14 +512,74 @@ def report(arguments: argparse.Namespace) -> None:
         samples_dir=arguments.samples,
         models_dir=arguments.models,
     )
+    with tracking.run(settings.experiment, "report", kind="report", params=settings.model_dump(), deferred=True) as run:
+        for path in (arguments.out, arguments.forward, arguments.metrics):
+            run.log_artifact(path)
+        for path in sorted(Path(arguments.figures).glob("*.png")):
+            run.log_artifact(path, "figures")
 
 
-def table(arguments: argparse.Namespace) -> None:
-    """Print the comparison table of an experiment."""
-    from nrcg.results import format_table, read_csv
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the comparison table of experiments, from MLflow or from metrics.csv."""
+    from nrcg.results import format_comparison, format_table
 
-    folder = Path("results") / arguments.experiment
-    print(format_table(read_csv(folder / "metrics.csv")))
+    sources = arguments.experiments or ["quickstart"]
+    tables, notes = {}, []
+    for source in sources:
+        tables[source], note = _read_source(source, files=arguments.files)
+        notes.append(f"{source}: {note}")
+    print(format_table(tables[sources[0]]) if len(tables) == 1 else format_comparison(tables))
+    print("", *notes, sep="\n")
+
+
+def _read_source(source: str, files: bool) -> tuple[list[dict], str]:
+    """Rows of EXPERIMENT or REVISION:EXPERIMENT and where they come from: MLflow's newest runs of that branch, else
+    the metrics.csv of the working tree or revision."""
+    from nrcg import tracking
+    from nrcg.results import frechet_columns, parse_metrics, read_metrics
+
+    revision, _, experiment = source.rpartition(":")
+    path = f"results/{experiment}/metrics.csv"
+    if not files:
+        branch = revision or tracking.git_branch()
+        try:
+            rows = tracking.read_rows(experiment, branch)
+            if rows and frechet_columns(rows):
+                return rows, f"newest runs of branch {branch} in MLflow"
+        except NrcgError as error:
+            print(f"nrcg: {error}; reading {path}", file=sys.stderr)
+    if not revision:
+        return read_metrics(path), path
+    text = tracking.git_file(revision, path)
+    if text is None:
+        raise DataError(f"{source}: git has no {path} at {revision}, and MLflow no finished runs of it")
+    return parse_metrics(text, f"{revision}:{path}"), f"{path} of git revision {revision}"
+
+
+def track(arguments: argparse.Namespace) -> int:
+    """Send to MLflow what is missing there, after the store was down or a job was killed."""
+    from nrcg import tracking
+
+    if arguments.finish:
+        # At a workflow's end, which must not fail by its tracking.
+        try:
+            done = tracking.finish_invocation(arguments.finish, arguments.status)
+        except NrcgError as error:
+            print(f"nrcg: warning: {error}", file=sys.stderr)
+            return 0
+    else:
+        done = tracking.sync()
+        print(f"{done.runs} run{'' if done.runs == 1 else 's'} sent" if done.runs else "nothing is missing")
+    for line in done.failed:
+        print(f"nrcg: not sent: {line}", file=sys.stderr)
+    return int(bool(done.failed) and not arguments.finish)
+
+
+def _print_results(experiment: str) -> None:
+    from nrcg.results import format_table, read_metrics
+
+    folder = Path("results") / experiment
+    print(format_table(read_metrics(folder / "metrics.csv")))
     if (folder / "report.html").exists():
         print(f"\nReport: {(folder / 'report.html').resolve()}")
 
@@ -501,7 +597,7 @@ def run(arguments: argparse.Namespace) -> int:
     log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"
     code = watch(command, log, weights=_job_weights(settings))
     if code == 0 and not {"-n", "--dry-run"} & set(arguments.snakemake):
-        table(arguments)
+        _print_results(arguments.experiment)
     return code
 
 
@@ -641,6 +737,19 @@ def _log_epoch(run: Any, row: dict) -> None:
     run.log_metrics({key: value for key, value in row.items() if key not in ("epoch", "step")}, step=int(row["step"]))
 
 
+def _log_dataset(run: Any, manifest: dict, folder: str | Path, split: str, context: str) -> None:
+    """A split as an input of the tracking run."""
+    record, size = manifest["splits"][split], manifest["image_size"]
+    run.log_dataset(
+        name=f"{manifest['name']}/{split}",
+        path=Path(folder) / split,
+        sha256=record["sha256"]["images"],
+        shape=(record["num_images"], size, size, manifest["channels"]),
+        classes=manifest["classes"],
+        context=context,
+    )
+
+
 def _identity(settings: StepSettings, manifest: dict) -> str:
     """Everything that shapes a training: its settings and the data's checksums."""
     return f"{settings.fingerprint()}-{manifest['splits']['train']['sha256']['images']}"
@@ -728,8 +837,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", default="config.yaml")
     sub = add("schema", schema)
     sub.add_argument("--out", default="config.schema.json")
-    sub = add("table", table)
-    sub.add_argument("experiment", nargs="?", default="quickstart")
+    sub = add("compare", compare)
+    sub.add_argument(
+        "experiments", nargs="*", metavar="EXPERIMENT", help="default: quickstart; REVISION:EXPERIMENT: of a git branch"
+    )
+    sub.add_argument("--files", action="store_true", help="from metrics.csv, without MLflow")
+    sub = add("track", track)
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sync", action="store_true", help="send what is missing")
+    what.add_argument("--finish", metavar="INVOCATION", help="end the parent run; the workflow's last step")
+    sub.add_argument("--status", choices=("FINISHED", "FAILED", "KILLED"), default="FINISHED", help="with --finish")
 
     sub = add("dataset", dataset, step=True)
     sub.add_argument("--out", required=True, help="data/<dataset>")

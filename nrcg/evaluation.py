@@ -175,7 +175,7 @@ def _log(
     tags = {"dataset": manifest["name"], "method": settings.method}
     with tracking.run(settings.experiment, name, kind="sample", params=params, tags=tags) as run:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "scale"}
-        run.log_metrics(numbers)
+        run.log_metrics(numbers, step=tracking.scale_step(row["scale"]))
         with tempfile.TemporaryDirectory() as folder:
             save_png(Path(folder) / "samples.png", sample_grid(images[:GRID_SAMPLES], 8))
             run.log_artifact(Path(folder) / "samples.png")
