@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -584,14 +585,41 @@ def _print_results(experiment: str) -> None:
         print(f"\nReport: {(folder / 'report.html').resolve()}")
 
 
+def adopt(arguments: argparse.Namespace) -> None:
+    """Take over the files that `dvc pull` brought: checks their checksums and settings against dvc.lock, then tells
+    Snakemake that they are up to date."""
+    from nrcg.config import read_yaml
+
+    _use_this_environment()
+    status = subprocess.run(["dvc", "status", "--json"], capture_output=True, text=True)
+    try:
+        stale = json.loads(status.stdout)
+    except ValueError:
+        raise DataError(f"dvc status fails: {' '.join((status.stderr or status.stdout).split())[-500:]}") from None
+    if stale:
+        raise DataError(
+            f"files or settings are not those of dvc.lock, in the stages {', '.join(stale)}; nothing was taken over. "
+            "See `dvc status`; `dvc pull` brings missing files, `dvc repro` makes them anew"
+        )
+    experiments = [name for entry in read_yaml("dvc.yaml")["vars"] for name in entry.get("experiments", ())]
+    touched = subprocess.run(
+        # The workflow's own profile prints every command.
+        ["snakemake", *experiments, "--touch", "--forceall", "--cores", "1", "--quiet", "all"],
+        capture_output=True,
+        text=True,
+    )
+    if touched.returncode:
+        raise DataError(f"snakemake --touch fails: {' '.join((touched.stdout + touched.stderr).split())[-500:]}")
+    print(f"up to date: {', '.join(experiments)}")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run Snakemake with bars instead of pages of log."""
     from nrcg.config import get_experiment
     from nrcg.progress import watch
 
     settings = get_experiment(load("config.yaml"), arguments.experiment)
-    # Snakemake of this environment, also where it is not activated.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    _use_this_environment()
     # The target stands first: --resources takes every word after it.
     command = ["snakemake", arguments.experiment, "--cores", "all", "--resources", "gpu=1", *arguments.snakemake]
     log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"
@@ -602,6 +630,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 # --- What the verbs share ---------------------------------------------------------------------------------------
+
+
+def _use_this_environment() -> None:
+    """Snakemake and DVC of this environment, also where it is not activated."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _settings(arguments: argparse.Namespace, step: str, part: str | None = None) -> Any:
@@ -837,6 +870,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", default="config.yaml")
     sub = add("schema", schema)
     sub.add_argument("--out", default="config.schema.json")
+    add("adopt", adopt)
     sub = add("compare", compare)
     sub.add_argument(
         "experiments", nargs="*", metavar="EXPERIMENT", help="default: quickstart; REVISION:EXPERIMENT: of a git branch"

@@ -717,12 +717,14 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
         branch: of git; None: any, the newest run of a method wins.
 
     Returns:
-        A row per method and scale; empty where the store has none.
+        A row per method and scale; empty where the store has none or tracking is off.
 
     Raises:
         NrcgError: the store cannot be reached; one line.
     """
     uri = tracking_uri()
+    if _is_off("NRCG_TRACKING"):
+        return []
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []  # connecting would create it
     client = _reachable(uri).client

@@ -23,7 +23,7 @@ from nrcg.results import write_csv
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "config.yaml")
 VERBS = [
-    *("run", "validate", "schema", "table", "dataset", "train-ddpm", "train-classifier"),
+    *("run", "validate", "schema", "adopt", "compare", "track", "dataset", "train-ddpm", "train-classifier"),
     *("forward", "sample", "evaluate", "collect", "figures", "report"),
 ]
 CLASSES = ["baseball", "basketball", "soccer"]
@@ -150,7 +150,7 @@ MISTAKES = {
     "no mean image": (f"{SAMPLE} --start data_mean", "nrcg: start: "),
     "missing data": (f"{CLASSIFIER} --data nope", "nrcg: nope/dataset.json: no such file"),
     "missing metrics": ("collect --metrics nope.csv --out out.csv", "nrcg: nope.csv: "),
-    "missing table": ("table nope", "nrcg: results/nope/metrics.csv: "),
+    "nothing to compare": ("compare nope", "nrcg: results/nope/metrics.csv: "),
 }
 
 

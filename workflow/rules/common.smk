@@ -170,14 +170,21 @@ def shard_size(wildcards):
 
 def shard_files(wildcards):
     """Every shard of a method: its scales times its shards."""
-    folder = f"results/{wildcards.experiment}/samples/{wildcards.method}"
-    shards = range(CONFIG.experiments[wildcards.experiment].num_shards)
+    return method_shards(wildcards.experiment, wildcards.method)
+
+
+def method_shards(experiment, method):
+    settings = CONFIG.experiments[experiment]
     return [
-        f"{folder}/scale{scale}/shard{shard:04d}.{ending}"
-        for scale in scales(wildcards)
-        for shard in shards
+        f"results/{experiment}/samples/{method}/scale{format_scale(scale)}/shard{shard:04d}.{ending}"
+        for scale in settings.sweep[method]
+        for shard in range(settings.num_shards)
         for ending in ("npy", "json")
     ]
+
+
+def experiment_samples(experiment):
+    return [path for method in CONFIG.experiments[experiment].sweep for path in method_shards(experiment, method)]
 
 
 def metric_files(wildcards):
