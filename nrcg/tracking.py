@@ -435,6 +435,7 @@ class _Store:
     def __init__(self, uri: str) -> None:
         # Read by MLflow when it is imported; what the user has set stays.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         # A server that is down would hold up each job for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -490,7 +491,9 @@ class _Store:
             location = None  # a server knows where its artifacts belong
             if self.uri.startswith("sqlite:"):
                 location = (Path.cwd() / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri()
-            return self.client.create_experiment(name, artifact_location=location)
+            # Without the tag the page opens with its columns and panels for language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return self.client.create_experiment(name, artifact_location=location, tags=kind)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id

@@ -17,7 +17,7 @@ from nrcg.cli import main
 from nrcg.errors import NrcgError
 from nrcg.journal import Journal
 
-NAMES = ["job 0", "job 1", "job 2", "job 3", "job 4", "killed"]
+NAMES = ["job 0", "job 1", "job 2", "killed"]
 # What a job does, as a process of its own.
 JOB = """
 import os, sys
@@ -50,7 +50,7 @@ def store(tmp_path_factory) -> Path:
         for job in jobs:
             job.out, job.err = job.communicate(timeout=120)
     assert [job.err for job in jobs] == [""] * len(jobs)
-    assert [job.returncode for job in jobs] == [0, 0, 0, 0, 0, -9]
+    assert [job.returncode for job in jobs] == [0, 0, 0, -9]
     return folder
 
 
@@ -185,6 +185,7 @@ def test_many_params_and_metrics_go_in_pieces(client):
 
 
 def test_a_store_that_fails_under_way_is_tried_again(client, store, monkeypatch, capsys):
+    left = set((store / ".nrcg/tracking").iterdir())
     with tracking.run("flaky", "one", kind="test", params={}) as run:
         api = tracking._connect(tracking.tracking_uri()).client
         log_batch = api.log_batch
@@ -196,7 +197,7 @@ def test_a_store_that_fails_under_way_is_tried_again(client, store, monkeypatch,
     assert client.get_run(run.id).data.metrics == {"loss": 1.0}
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nrcg: warning: tracking by MLflow at mlflow.db fails, the job goes on")
-    assert list((store / ".nrcg/tracking").glob("*")) == []
+    assert set((store / ".nrcg/tracking").iterdir()) <= left
 
 
 # --- Parents, children, data sets, models ------------------------------------------------------------------------
