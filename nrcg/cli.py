@@ -546,7 +546,10 @@ def _read_source(source: str, files: bool) -> tuple[list[dict], str]:
         try:
             rows = tracking.read_rows(experiment, branch)
             if rows and frechet_columns(rows):
-                return rows, f"newest runs of branch {branch} in MLflow"
+                note = f"newest runs of branch {branch} in MLflow; charts: {tracking.charts_url(experiment)}"
+                if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+                    note += "\n  (after: mlflow ui --backend-store-uri sqlite:///mlflow.db)"
+                return rows, note
         except NrcgError as error:
             print(f"nrcg: {error}; reading {path}", file=sys.stderr)
     if not revision:

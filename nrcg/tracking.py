@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -758,6 +759,24 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
             row = {"experiment": experiment, "method": method, "scale": float(setting.data.params["scale"])}
             rows.append(row | setting.data.metrics | {"mlflow_run_id": setting.info.run_id})
     return sorted(rows, key=lambda row: (list(newest).index(row["method"]), row["scale"]))
+
+
+def charts_url(experiment: str) -> str:
+    """The page of MLflow that draws the methods over their scales, "" where the store has no such experiment.
+
+    Raises:
+        NrcgError: the store cannot be reached; one line.
+    """
+    uri = tracking_uri()
+    found = _reachable(uri).client.get_experiment_by_name(experiment)
+    if found is None:
+        return ""
+    host = _without_password(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    query = f"tags.`nrcg.kind` = '{KIND_METHOD}' and tags.`nrcg.superseded_by` IS NULL"
+    # Sorted by time, the page would fold the methods into their parents.
+    order = "orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
+    page = f"/#/experiments/{found.experiment_id}/runs"
+    return f"{host}{page}?searchFilter={urllib.parse.quote(query)}&{order}&compareRunsMode=CHART"
 
 
 # --- Helpers ----------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def shrink(folder: Path) -> None:
     sections = raw["experiments"]["quickstart"]
     small = {key: toy[key] for key in sections} | {"sampling": toy["sampling"] | {"num_samples": 8}}
     small["dataset"]["name"] = sections["dataset"]["name"]
-    small["sweep"] = dict.fromkeys(toy["sweep"], []) | {"unconditional": [0], "non_robust_x0": [1]}
+    small["sweep"] = {method: [] for method in toy["sweep"]} | {"unconditional": [0], "non_robust_x0": [1]}
     raw["experiments"]["quickstart"] = small
     path.write_text(yaml.safe_dump(json.loads(json.dumps(raw)), sort_keys=False))
 
