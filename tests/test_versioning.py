@@ -153,7 +153,7 @@ def test_an_experiment_and_a_branch_are_compared(adopted):
     ran = re.findall(r"^ *rule (\w+):|^(?:local)?rule (\w+):", out, re.MULTILINE)
     assert not {"train_ddpm", "train_classifier", "dataset", "forward"} & {first or second for first, second in ran}
     (row,) = json.loads(run(adopted, "dvc params diff --json"))["config.yaml"].items()
-    assert row == ("experiments.quickstart.sweep.non_robust_x0", {"old": [1], "new": [2]})
+    assert row == ("experiments.quickstart.sweep.non_robust_x0", {"old": "[1]", "new": "[2]"})
 
     run(adopted, "git checkout -q -b finer && git add -A && git commit -qm finer")
     try:
