@@ -25,6 +25,13 @@ for experiment in CONFIG.experiments:
         input:
             experiment_results(experiment),
 
+    # For dvc.yaml, which versions samples apart from their metrics.
+    rule:
+        name:
+            f"{experiment}_samples"
+        input:
+            experiment_samples(experiment),
+
 
 include: "workflow/rules/dataset.smk"
 include: "workflow/rules/train.smk"
@@ -32,3 +39,11 @@ include: "workflow/rules/forward.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+
+
+onsuccess:
+    finish_tracking("FINISHED")
+
+
+onerror:
+    finish_tracking("FAILED")

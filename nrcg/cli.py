@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -105,11 +106,19 @@ def schema(arguments: argparse.Namespace) -> None:
 
 def dataset(arguments: argparse.Namespace) -> None:
     """Make a data set: draw it, or read, check and convert raw images."""
+    from nrcg import tracking
+    from nrcg.datasets import load_manifest
+
     settings = _settings(arguments, "dataset")
-    if settings.dataset.source == "sportballs":
-        _draw_dataset(arguments, settings.dataset)
-    else:
-        _convert_dataset(arguments, settings.dataset)
+    name = f"dataset {settings.dataset.name}"
+    with tracking.run(settings.experiment, name, kind="dataset", params=settings.model_dump(), deferred=True) as run:
+        if settings.dataset.source == "sportballs":
+            _draw_dataset(arguments, settings.dataset)
+        else:
+            _convert_dataset(arguments, settings.dataset)
+        manifest = load_manifest(arguments.out)
+        for split in manifest["splits"]:
+            _log_dataset(run, manifest, arguments.out, split, "made")
 
 
 def _draw_dataset(arguments: argparse.Namespace, data: SportBallsData) -> None:
@@ -236,6 +245,8 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
             run = stack.enter_context(
                 tracking.run(settings.experiment, "train_ddpm", kind="train", params=params, tags=_data_tags(manifest))
             )
+            _log_dataset(run, manifest, arguments.data, "train", "training")
+            _log_dataset(run, manifest, arguments.data, "val", "validation")
             bar = stack.enter_context(Progress("train_ddpm", steps, "step"))
 
         def keep_grid(unet: torch.nn.Module, epoch: int) -> None:
@@ -270,6 +281,7 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
         )
         _draw_grid(unet, scheduler, config, mean, precision, out / "samples.png")
         run.log_artifact(out / "samples.png", "samples")
+        run.log_model(out, "ddpm")
     checkpoint.remove()
 
 
@@ -358,6 +370,8 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         ) as run,
         Progress(f"train_classifier {settings.role}", steps, "step") as bar,
     ):
+        _log_dataset(run, manifest, arguments.data, "train", "training")
+        _log_dataset(run, manifest, arguments.data, "val", "validation")
         classifier, log = training.train_classifier(
             config,
             schedule,
@@ -391,6 +405,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
                 **_record(settings, manifest, device, precision),
             },
         )
+        run.log_model(out, settings.role)
     checkpoint.remove()
 
 
@@ -432,6 +447,7 @@ def _import_classifier(arguments: argparse.Namespace, settings: TrainClassifierS
             "mlflow_run_id": run.id,
         }
         save_classifier(out, classifier.module, record | _record(settings, manifest, device, torch.float32))
+        run.log_model(out, settings.role)
 
 
 def forward(arguments: argparse.Namespace) -> None:
@@ -441,7 +457,7 @@ def forward(arguments: argparse.Namespace) -> None:
     from nrcg import stabilizers, tracking
     from nrcg.classifiers import class_index, load_classifier
     from nrcg.config import stabilizer_name
-    from nrcg.datasets import open_split, to_unit
+    from nrcg.datasets import load_manifest, open_split, to_unit
     from nrcg.progress import Progress
     from nrcg.results import FORWARD_COLUMNS, write_csv
     from nrcg.sampling import GuidedDDPMPipeline
@@ -462,6 +478,7 @@ def forward(arguments: argparse.Namespace) -> None:
         tracking.run(settings.experiment, "forward", kind="forward", params=settings.model_dump()) as run,
         Progress("forward", count * (schedule.num_steps + 1), "step") as bar,
     ):
+        _log_dataset(run, load_manifest(arguments.data), arguments.data, "val", "forward analysis")
         rows = forward_analysis(
             to_unit(images[:count]).to(device),
             torch.from_numpy(labels[:count]).to(device),
@@ -494,7 +511,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
-    from nrcg import schedules, stabilizers
+    from nrcg import schedules, stabilizers, tracking
     from nrcg.classifiers import class_index, load_classifier
     from nrcg.guidance import ClassifierGuidance
 
@@ -527,30 +544,41 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
         )
         weights["classifier"] = _weights_hash(arguments.classifier)
     label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
-    _draw_samples(
-        arguments.out,
-        pipe,
-        guidance,
-        device,
-        precision,
-        num_samples=count,
-        first_sample=first,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start=config.start,
-        label=label,
-        num_inference_steps=method.sampler.steps,
-        eta=method.sampler.eta,
-        trace=config.trace and guidance is not None and arguments.scale > 0,
-        record={
-            "experiment": settings.experiment,
-            "method": settings.method,
-            "scale": arguments.scale,
-            "shard": arguments.shard,
-            "settings": settings.fingerprint(),
-            "weights_sha256": weights,
-        },
-    )
+    with tracking.run(
+        settings.experiment,
+        f"{label} shard {arguments.shard}",
+        kind="shard",
+        params=settings.model_dump() | {"scale": arguments.scale, "shard": arguments.shard, "weights_sha256": weights},
+        tags={"method": settings.method},
+        deferred=True,
+    ) as run:
+        _draw_samples(
+            arguments.out,
+            pipe,
+            guidance,
+            device,
+            precision,
+            num_samples=count,
+            first_sample=first,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=config.start,
+            label=label,
+            num_inference_steps=method.sampler.steps,
+            eta=method.sampler.eta,
+            trace=config.trace and guidance is not None and arguments.scale > 0,
+            record={
+                "experiment": settings.experiment,
+                "method": settings.method,
+                "scale": arguments.scale,
+                "shard": arguments.shard,
+                "settings": settings.fingerprint(),
+                "weights_sha256": weights,
+            },
+        )
+        record = json.loads(Path(arguments.out).with_suffix(".json").read_text())
+        numbers = {key: record[key] for key in ("seconds", "nonfinite", "peak_memory_mib")}
+        run.log_metrics(numbers | {"images_per_second": count / record["seconds"]})
 
 
 def _sample_own(arguments: argparse.Namespace) -> None:
@@ -655,22 +683,31 @@ def reference(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Metrics of one method over its scales."""
+    from nrcg import tracking
+    from nrcg.datasets import load_manifest
     from nrcg.evaluation import evaluate_method, read_reference_record
     from nrcg.results import write_csv
 
     settings: EvaluateStep = _settings(arguments, "evaluate", arguments.method)
     device, _ = _device(arguments, settings)
-    rows, columns = evaluate_method(
-        settings,
-        Path(arguments.samples),
-        Path(arguments.data),
-        Path(arguments.classifiers),
-        arguments.scales,
-        device,
-        record=read_reference_record(Path(arguments.reference)),
-        cache=Path(arguments.cache),
-    )
-    write_csv(arguments.out, rows, columns)
+    data, manifest = Path(arguments.data), load_manifest(arguments.data)
+    tags = {"method": settings.method, "dataset": manifest["name"], "nrcg.step": "1000 x scale"}
+    with tracking.run(
+        settings.experiment, settings.method, kind=tracking.KIND_METHOD, params=settings.model_dump(), tags=tags
+    ) as run:
+        _log_dataset(run, manifest, data, "train", "reference")
+        rows, columns = evaluate_method(
+            settings,
+            Path(arguments.samples),
+            data,
+            Path(arguments.classifiers),
+            arguments.scales,
+            device,
+            record=read_reference_record(Path(arguments.reference)),
+            cache=Path(arguments.cache),
+        )
+        tracking.log_method_over_scales(run, rows)
+        write_csv(arguments.out, rows, columns)
 
 
 def collect(arguments: argparse.Namespace) -> None:
@@ -708,8 +745,8 @@ def figures(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the self-contained HTML report."""
+    from nrcg import tracking
     from nrcg.report import write_report
-    from nrcg.tracking import git_commit
 
     settings: ReportStep = _settings(arguments, "report")
     write_report(
@@ -724,7 +761,7 @@ def report(arguments: argparse.Namespace) -> None:
             "start": settings.sampling.start,
             "dataset": settings.dataset.name,
             "source": settings.dataset.source,
-            "commit": git_commit(),
+            "commit": tracking.git_commit(),
             "versions": _versions(),
             "settings": settings.model_dump(mode="json"),
         },
@@ -736,6 +773,11 @@ def report(arguments: argparse.Namespace) -> None:
         reference_json=arguments.reference,
         comparison_md=arguments.comparison,
     )
+    with tracking.run(settings.experiment, "report", kind="report", params=settings.model_dump(), deferred=True) as run:
+        for path in (arguments.out, arguments.forward, arguments.metrics):
+            run.log_artifact(path)
+        for path in sorted(Path(arguments.figures).glob("*.png")):
+            run.log_artifact(path, "figures")
 
 
 def import_released(arguments: argparse.Namespace) -> None:
@@ -783,14 +825,100 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def table(arguments: argparse.Namespace) -> None:
-    """Print the comparison table of an experiment."""
-    from nrcg.results import format_table, read_csv
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the comparison table of experiments, from MLflow or from metrics.csv."""
+    from nrcg.results import format_comparison, format_table
 
-    folder = Path("results") / arguments.experiment
-    print(format_table(read_csv(folder / "metrics.csv")))
+    sources = arguments.experiments or ["quickstart"]
+    tables, notes = {}, []
+    for source in sources:
+        tables[source], note = _read_source(source, files=arguments.files)
+        notes.append(f"{source}: {note}")
+    print(format_table(tables[sources[0]]) if len(tables) == 1 else format_comparison(tables))
+    print("", *notes, sep="\n")
+
+
+def _read_source(source: str, files: bool) -> tuple[list[dict], str]:
+    """Rows of EXPERIMENT or REVISION:EXPERIMENT and where they come from: MLflow's newest runs of that branch, else
+    the metrics.csv of the working tree or revision."""
+    from nrcg import tracking
+    from nrcg.results import frechet_columns, parse_metrics, read_metrics
+
+    revision, _, experiment = source.rpartition(":")
+    path = f"results/{experiment}/metrics.csv"
+    if not files:
+        branch = revision or tracking.git_branch()
+        try:
+            rows = tracking.read_rows(experiment, branch)
+            if rows and frechet_columns(rows):
+                note = f"newest runs of branch {branch} in MLflow; charts: {tracking.charts_url(experiment)}"
+                if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+                    note += "\n  (after: mlflow ui --backend-store-uri sqlite:///mlflow.db)"
+                return rows, note
+        except NrcgError as error:
+            print(f"nrcg: {error}; reading {path}", file=sys.stderr)
+    if not revision:
+        return read_metrics(path), path
+    text = tracking.git_file(revision, path)
+    if text is None:
+        raise DataError(f"{source}: git has no {path} at {revision}, and MLflow no finished runs of it")
+    return parse_metrics(text, f"{revision}:{path}"), f"{path} of git revision {revision}"
+
+
+def track(arguments: argparse.Namespace) -> int:
+    """Send to MLflow what is missing there, after the store was down or a job was killed."""
+    from nrcg import tracking
+
+    if arguments.finish:
+        # At a workflow's end, which must not fail by its tracking.
+        try:
+            done = tracking.finish_invocation(arguments.finish, arguments.status)
+        except NrcgError as error:
+            print(f"nrcg: warning: {error}", file=sys.stderr)
+            return 0
+    else:
+        done = tracking.sync()
+        print(f"{done.runs} run{'' if done.runs == 1 else 's'} sent" if done.runs else "nothing is missing")
+    for line in done.failed:
+        print(f"nrcg: not sent: {line}", file=sys.stderr)
+    return int(bool(done.failed) and not arguments.finish)
+
+
+def _print_results(experiment: str) -> None:
+    from nrcg.results import format_table, read_metrics
+
+    folder = Path("results") / experiment
+    print(format_table(read_metrics(folder / "metrics.csv")))
     if (folder / "report.html").exists():
         print(f"\nReport: {(folder / 'report.html').resolve()}")
+
+
+def adopt(arguments: argparse.Namespace) -> None:
+    """Take over the files that `dvc pull` brought: checks their checksums and settings against dvc.lock, then tells
+    Snakemake that they are up to date."""
+    from nrcg.config import read_yaml
+
+    _use_this_environment()
+    status = subprocess.run(["dvc", "status", "--json"], capture_output=True, text=True)
+    try:
+        stale = json.loads(status.stdout)
+    except ValueError:
+        raise DataError(f"dvc status fails: {' '.join((status.stderr or status.stdout).split())[-500:]}") from None
+    if stale:
+        raise DataError(
+            f"files or settings are not those of dvc.lock, in the stages {', '.join(stale)}; nothing was taken over. "
+            "See `dvc status`; `dvc pull` brings missing files, `dvc repro` makes them anew"
+        )
+    experiments = [name for entry in read_yaml("dvc.yaml")["vars"] for name in entry.get("experiments", ())]
+    touched = subprocess.run(
+        # The workflow's own profile prints every command.
+        ["snakemake", *experiments, "--touch", "--forceall", "--cores", "1", "--quiet", "all"],
+        capture_output=True,
+        text=True,
+    )
+    if touched.returncode:
+        raise DataError(f"snakemake --touch fails: {' '.join((touched.stdout + touched.stderr).split())[-500:]}")
+    print(f"up to date: {', '.join(experiments)}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -799,18 +927,22 @@ def run(arguments: argparse.Namespace) -> int:
     from nrcg.progress import watch
 
     settings = get_experiment(load("config.yaml"), arguments.experiment)
-    # Snakemake of this environment, also where it is not activated.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    _use_this_environment()
     # The target stands first: --resources takes every word after it.
     command = ["snakemake", arguments.experiment, "--cores", "all", "--resources", "gpu=1", *arguments.snakemake]
     log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"
     code = watch(command, log, weights=_job_weights(settings))
     if code == 0 and not {"-n", "--dry-run"} & set(arguments.snakemake):
-        table(arguments)
+        _print_results(arguments.experiment)
     return code
 
 
 # --- What the verbs share ---------------------------------------------------------------------------------------
+
+
+def _use_this_environment() -> None:
+    """Snakemake and DVC of this environment, also where it is not activated."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _settings(arguments: argparse.Namespace, step: str, part: str | None = None) -> Any:
@@ -994,6 +1126,19 @@ def _log_epoch(run: Any, row: dict) -> None:
     run.log_metrics({key: value for key, value in row.items() if key not in ("epoch", "step")}, step=int(row["step"]))
 
 
+def _log_dataset(run: Any, manifest: dict, folder: str | Path, split: str, context: str) -> None:
+    """A split as an input of the tracking run."""
+    record, size = manifest["splits"][split], manifest["image_size"]
+    run.log_dataset(
+        name=f"{manifest['name']}/{split}",
+        path=Path(folder) / split,
+        sha256=record["sha256"]["images"],
+        shape=(record["num_images"], size, size, manifest["channels"]),
+        classes=manifest["classes"],
+        context=context,
+    )
+
+
 def _identity(settings: StepSettings, manifest: dict) -> str:
     """Everything that shapes a training: its settings and the data's checksums."""
     return f"{settings.fingerprint()}-{manifest['splits']['train']['sha256']['images']}"
@@ -1094,8 +1239,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--replace", action="store_true", help="also models that were trained here")
     sub.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
-    sub = add("table", table)
-    sub.add_argument("experiment", nargs="?", default="quickstart")
+    add("adopt", adopt)
+    sub = add("compare", compare)
+    sub.add_argument(
+        "experiments", nargs="*", metavar="EXPERIMENT", help="default: quickstart; REVISION:EXPERIMENT: of a git branch"
+    )
+    sub.add_argument("--files", action="store_true", help="from metrics.csv, without MLflow")
+    sub = add("track", track)
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sync", action="store_true", help="send what is missing")
+    what.add_argument("--finish", metavar="INVOCATION", help="end the parent run; the workflow's last step")
+    sub.add_argument("--status", choices=("FINISHED", "FAILED", "KILLED"), default="FINISHED", help="with --finish")
 
     sub = add("dataset", dataset, step=True)
     sub.add_argument("--out", required=True, help="data/<dataset>")

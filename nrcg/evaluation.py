@@ -456,7 +456,8 @@ def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict) 
     tags = {"dataset": manifest["name"], "method": settings.method}
     with tracking.run(settings.experiment, name, kind="sample", params=params, tags=tags) as run:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "scale"}
-        run.log_metrics({key: value for key, value in numbers.items() if np.isfinite(value)})
+        finite = {key: value for key, value in numbers.items() if np.isfinite(value)}
+        run.log_metrics(finite, step=tracking.scale_step(row["scale"]))
         with tempfile.TemporaryDirectory() as folder:
             save_png(Path(folder) / "samples.png", sample_grid(images[:GRID_SAMPLES], 8))
             run.log_artifact(Path(folder) / "samples.png")

@@ -101,15 +101,28 @@ def read_csv(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Row]:
         DataError: the file is missing, empty, cut off, lacks a column or holds text for a number. One line that
             names the file and the command that makes it anew.
     """
-    remedy = f"make it anew: snakemake --cores all --force {Path(path).as_posix()}"
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            lines = [(reader.line_num, line) for line in reader if line]
+            text = file.read()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; {remedy}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: no such file; {_remedy(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {_remedy(path)}") from None
+    return _parse_csv(text, path, columns)
+
+
+def _remedy(path: str | os.PathLike) -> str:
+    return f"make it anew: snakemake --cores all --force {Path(path).as_posix()}"
+
+
+def _parse_csv(text: str, path: str | os.PathLike, columns: Sequence[str]) -> list[Row]:
+    """Rows of a table's text; `path` is for messages."""
+    remedy = _remedy(path)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""))
+        header = next(reader, [])
+        lines = [(reader.line_num, line) for line in reader if line]
+    except csv.Error as error:
         raise DataError(f"{path}: cannot be read ({error}); {remedy}") from None
     missing = [name for name in columns if name not in header]
     if header and missing:
@@ -141,11 +154,19 @@ def read_metrics(path: str | os.PathLike) -> list[Row]:
     Raises:
         DataError: as read_csv; also without Fréchet columns.
     """
-    rows = read_csv(path, METRICS_COLUMNS)
+    return _checked_metrics(read_csv(path, METRICS_COLUMNS), path)
+
+
+def parse_metrics(text: str, name: str) -> list[Row]:
+    """As `read_metrics`, from the text of a metrics.csv; `name` is for messages."""
+    return _checked_metrics(_parse_csv(text, name, METRICS_COLUMNS), name)
+
+
+def _checked_metrics(rows: list[Row], path: str | os.PathLike) -> list[Row]:
     try:
         frechet_columns(rows)
     except DataError as error:
-        raise DataError(f"{path}: {error}; make it anew: snakemake --cores all --force {path}") from None
+        raise DataError(f"{path}: {error}; {_remedy(path)}") from None
     return rows
 
 
@@ -418,6 +439,34 @@ def tie_note(rows: Sequence[Row]) -> str:
         return ""
     names = ", ".join(str(row["method"]) for row in ties)
     return f"≈ the 95 % intervals do not tell {names} from the lowest {frechet_columns(rows)[1]}, {lowest['method']}."
+
+
+def format_comparison(tables: Mapping[str, Sequence[Row]]) -> str:
+    """Several experiments or branches side by side for the terminal: each method at its best scale, by method.
+
+    Args:
+        tables: the rows of each metrics.csv by the name to print.
+
+    Raises:
+        DataError: no Fréchet columns, or those of different features, which cannot be compared.
+    """
+    columns = {name: frechet_columns(rows) for name, rows in tables.items()}
+    if len(set(columns.values())) > 1:
+        features = ", ".join(f"{name}: {extractor(rows)}" for name, rows in tables.items())
+        raise DataError(f"features differ and cannot be compared: {features}")
+    everything, conditional = next(iter(columns.values()))
+    best = {name: best_per_method(rows) for name, rows in tables.items()}
+    body = [
+        [method, name, format_scale(rows[method]["scale"]), *table_cells(rows[method], everything, conditional)]
+        for method in sort_methods(method for rows in best.values() for method in rows)
+        for name, rows in best.items()
+        if method in rows
+    ]
+    header = ["method", "from", "scale", "judge %", "guide %", conditional, everything, "prec.", "recall"]
+    lines = _align([header, *(line[: len(header)] for line in body)])
+    lines.insert(1, "-" * len(lines[0]))
+    column, rule = best_rule(next(iter(tables.values())))
+    return "\n".join([*lines, "", *_wrap(f"{rule} ({column})")])
 
 
 def edge_notes(rows: Sequence[Row]) -> list[str]:

@@ -22,8 +22,8 @@ from nrcg.results import write_csv
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "config.yaml")
 VERBS = [
-    *("run", "validate", "schema", "import-released", "table", "dataset", "train-ddpm", "train-classifier"),
-    *("forward", "sample", "reference", "evaluate", "collect", "figures", "report"),
+    *("run", "validate", "schema", "import-released", "adopt", "compare", "track", "dataset", "train-ddpm"),
+    *("train-classifier", "forward", "sample", "reference", "evaluate", "collect", "figures", "report"),
 ]
 CLASSES = ["baseball", "basketball", "soccer"]
 
@@ -162,7 +162,7 @@ MISTAKES = {
     "no mean image": (f"{SAMPLE} --start data_mean", "nrcg: start: "),
     "missing data": (f"{CLASSIFIER} --data nope", "nrcg: nope/dataset.json: no such file"),
     "missing metrics": ("collect --metrics nope.csv --out out.csv", "nrcg: nope.csv: "),
-    "missing table": ("table nope", "nrcg: results/nope/metrics.csv: "),
+    "nothing to compare": ("compare nope", "nrcg: results/nope/metrics.csv: "),
 }
 
 

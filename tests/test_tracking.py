@@ -1,15 +1,23 @@
-"""Tracking against a real sqlite store, and what happens where there is none."""
+"""Tracking against a real sqlite store and a real server, and what happens where there is none."""
 
+import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from nrcg import tracking
+from nrcg.cli import main
+from nrcg.errors import NrcgError
+from nrcg.journal import Journal
 
-NAMES = ["job 0", "job 1", "job 2", "job 3", "job 4", "killed"]
+NAMES = ["job 0", "job 1", "job 2", "killed"]
 # What a job does, as a process of its own.
 JOB = """
 import os, sys
@@ -18,7 +26,7 @@ name = sys.argv[1]
 with tracking.run("crowd", name, kind="test", params={"seed": 7}) as run:
     run.log_metrics({"loss": 0.5})
     if name == "killed":
-        run._flush()
+        run._send()
         os.kill(os.getpid(), 9)
 print(run.id)
 """
@@ -37,12 +45,22 @@ def store(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("NRCG_TRACKING", raising=False)
+        patch.delenv("NRCG_INVOCATION", raising=False)
         jobs = [start_job(name, folder) for name in NAMES]
         for job in jobs:
             job.out, job.err = job.communicate(timeout=120)
     assert [job.err for job in jobs] == [""] * len(jobs)
-    assert [job.returncode for job in jobs] == [0, 0, 0, 0, 0, -9]
+    assert [job.returncode for job in jobs] == [0, 0, 0, -9]
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    """A process that has tracked nothing yet."""
+    for name in ("MLFLOW_TRACKING_URI", "NRCG_TRACKING", "NRCG_INVOCATION", "NRCG_LOG_MODELS", "DVC_EXP_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tracking, "_warned", False)
+    monkeypatch.setattr(tracking, "_stores", {})
 
 
 @pytest.fixture
@@ -50,9 +68,6 @@ def client(store, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(store)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("NRCG_TRACKING", raising=False)
-    monkeypatch.setattr(tracking, "_warned", False)
     return MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
 
 
@@ -129,14 +144,30 @@ def test_older_runs_of_the_same_name_are_superseded(client):
             ids.append(run.id)
     by = [client.get_run(run_id).data.tags.get("nrcg.superseded_by") for run_id in ids]
     assert by == [ids[2], None, ids[3], None]
+    assert [client.get_run(run_id).data.tags.get("nrcg.supersedes") for run_id in ids] == [None, None, ids[0], ids[2]]
     current = runs(client, "repeat", "tags.`nrcg.superseded_by` IS NULL")
     assert {run.info.run_id for run in current} == {ids[1], ids[3]}
 
 
-def test_a_deleted_experiment_is_restored(client):
+def test_a_failed_rerun_supersedes_nothing_and_other_branches_stay(client, monkeypatch):
+    with tracking.run("branches", "one", kind="test", params={}) as first:
+        pass
+    with pytest.raises(ValueError), tracking.run("branches", "one", kind="test", params={}):
+        raise ValueError
+    monkeypatch.setenv("DVC_EXP_NAME", "other")
+    with tracking.run("branches", "one", kind="test", params={}) as elsewhere:
+        pass
+    tags = client.get_run(elsewhere.id).data.tags
+    assert tags["nrcg.git_branch"] == "other"
+    assert "nrcg.supersedes" not in tags
+    assert "nrcg.superseded_by" not in client.get_run(first.id).data.tags
+
+
+def test_a_deleted_experiment_is_restored(client, monkeypatch):
     with tracking.run("deleted", "one", kind="test", params={}) as run:
         pass
     client.delete_experiment(client.get_experiment_by_name("deleted").experiment_id)
+    monkeypatch.setattr(tracking, "_stores", {})  # another process
     with tracking.run("deleted", "one", kind="test", params={}) as again:
         pass
     assert client.get_run(run.id).data.tags["nrcg.superseded_by"] == again.id
@@ -153,17 +184,175 @@ def test_many_params_and_metrics_go_in_pieces(client):
     assert len(client.get_metric_history(run.id, "loss")) == 1500
 
 
-def test_a_store_that_fails_under_way_is_tried_again(client, monkeypatch, capsys):
+def test_a_store_that_fails_under_way_is_tried_again(client, store, monkeypatch, capsys):
+    left = set((store / ".nrcg/tracking").iterdir())
     with tracking.run("flaky", "one", kind="test", params={}) as run:
-        log_batch = run._client.log_batch
-        monkeypatch.setattr(run._client, "log_batch", lambda *_, **__: 1 / 0)
-        monkeypatch.setattr(run, "_next_flush", 0.0)
+        api = tracking._connect(tracking.tracking_uri()).client
+        log_batch = api.log_batch
+        monkeypatch.setattr(api, "log_batch", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(run, "_next_send", 0.0)
         run.log_metrics({"loss": 1.0}, 1)
         run.log_artifact("no such file")
-        monkeypatch.setattr(run._client, "log_batch", log_batch)
+        monkeypatch.setattr(api, "log_batch", log_batch)
     assert client.get_run(run.id).data.metrics == {"loss": 1.0}
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("nrcg: warning: tracking by MLflow at mlflow.db fails")
+    assert line.startswith("nrcg: warning: tracking by MLflow at mlflow.db fails, the job goes on")
+    assert set((store / ".nrcg/tracking").iterdir()) <= left
+
+
+# --- Parents, children, data sets, models ------------------------------------------------------------------------
+
+
+def children(client, experiment: str, parent: str) -> list[str]:
+    found = runs(client, experiment, f"tags.mlflow.parentRunId = '{parent}'")
+    return sorted(run.info.run_name for run in found)
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
+def test_jobs_are_children_of_their_invocation(client, store, monkeypatch, status):
+    experiment = f"invocation {status}"
+    invocation = tracking.new_invocation()
+    monkeypatch.setenv("NRCG_INVOCATION", invocation)
+    for name in ("train", "evaluate"):
+        with tracking.run(experiment, name, kind="test", params={}) as job:
+            if name == "evaluate":
+                with tracking.run(experiment, "scale 1", kind="test", params={}):
+                    pass
+    with tracking.run(experiment, "shard", kind="test", params={}, deferred=True) as shard:
+        shard.log_metrics({"seconds": 2.0})
+    assert shard.id.startswith("pending-")
+    (parent,) = runs(client, experiment, "tags.`nrcg.kind` = 'invocation'")
+    assert parent.info.status == "RUNNING"
+    assert children(client, experiment, parent.info.run_id) == ["evaluate", "train"]
+    assert children(client, experiment, job.id) == ["scale 1"]
+
+    assert main(["track", "--finish", invocation, "--status", status]) == 0
+    assert client.get_run(parent.info.run_id).info.status == status
+    assert children(client, experiment, parent.info.run_id) == ["evaluate", "shard", "train"]
+    assert runs(client, experiment, "attributes.run_name = 'shard'")[0].data.metrics == {"seconds": 2.0}
+    assert list((store / ".nrcg/tracking").glob("*")) == []
+
+
+def test_the_parent_of_a_killed_invocation_is_closed_at_the_next_start(client, store, monkeypatch):
+    dead = subprocess.Popen(
+        [sys.executable, "-c", "from nrcg import tracking; print(tracking.new_invocation())"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    invocation = dead.communicate()[0].strip()
+    monkeypatch.setenv("NRCG_INVOCATION", invocation)
+    with tracking.run("killed parent", "one", kind="test", params={}):
+        pass
+    monkeypatch.delenv("NRCG_INVOCATION")
+    monkeypatch.setattr(tracking, "_stores", {})
+    with tracking.run("killed parent", "two", kind="test", params={}):
+        (parent,) = runs(client, "killed parent", "tags.`nrcg.kind` = 'invocation'")
+        assert parent.info.status == "KILLED"
+    tracking.sync()
+    assert list((store / ".nrcg/tracking").glob("*")) == []
+
+
+def test_a_data_set_is_logged_as_an_input(client, tmp_path):
+    import mlflow.data
+
+    sha256 = "0123456789abcdef" * 4
+    with tracking.run("data", "one", kind="test", params={}) as run:
+        run.log_dataset(
+            name="balls/train", path=tmp_path, sha256=sha256, shape=(5, 8, 8, 3), classes=["a", "b"], context="training"
+        )
+    (entry,) = client.get_run(run.id).inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("balls/train", sha256[:36])
+    assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
+    assert json.loads(entry.dataset.profile) == {"num_images": 5, "classes": ["a", "b"], "images_sha256": sha256}
+    assert mlflow.data.get_source(entry.dataset).load() == str(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """An untrained classifier and U-Net in the pipeline's folders."""
+    import torch
+    from toys import write_tiny_pipeline
+
+    from nrcg.classifiers import SmallCNN, save_classifier
+    from nrcg.files import sha256_file
+
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = {"architecture": "small_cnn", "classes": ["a", "b", "c"], "image_size": 8, "channels": 3}
+    save_classifier(folder / "judge", SmallCNN(3), config)
+    write_tiny_pipeline(folder / "ddpm")
+    sha256 = sha256_file(folder / "ddpm/unet/diffusion_pytorch_model.safetensors")
+    (folder / "ddpm/training.json").write_text(json.dumps({"sha256": sha256}))
+    return {"judge": folder / "judge", "ddpm": folder / "ddpm"}
+
+
+@pytest.mark.parametrize("name", ["judge", "ddpm"])
+def test_mlflow_opens_a_logged_model(client, store, models, name):
+    """At another batch size than it was exported with; no file of it is a pickle."""
+    import mlflow
+    import torch
+
+    with tracking.run("models", name, kind="train", params={}) as run:
+        run.log_model(models[name], name)
+    stored = client.get_run(run.id)
+    assert "nrcg.model_error" not in stored.data.tags
+    (output,) = stored.outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    assert (logged.name, str(logged.status), logged.source_run_id) == (name, "READY", run.id)
+    mlflow.set_tracking_uri(f"sqlite:///{store / 'mlflow.db'}")
+    opened = mlflow.pytorch.load_model(f"models:/{output.model_id}")
+    module, _ = tracking._load_module(models[name])
+    x, t = torch.randn(5, 3, 8, 8), torch.arange(5)
+    inputs = (x,) if name == "judge" else (x, t)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(*inputs), module(*inputs), rtol=1e-5, atol=1e-6)
+    assert [path.name for path in (store / "mlruns").rglob("*.p*") if path.suffix in (".pth", ".pkl", ".pt")] == []
+
+
+def test_models_are_left_out_on_request_and_one_that_cannot_be_exported_is_named(client, models, monkeypatch):
+    monkeypatch.setattr(tracking, "_export_model", lambda *_: 1 / 0)
+    with tracking.run("no models", "fails", kind="train", params={}) as run:
+        run.log_model(models["judge"], "judge")
+    assert client.get_run(run.id).data.tags["nrcg.model_error"].startswith("ZeroDivisionError")
+    monkeypatch.setenv("NRCG_LOG_MODELS", "off")
+    with tracking.run("no models", "off", kind="train", params={}) as run:
+        run.log_model(models["judge"], "judge")
+    assert "nrcg.model_error" not in client.get_run(run.id).data.tags
+
+
+def log_method(experiment: str, method: str, accuracies: dict[float, float]) -> None:
+    """As `nrcg evaluate` does."""
+    with tracking.run(experiment, method, kind=tracking.KIND_METHOD, params={}, tags={"method": method}) as method_run:
+        rows = []
+        for scale, accuracy in accuracies.items():
+            name = f"{method} scale {scale}"
+            with tracking.run(
+                experiment, name, kind=tracking.KIND_SETTING, params={"scale": scale}, tags={"method": method}
+            ) as setting:
+                setting.log_metrics({"accuracy_judge": accuracy})
+            rows.append({"method": method, "scale": scale, "accuracy_judge": accuracy, "mlflow_run_id": setting.id})
+        tracking.log_method_over_scales(method_run, rows)
+
+
+def test_a_methods_curve_and_the_rows_of_its_newest_run(client):
+    log_method("curve", "robust", {1.0: 0.1, 5.0: 0.2})
+    log_method("curve", "adam", {0.05: 0.3})
+    log_method("curve", "robust", {1.0: 0.4, 2.5: 0.5})
+    newest = runs(client, "curve", "tags.`nrcg.kind` = 'evaluate' and tags.`nrcg.superseded_by` IS NULL")
+    history = {
+        run.info.run_name: [(entry.step, entry.value) for entry in client.get_metric_history(run.info.run_id, key)]
+        for run in newest
+        for key in ("accuracy_judge",)
+    }
+    assert history == {"robust": [(1000, 0.4), (2500, 0.5)], "adam": [(50, 0.3)]}
+    rows = tracking.read_rows("curve")
+    found = {(row["method"], row["scale"]): row["accuracy_judge"] for row in rows}
+    assert found == {("robust", 1.0): 0.4, ("robust", 2.5): 0.5, ("adam", 0.05): 0.3}, "scale 5 is no longer swept"
+    assert {client.get_run(row["mlflow_run_id"]).info.run_name for row in rows} >= {
+        "robust scale 1.0",
+        "adam scale 0.05",
+    }
+    assert tracking.read_rows("curve", branch="elsewhere") == tracking.read_rows("no such experiment") == []
 
 
 def test_switched_off_nothing_is_imported_or_written(tmp_path):
@@ -175,28 +364,197 @@ def test_switched_off_nothing_is_imported_or_written(tmp_path):
         "    run.log_artifact('missing')\n"
         "assert run.id == '' and 'mlflow' not in sys.modules\n"
     )
-    environment = {"NRCG_TRACKING": "off", "PATH": ""}
+    environment = {"NRCG_TRACKING": "off", "PATH": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert list(tmp_path.iterdir()) == []
 
 
+# --- A server, up and down ---------------------------------------------------------------------------------------
+
+
+class Server:
+    """`mlflow server` on a port of its own that can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        words = f"server --workers 1 --host 127.0.0.1 --port {self.port} --backend-store-uri sqlite:///server.db"
+        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *words.split(), "--artifacts-destination", "artifacts"],
+            cwd=self.folder,
+            env=environment | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 200
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).read()
+                return
+            except OSError:
+                assert self.process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.3)
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def post(self, path: str, **body) -> dict:
+        request = urllib.request.Request(
+            f"{self.uri}/api/2.0/mlflow/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        return json.load(urllib.request.urlopen(request, timeout=30))
+
+    def get(self, path: str) -> dict:
+        return json.load(urllib.request.urlopen(f"{self.uri}/api/2.0/mlflow/{path}", timeout=30))
+
+    def runs(self, experiment: str) -> list[dict]:
+        found = self.get(f"experiments/get-by-name?experiment_name={experiment}")["experiment"]["experiment_id"]
+        return self.post("runs/search", experiment_ids=[found]).get("runs", [])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_a_server_that_dies_under_way_loses_nothing(server, tmp_path, monkeypatch, capsys):
+    """Read through REST: one run begun before the server died, one while it was down, and their parent; each once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    invocation = tracking.new_invocation()
+    monkeypatch.setenv("NRCG_INVOCATION", invocation)
+    (tmp_path / "grid.txt").write_text("before")
+    with tracking.run("remote", "before", kind="test", params={"a": {"b": 1}}) as before:
+        before.log_metrics({"loss": 3.0}, 1)
+        before._send()
+        server.stop()
+        before.log_metrics({"loss": 2.0}, 2)
+        before._send()
+        with tracking.run("remote", "within", kind="test", params={}) as within:
+            within.log_metrics({"loss": 1.0, "inf": float("inf")}, 3)
+            within.log_artifact("grid.txt", "grids")
+            (tmp_path / "grid.txt").write_text("after")
+    assert not before.id.startswith("pending-")
+    assert within.id.startswith("pending-")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nrcg: warning: tracking by MLflow at {server.uri} fails, the job goes on")
+    assert main(["track", "--sync"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+    assert main(["track", "--finish", invocation]) == 0, "a workflow does not fail by its tracking"
+    assert capsys.readouterr().err.startswith("nrcg: warning: ")
+
+    server.start()
+    assert main(["track", "--sync"]) == 0
+    assert capsys.readouterr().out == "2 runs sent\n"
+    stored = server.runs("remote")
+    by_name = {run["info"]["run_name"]: run for run in stored}
+    (parent,) = set(by_name) - {"before", "within"}
+    assert len(stored) == 3
+    assert {run["info"]["status"] for run in stored} == {"FINISHED"}
+    tags = {name: {tag["key"]: tag["value"] for tag in run["data"]["tags"]} for name, run in by_name.items()}
+    assert by_name["before"]["info"]["run_id"] == before.id
+    assert tags["before"]["mlflow.parentRunId"] == by_name[parent]["info"]["run_id"]
+    assert tags["within"]["mlflow.parentRunId"] == before.id
+    assert within.id == f"pending-{tags['within']['nrcg.uid']}"
+    assert tags["within"]["nrcg.infinite_metrics"] == "inf"
+    assert by_name["before"]["data"]["params"] == [{"key": "a.b", "value": "1"}]
+    history = server.get(f"metrics/get-history?run_id={before.id}&metric_key=loss")["metrics"]
+    assert [(int(entry["step"]), entry["value"]) for entry in history] == [(1, 3.0), (2, 2.0)]
+    artifacts = server.get(f"artifacts/list?run_id={by_name['within']['info']['run_id']}&path=grids")["files"]
+    assert [(entry["path"], int(entry["file_size"])) for entry in artifacts] == [("grids/grid.txt", len("before"))]
+
+    assert main(["track", "--sync"]) == 0
+    assert capsys.readouterr().out == "nothing is missing\n"
+    assert server.runs("remote") == stored
+    assert list((tmp_path / ".nrcg/tracking").glob("*")) == []
+
+
+def test_models_and_rows_go_through_a_server(server, models, tmp_path, monkeypatch):
+    import mlflow
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    with tracking.run("served", "train", kind="train", params={}) as run:
+        run.log_model(models["judge"], "judge")
+    mlflow.set_tracking_uri(server.uri)
+    (model,) = mlflow.search_logged_models(
+        filter_string=f"source_run_id = '{run.id}'",
+        output_format="list",
+        experiment_ids=[mlflow.get_run(run.id).info.experiment_id],
+    )
+    assert mlflow.pytorch.load_model(f"models:/{model.model_id}")(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+    log_method("served", "robust", {1.0: 0.4})
+    assert [(row["method"], row["scale"], row["accuracy_judge"]) for row in tracking.read_rows("served")] == [
+        ("robust", 1.0, 0.4)
+    ]
+
+
 def test_a_server_that_is_down_costs_one_line_and_little_time(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NRCG_TRACKING", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:1")
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tracking, "_warned", False)
     started = time.monotonic()
     for name in ("one", "two"):
         with tracking.run("down", name, kind="test", params={}) as run:
             run.log_metrics({"loss": 1.0})
-        assert run.id == ""
+        assert run.id.startswith("pending-")
     # MLflow's own settings would take minutes; the import of mlflow on a busy machine takes several seconds.
     assert time.monotonic() - started < 30
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("nrcg: warning: tracking by MLflow at http://127.0.0.1:1 fails, the job goes on without")
+    assert line.startswith("nrcg: warning: tracking by MLflow at http://127.0.0.1:1 fails, the job goes on")
     assert "secret" not in line
+    kept = [path.read_text() for path in (tmp_path / ".nrcg/tracking").glob("*.jsonl")]
+    assert len(kept) == 2
+    assert not any("secret" in text for text in kept)
+    with pytest.raises(NrcgError, match="nothing is lost") as refused:
+        tracking.sync()
+    assert "secret" not in str(refused.value)
+
+
+def test_what_was_begun_in_one_store_goes_whole_to_another(tmp_path, monkeypatch):
+    """A job is killed; what it logged, sent or not, is found in the store that `sync` is pointed to."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    killed = start_job("killed", tmp_path)
+    killed.communicate(timeout=120)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    assert tracking.sync() == tracking.Sync(1)
+    (stored,) = runs(MlflowClient(f"sqlite:///{tmp_path / 'other.db'}"), "crowd")
+    assert (stored.info.status, stored.data.metrics) == ("KILLED", {"loss": 0.5})
+    assert tracking.sync() == tracking.Sync(0)
+
+
+def test_the_journal_of_a_living_process_is_left_alone(tmp_path):
+    living = Journal.create(tmp_path)
+    living.append("start", time=1)
+    assert Journal.open(living.path) is None
+    living.close()
+    # A kill while the second line was written.
+    with living.path.open("a") as file:
+        file.write('{"op": "met')
+    left = Journal.open(living.path)
+    assert left.entries == [{"op": "start", "time": 1}]
+    left.mark_sent(1, "id")
+    left.close()
+    again = Journal.open(living.path)
+    assert (again.sent, again.run_id, again.entries) == (1, "id", [{"op": "start", "time": 1}])
+    again.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_params_are_flattened():

@@ -365,3 +365,7 @@ def test_a_killed_run_leaves_no_process_and_a_plain_rerun_goes_on(tmp_path):
     toy = client.get_experiment_by_name("toy").experiment_id
     found = client.search_runs([toy], "tags.mlflow.runName = 'train_ddpm'", order_by=["attributes.start_time"])
     assert [run.info.status for run in found] == ["KILLED", "FINISHED"]
+    invocations = "tags.`nrcg.kind` = 'invocation'"
+    parents = client.search_runs([toy], invocations, order_by=["attributes.start_time"])
+    assert [parent.info.status for parent in parents] == ["KILLED", "FINISHED"]
+    assert [run.data.tags["mlflow.parentRunId"] for run in found] == [parent.info.run_id for parent in parents]

@@ -1,4 +1,6 @@
 # The validated configuration and what the rules ask of it. No rules here.
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from nrcg.devices import count_nvidia_gpus, has_nvidia_gpu
 from nrcg.errors import ConfigError
 from nrcg.features import resolve_features
 from nrcg.files import join_group
+from nrcg.tracking import new_invocation
 
 try:
     # Snakemake reads these too, but lets a key stand twice.
@@ -22,6 +25,22 @@ except ConfigError as error:
 if workflow.is_main_process and join_group(".nrcg/snakemake.lock"):
     for leftover in Path(".snakemake/locks").glob("*.lock"):
         leftover.unlink(missing_ok=True)
+
+# The jobs' tracking runs are children of one run per experiment and invocation (nrcg/tracking.py).
+if workflow.is_main_process or "NRCG_INVOCATION" not in os.environ:
+    os.environ["NRCG_INVOCATION"] = new_invocation()
+
+
+envvars:
+    "NRCG_INVOCATION",
+
+
+def finish_tracking(status):
+    """End the invocation's tracking runs and send what is left; does nothing where no job was tracked."""
+    command = [sys.executable, "-m", "nrcg.cli", "track", "--finish", os.environ["NRCG_INVOCATION"], "--status", status]
+    if Path(".nrcg/tracking", f"{os.environ['NRCG_INVOCATION']}.invocation").exists():
+        subprocess.run(command, check=False)
+
 
 FIGURES = (
     "forward_accuracy",
@@ -173,14 +192,21 @@ def shard_size(wildcards):
 
 def shard_files(wildcards):
     """Every shard of a method: its scales times its shards."""
-    folder = f"results/{wildcards.experiment}/samples/{wildcards.method}"
-    shards = range(CONFIG.experiments[wildcards.experiment].num_shards)
+    return method_shards(wildcards.experiment, wildcards.method)
+
+
+def method_shards(experiment, method):
+    settings = CONFIG.experiments[experiment]
     return [
-        f"{folder}/scale{scale}/shard{shard:04d}.{ending}"
-        for scale in scales(wildcards)
-        for shard in shards
+        f"results/{experiment}/samples/{method}/scale{format_scale(scale)}/shard{shard:04d}.{ending}"
+        for scale in settings.sweep[method]
+        for shard in range(settings.num_shards)
         for ending in ("npy", "json")
     ]
+
+
+def experiment_samples(experiment):
+    return [path for method in CONFIG.experiments[experiment].sweep for path in method_shards(experiment, method)]
 
 
 def metric_files(wildcards):

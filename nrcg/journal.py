@@ -1,0 +1,121 @@
+"""What a tracked run logged, on disk before it is sent: a tracking store that is down, or a kill, loses nothing.
+
+A journal is `<folder>/<uid>.jsonl`, one entry a line, with the files it refers to in `<folder>/<uid>.files/`. Its
+process holds a lock on it, which the kernel takes back however that process ends, so that nobody sends a journal that
+is still being written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+ENDING = ".jsonl"
+
+
+class Journal:
+    """Entries of one run, the first `sent` of which are in the store as the run `run_id`."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self.path, self._file = path, file
+        self.uid = path.name.removesuffix(ENDING)
+        self.entries: list[dict[str, Any]] = []
+        self.sent = 0
+        self.run_id = ""
+        self._files = path.with_suffix(".files")
+
+    @classmethod
+    def create(cls, folder: Path) -> Journal:
+        """A new journal, locked until it is closed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{uuid.uuid4().hex}{ENDING}"
+        file = path.open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return cls(path, file)
+
+    @classmethod
+    def open(cls, path: Path) -> Journal | None:
+        """A journal that its process left behind; None where one is at work on it, or has just removed it."""
+        try:
+            file = path.open("r+b")
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink == 0:
+                raise BlockingIOError
+        except BlockingIOError:
+            file.close()
+            return None
+        journal = cls(path, file)
+        whole = 0
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # a kill while it was written: the last line
+            whole += len(line)
+            if entry["op"] == "sent":
+                journal.sent, journal.run_id = entry["count"], entry["run_id"]
+            else:
+                journal.entries.append(entry)
+        file.truncate(whole)
+        file.seek(whole)
+        return journal
+
+    def append(self, op: str, **fields: Any) -> None:
+        """Add an entry, {"op": op, ...}; on disk when this returns."""
+        entry = {"op": op, **fields}
+        self._write(entry)
+        self.entries.append(entry)
+
+    def mark_sent(self, count: int, run_id: str) -> None:
+        """The first `count` entries are in the store."""
+        self._write({"op": "sent", "count": count, "run_id": run_id})
+        self.sent, self.run_id = count, run_id
+
+    def keep(self, path: str | os.PathLike) -> str:
+        """Copy a file, which may be gone when it is sent; returns the copy's path."""
+        folder = self._files / str(len(self.entries))
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.fspath(shutil.copy(path, folder / Path(path).name))
+
+    def close(self) -> None:
+        """Leave the journal to whoever sends it."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """All is sent."""
+        shutil.rmtree(self._files, ignore_errors=True)
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+
+def left_behind(folder: Path) -> Iterator[Journal]:
+    """Journals that no living process holds, in the order of their starts. Close or remove each."""
+    for path in sorted(folder.glob(f"*{ENDING}"), key=_started):
+        journal = Journal.open(path)
+        if journal is None:
+            continue
+        if not journal.entries:  # killed before it said what it is
+            journal.remove()
+            continue
+        yield journal
+
+
+def _started(path: Path) -> int:
+    try:
+        with path.open() as file:
+            return int(json.loads(file.readline() or "{}").get("time", 0))
+    except (OSError, ValueError):
+        return 0
