@@ -351,7 +351,7 @@ def test_the_published_256_pixel_model_goes_through_sampling_and_evaluation(tmp_
         "pretrained": "celebahq",
         "schedule": {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
     }
-    toy["sampling"] |= {"num_samples": 2}
+    toy["sampling"] |= {"num_samples": 4}
     (tmp_path / "toy.yaml").write_text(json.dumps(raw))
     step = ("--config", "toy.yaml", "--experiment", "toy", "--data", "data")
     peaks = [peak_memory_gib("train-ddpm", *step, "--out", "ddpm")]
@@ -368,10 +368,10 @@ def test_the_published_256_pixel_model_goes_through_sampling_and_evaluation(tmp_
         "--stabilizer",
         "ema:0.99",
     )
-    drawn = ("--sampler", "ddim", "--steps", 2, "--num-samples", 2, "--batch-size", 1, "--out", "drawn")
+    drawn = ("--sampler", "ddim", "--steps", 2, "--num-samples", 4, "--batch-size", 1, "--out", "drawn")
     peaks.append(peak_memory_gib("sample", "--ddpm", "ddpm", *guided, *drawn))
     samples = np.load(tmp_path / "drawn" / "samples.npy")
-    assert (samples.shape, samples.dtype) == ((2, 256, 256, 3), np.uint8)
+    assert (samples.shape, samples.dtype) == ((4, 256, 256, 3), np.uint8)
     record = json.loads((tmp_path / "drawn" / "samples.json").read_text())
     assert record["nonfinite"] == 0
 
