@@ -20,7 +20,7 @@ from nrcg.config import ROLES, EvaluateStep, ReferenceStep, format_scale
 from nrcg.datasets import load_manifest, open_split, to_unit
 from nrcg.errors import DataError
 from nrcg.features import Extractor, extract, load_extractor, resolve_features
-from nrcg.figures import sample_grid, save_png
+from nrcg.figures import sample_grid, save_png, save_trace_figure
 from nrcg.files import sha256_file
 from nrcg.intervals import Estimate, bootstrap_intervals, share, share_difference
 from nrcg.pairwise import (
@@ -34,6 +34,7 @@ from nrcg.pairwise import (
 from nrcg.progress import Progress
 from nrcg.references import Reference, ReferenceSet, cached_reference, make_reference
 from nrcg.results import check_comparable
+from nrcg.trace import Trace
 
 GRID_SAMPLES = 64
 BATCH = 256
@@ -433,7 +434,8 @@ def evaluate_method(
                 "images_per_second": drawn.images_per_second,
                 "peak_memory_mib": drawn.peak_memory_mib,
             }
-            row["mlflow_run_id"] = _log(settings, row, drawn.images, manifest)
+            trace = _read_trace(setting_folder(samples, settings.method, scale), settings)
+            row["mlflow_run_id"] = _log(settings, row, drawn.images, manifest, trace)
             rows.append(row)
     check_comparable(rows)
     for extractor in extractors:
@@ -441,7 +443,18 @@ def evaluate_method(
     return rows, list(rows[0])
 
 
-def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict) -> str:
+def _read_trace(folder: Path, settings: EvaluateStep) -> Trace | None:
+    """What the guidance did in each step, over all shards, where the settings asked for it; drawn as trace.png."""
+    paths = sorted(folder.glob("shard*.trace.npz")) if settings.sampling.trace else []
+    if not paths:
+        return None  # not asked for, or nothing guided
+    num_shards = -(-settings.sampling.num_samples // settings.sampling.shard_size)
+    trace = Trace.join([Trace.load(path) for path in paths[:num_shards]])
+    save_trace_figure(folder / "trace.png", trace)
+    return trace
+
+
+def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict, trace: Trace | None) -> str:
     """One tracking run per method and scale; returns its id."""
     params = {
         "scale": row["scale"],
@@ -461,4 +474,12 @@ def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict) 
         with tempfile.TemporaryDirectory() as folder:
             save_png(Path(folder) / "samples.png", sample_grid(images[:GRID_SAMPLES], 8))
             run.log_artifact(Path(folder) / "samples.png")
+            if trace is not None:
+                save_trace_figure(Path(folder) / "trace.png", trace)
+                run.log_artifact(Path(folder) / "trace.png")
+        if trace is not None:
+            means = trace.mean()
+            for column, t in enumerate(trace.t.tolist()):
+                known = {f"trace.{name}": values[column] for name, values in means.items()}
+                run.log_metrics({name: value for name, value in known.items() if np.isfinite(value)}, step=t)
         return run.id
