@@ -5,10 +5,9 @@ Random weights take as long as trained ones.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from nrcg import sportballs
 from nrcg.batching import MOST_ON_CPU, is_out_of_memory, largest_batch
 from nrcg.classifiers import Classifier, build_module
-from nrcg.config import BatchSize, ExperimentConfig, UNetConfig
+from nrcg.config import ROLES, ExperimentConfig, UNetConfig
 from nrcg.diffusion import autocast, build_unet, freeze
 from nrcg.features import InceptionExtractor
 from nrcg.guidance import log_prob_gradient
@@ -36,42 +35,41 @@ def processors() -> int:
 
 
 def seconds_per_image(
-    work: Callable[[int], object], batch_size: int, *, device: torch.device, budget: float = 1.5
+    work: Callable[[int], object], batch_size: int, *, device: torch.device, budget: float = 1.0
 ) -> float:
     """Time of work(n), which does n images at once, for each image.
 
-    Warmed up with one image; then in batches of batch_size, or of as many as `budget` seconds allow. The fastest of
-    several counts: what else the machine does only ever adds.
-
-    Returns:
-        Seconds per image, also where one image alone takes longer than the budget.
+    Wall time on a GPU; processor time on the CPU, which what else the machine does disturbs less. Warmed up with one
+    image, then measured in batches of batch_size or of as many as take about `budget` seconds; the lowest time counts.
+    One image that alone takes several times the budget is not done twice.
     """
-    began = time.perf_counter()
-    cold = _timed(work, 1, device)
-    if cold > budget:
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def timed(size: int) -> float:
+        began = clock()
+        work(size)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - began
+
+    cold = timed(1)
+    if cold > 5 * budget:
         return cold
-    one = _timed(work, 1, device)
-    size = max(1, min(batch_size, int(budget / 4 / one)))
-    best = one
-    if size > 1:
+    size, best, began = 1, timed(1), clock()
+    while size < batch_size:  # a larger batch costs less per image, so that again more may fit
+        larger = min(batch_size, int(budget / best))
+        if larger < 1.5 * size and larger < batch_size:
+            break
         try:
-            _timed(work, size, device)
+            size, best = larger, timed(larger) / larger
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return one
+            return best
     while True:
-        best = min(best if size == 1 else np.inf, _timed(work, size, device) / size)
-        if time.perf_counter() - began > budget:
-            return float(best)
-
-
-def _timed(work: Callable[[int], object], size: int, device: torch.device) -> float:
-    began = time.perf_counter()
-    work(size)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+        best = min(best, timed(size) / size)
+        if clock() - began > budget:
+            return best
 
 
 def measure(
@@ -82,7 +80,7 @@ def measure(
     device: torch.device,
     precision: torch.dtype,
     classifier_precision: torch.dtype,
-    budget: float = 1.5,
+    budget: float = 1.0,
 ) -> tuple[dict[str, float], list[str]]:
     """Seconds per image of some operations of `nrcg.plan`; on the CPU, of one core.
 
@@ -96,63 +94,37 @@ def measure(
     Returns:
         operation -> seconds, and notes on how they came about.
     """
-    costs: dict[str, float] = {}
-    notes: list[str] = []
-    with _threads(1, device):
-        if unet is not None:
-            found, notes = _unet_costs(settings, unet, operations, device, precision, budget)
-            costs |= found
-        else:
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the workflow's jobs share the cores
+    try:
+        if unet is None:
+            costs: dict[str, float] = {}
             notes = ["U-Net: the pretrained model is not at hand, so that its passes cannot be measured"]
-        size = settings.dataset.image_size
+        else:
+            costs, notes = _unet_costs(settings, unet, operations, device, precision, budget)
         for operation in operations:
             kind, _, architecture = operation.partition(" ")
-            if kind in ("train", "classify", "gradient"):
-                role = next(
-                    config
-                    for config in (
-                        getattr(settings.classifiers, name) for name in type(settings.classifiers).model_fields
-                    )
-                    if config.architecture == architecture
+            if architecture:
+                costs[operation] = _classifier_cost(
+                    settings, kind, architecture, device, classifier_precision, budget=budget / 2
                 )
-                classifier = Classifier(build_module(architecture, len(settings.dataset.classes), 0.1)).to(device)
-                if kind == "train":
-                    work = _classifier_step(classifier, size, device, classifier_precision)
-                    batch_size = role.batch_size
-                else:
-                    work = _classifier_pass(classifier, size, device, gradient=kind == "gradient")
-                    batch_size = 256 if kind == "classify" else _batch(settings.sampling.batch_size, settings, device)
-                costs[operation] = seconds_per_image(work, batch_size, device=device, budget=budget / 2)
-            elif kind == "draw" and settings.dataset.source == "sportballs":
+            elif kind == "draw":
                 costs[operation] = seconds_per_image(_drawing(settings), 256, device=torch.device("cpu"), budget=budget)
             elif kind == "inception":
-                extractor = InceptionExtractor(settings.evaluation.inception_dir, str(device))
-                pixels = np.zeros((64, size, size, CHANNELS), np.uint8)
-                costs[operation] = seconds_per_image(
-                    lambda n, extractor=extractor, pixels=pixels: extractor(pixels[:n]),
-                    64,
-                    device=device,
-                    budget=budget,
-                )
+                costs[operation] = seconds_per_image(_inception(settings, device), 64, device=device, budget=budget)
+    finally:
+        torch.set_num_threads(threads)
     return costs, notes
 
 
-@contextlib.contextmanager
-def _threads(count: int, device: torch.device) -> Iterator[None]:
-    """So many CPU threads, where the CPU computes: the workflow's jobs share the cores, one each."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _batch(batch_size: BatchSize, settings: ExperimentConfig, device: torch.device) -> int:
-    if batch_size == "auto":
-        batch_size = MOST_ON_CPU
-    return min(batch_size, settings.sampling.shard_size, settings.sampling.num_samples)
+def _sampling_batch(settings: ExperimentConfig, trial: Callable[[int], object], device: torch.device) -> int:
+    """Samples at once, as sampling chooses them."""
+    most = min(settings.sampling.shard_size, settings.sampling.num_samples)
+    if settings.sampling.batch_size != "auto":
+        return min(settings.sampling.batch_size, most)
+    # On a CPU the search would cost more than the measurement.
+    return largest_batch(trial, most, device) if device.type == "cuda" else min(MOST_ON_CPU, most)
 
 
 def _unet_costs(
@@ -179,17 +151,14 @@ def _unet_costs(
             eps = unet(x, torch.zeros(n, device=device)).sample
         torch.autograd.grad(eps.float().sum(), x)
 
-    trial = gradient if "unet_gradient" in operations else forward
-    if settings.sampling.batch_size == "auto" and device.type == "cuda":
-        batch_size = largest_batch(trial, min(settings.sampling.shard_size, settings.sampling.num_samples), device)
-    else:
-        batch_size = _batch(settings.sampling.batch_size, settings, device)
+    guided = bool({"unet_gradient", "unet_checkpoint"} & set(operations))
+    batch_size = _sampling_batch(settings, gradient if guided else forward, device)
     costs = {"unet_forward": seconds_per_image(forward, batch_size, device=device, budget=budget)}
     if costs["unet_forward"] > SLOW_SECONDS:
         costs |= {name: ratio * costs["unet_forward"] for name, ratio in SLOW_RATIOS.items()}
         seconds = f"{costs['unet_forward']:.0f} s"
         return costs, [f"U-Net: one forward pass takes {seconds}; gradients and training are taken for 3 and 4 of them"]
-    if {"unet_gradient", "unet_checkpoint"} & set(operations):
+    if guided:
         costs["unet_gradient"] = seconds_per_image(gradient, batch_size, device=device, budget=budget)
         costs["unet_checkpoint"] = costs["unet_gradient"] + costs["unet_forward"]
     if "unet_train" in operations:
@@ -202,12 +171,33 @@ def _unet_costs(
                 eps = unet(noise, torch.zeros(n, device=device)).sample
             update(F.mse_loss(eps.float(), noise))
 
-        # One job with all cores.
-        cores = min(16, processors()) if device.type == "cpu" else 1
-        with _threads(cores, device):
-            found = seconds_per_image(step, settings.ddpm.batch_size, device=device, budget=2 * budget)
-        costs["unet_train"] = found * cores
+        costs["unet_train"] = seconds_per_image(step, settings.ddpm.batch_size, device=device, budget=2 * budget)
     return costs, []
+
+
+def _classifier_cost(
+    settings: ExperimentConfig,
+    kind: str,
+    architecture: str,
+    device: torch.device,
+    precision: torch.dtype,
+    *,
+    budget: float,
+) -> float:
+    """Of `train`, `classify` or `gradient`."""
+    size = settings.dataset.image_size
+    classifier = Classifier(build_module(architecture, len(settings.dataset.classes), 0.1)).to(device)
+    batch_size = 256  # as accuracies are taken
+    if kind == "train":
+        roles = (getattr(settings.classifiers, role) for role in ROLES)
+        batch_size = next(role.batch_size for role in roles if role.architecture == architecture)
+        work = _classifier_step(classifier, size, device, precision)
+    elif kind == "gradient":
+        batch_size = MOST_ON_CPU if device.type == "cpu" else batch_size
+        work = _classifier_pass(classifier, size, device, gradient=True)
+    else:
+        work = _classifier_pass(classifier, size, device, gradient=False)
+    return seconds_per_image(work, batch_size, device=device, budget=budget)
 
 
 def _updates(module: nn.Module) -> Callable[[Tensor], None]:
@@ -258,3 +248,9 @@ def _drawing(settings: ExperimentConfig) -> Callable[[int], object]:
     return lambda n: sportballs.render(
         data.seed, np.arange(n), image_size=data.image_size, classes=data.classes, diameter=tuple(data.diameter)
     )
+
+
+def _inception(settings: ExperimentConfig, device: torch.device) -> Callable[[int], object]:
+    size = settings.dataset.image_size
+    extractor = InceptionExtractor(settings.evaluation.inception_dir, str(device))
+    return lambda n: extractor(np.zeros((n, size, size, CHANNELS), np.uint8))
