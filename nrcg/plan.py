@@ -468,7 +468,8 @@ def plan_rows(steps: Sequence[Step], estimate: Estimate | None) -> list[tuple[st
         cells += [f"{bound}{_count(count)}" if count else "" for count in (step.forward, step.backward)]
         if estimate is not None:
             found = step.hours(estimate.costs, estimate.cores)
-            cells.append("?" if found is None else f"{bound}{_hours(found)}")
+            unknown = found is None or (step.images is None and step.rule != "report")
+            cells.append("?" if unknown else f"{bound}{_hours(found)}")
         rows.append((*cells, "?" if step.disk is None else _bytes(step.disk) if step.disk else ""))
     total = ["all", f"{sum(s.jobs for s in steps):,}", f"{sum(s.done for s in steps):,}", ""]
     for count in (sum(s.forward for s in steps), sum(s.backward for s in steps)):
@@ -505,7 +506,7 @@ def plan_notes(
     if estimate is not None:
         notes += estimate.notes
         if any(step.hours(estimate.costs, estimate.cores) is None for step in steps):
-            notes.append("?: cannot be measured before; not in the sum of the hours")
+            notes.append("?: not known before, and not in the sum of the hours")
         hours, complete = total_hours(steps, estimate)
         sign = "" if complete else "at least "
         notes.append(f"time: {sign}{duration(hours)} on {estimate.device}, if nothing else runs there")
@@ -524,8 +525,14 @@ def plan_notes(
 
 
 def duration(hours: float) -> str:
-    """Hours in words, two digits: 40 seconds, 22 minutes, 3.5 hours, 12 days."""
-    for unit, size, least in (("days", 24.0, 48.0), ("hours", 1.0, 1.5), ("minutes", 1 / 60, 1.5 / 60)):
+    """Hours in words, two digits: 40 seconds, 22 minutes, 3.5 hours, 12 days, 5.2 years."""
+    year = 24 * 365.25
+    for unit, size, least in (
+        ("years", year, 2 * year),
+        ("days", 24.0, 48.0),
+        ("hours", 1.0, 1.5),
+        ("minutes", 1 / 60, 1.5 / 60),
+    ):
         if hours >= least:
             return f"{_digits(hours / size)} {unit}"
     return f"{_digits(hours * 3600)} seconds"
@@ -537,7 +544,8 @@ def _digits(number: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 99.5 else f"{hours:.1f}" if hours >= 9.95 else f"{hours:.2f}"
+    decimals = 0 if hours >= 99.5 else 1 if hours >= 9.95 else 2 if hours >= 0.0995 else 3
+    return f"{hours:,.{decimals}f}"
 
 
 def _count(count: int | None) -> str:
