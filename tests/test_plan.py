@@ -303,6 +303,10 @@ def test_at_most_and_at_least_are_said(tmp_path):
     assert table["sample non_robust_x0_ema99"][3:6] == ("24", "<= 144", "<= 120")
     assert table["train_ddpm"][3:6] == ("?", ">= 464", "")  # 2 x 16 validated, grids of 36 samples after each epoch
     assert table["all"][4].startswith("about ")
+    costs = {name: 1.0 for step in steps for name in step.work}
+    hours = {row[0]: row[6] for row in plan.plan_rows(steps, Estimate(costs, "it", None))}
+    assert (hours["train_ddpm"], hours["all"][:3]) == ("?", ">= ")
+    assert hours["report"] == "0.001"  # three jobs' start of a second each
     notes = plan.plan_notes(config.experiments["toy"], steps, None, Counts(None, None, "images: unknown"), tmp_path)
     assert notes[0] == "images: unknown" and "skip_above" in notes[1]
 
