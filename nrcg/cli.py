@@ -22,7 +22,6 @@ from nrcg.config import (
     BestBy,
     DDPMConfig,
     EvaluateStep,
-    ExperimentConfig,
     ReferenceStep,
     ReportStep,
     SampleStep,
@@ -40,7 +39,8 @@ from nrcg.errors import ConfigError, DataError, NrcgError
 if TYPE_CHECKING:
     import torch
 
-    from nrcg.config import ImageData, SportBallsData
+    from nrcg.config import ExperimentConfig, ImageData, SportBallsData
+    from nrcg.plan import Estimate, Step
     from nrcg.sources import Listing
 
 GRID_SAMPLES = 256
@@ -921,17 +921,65 @@ def adopt(arguments: argparse.Namespace) -> None:
     print(f"up to date: {', '.join(experiments)}")
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    """Estimate an experiment before it starts: jobs, images, U-Net passes, hours, disk."""
+    from nrcg.config import get_experiment
+    from nrcg.plan import image_counts, make_plan, plan_notes, plan_rows
+
+    config = load(arguments.config)
+    settings = get_experiment(config, arguments.experiment)
+    steps = make_plan(config, arguments.experiment)
+    estimate = _measured(arguments, settings, steps) if arguments.measure else None
+    _print_table(plan_rows(steps, estimate))
+    print()
+    counts = image_counts(settings.dataset, Path("data") / settings.dataset.name)
+    for note in plan_notes(settings, steps, estimate, counts):
+        print(note)
+
+
+def _measured(arguments: argparse.Namespace, settings: ExperimentConfig, steps: Sequence[Step]) -> Estimate:
+    """What the steps' operations cost on the device at hand."""
+    from nrcg.plan import Estimate, find_unet
+
+    print("measuring ...", file=sys.stderr, flush=True)
+    began, busy = time.perf_counter(), time.process_time()
+    import diffusers.models  # noqa: F401  what a job imports
+    import torch
+    import torchvision.models  # noqa: F401
+
+    from nrcg import timing
+    from nrcg.diffusion import resolve_device, resolve_precision
+
+    start = time.process_time() - busy
+    device = resolve_device(arguments.device or settings.device)
+    precision = resolve_precision(settings.precision, device)
+    on_cpu = device.type == "cpu"
+    costs, notes = timing.measure(
+        settings,
+        sorted({operation for step in steps for operation in step.work}),
+        unet=find_unet(settings.ddpm, Path("models") / arguments.experiment / "ddpm"),
+        device=device,
+        precision=precision,
+        classifier_precision=torch.float32 if on_cpu and settings.precision == "auto" else precision,
+    )
+    cores = timing.processors() if on_cpu else None
+    name = f"{cores} CPU cores" if on_cpu else f"one {_device_name(device)}"
+    seconds = time.perf_counter() - began
+    how = f"hours: measured in {seconds:.0f} s on {name}, U-Net in {str(precision).removeprefix('torch.')}"
+    return Estimate(costs | {"start": start}, name, cores, [how, *notes])
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run Snakemake with bars instead of pages of log."""
-    from nrcg.config import get_experiment
+    from nrcg.plan import job_weights
     from nrcg.progress import watch
 
-    settings = get_experiment(load("config.yaml"), arguments.experiment)
+    weights = job_weights(load("config.yaml"), arguments.experiment)
     _use_this_environment()
     # The target stands first: --resources takes every word after it.
     command = ["snakemake", arguments.experiment, "--cores", "all", "--resources", "gpu=1", *arguments.snakemake]
     log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    code = watch(command, log, weights=_job_weights(settings))
+    code = watch(command, log, weights=weights)
     if code == 0 and not {"-n", "--dry-run"} & set(arguments.snakemake):
         _print_results(arguments.experiment)
     return code
@@ -947,35 +995,6 @@ def _use_this_environment() -> None:
 
 def _settings(arguments: argparse.Namespace, step: str, part: str | None = None) -> Any:
     return read_step_settings(arguments.config, step, arguments.experiment, part)
-
-
-def _job_weights(settings: ExperimentConfig) -> dict[str, float]:
-    """Relative cost of one job of each rule, for the estimate of what is left: passes of one image through the U-Net,
-    a gradient counting as two further ones; a classifier's pass counts as a quarter."""
-    num_train, steps = _num_train(settings), settings.ddpm.schedule.num_train_timesteps
-    classifiers = settings.classifiers
-    epochs = [getattr(classifiers, role).epochs for role in ROLES]
-    return {
-        "train_ddpm": 3.0 * num_train * settings.ddpm.epochs if settings.ddpm.pretrained is None else 1.0,
-        "train_classifier": 3 / 4 * num_train * sum(epochs) / len(epochs),
-        "forward": 5.0 * settings.forward.num_images * steps,
-        "sample": 2.5 * min(settings.sampling.shard_size, settings.sampling.num_samples) * steps,
-        "reference": 1 / 4 * num_train,
-        "evaluate": 1 / 4 * num_train,
-        "dataset": num_train / 10,
-    }
-
-
-def _num_train(settings: ExperimentConfig) -> int:
-    """Training images: as configured or as the data set has them; before it is made, a guess."""
-    from nrcg.datasets import load_manifest
-
-    if settings.dataset.num_train is not None:
-        return settings.dataset.num_train
-    try:
-        return load_manifest(Path("data") / settings.dataset.name)["splits"]["train"]["num_images"]
-    except DataError:
-        return 100_000
 
 
 def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[torch.device, torch.dtype]:
@@ -1222,6 +1241,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("run", run)
     sub.add_argument("experiment", nargs="?", default="quickstart")
     sub.add_argument("snakemake", nargs=argparse.REMAINDER, help="further arguments for Snakemake")
+    sub = add("plan", plan)
+    sub.add_argument("experiment", nargs="?", default="quickstart")
+    sub.add_argument("--config", default="config.yaml")
+    sub.add_argument("--device", type=_device_flag, help="auto, cpu, cuda, cuda:N; default: the config's")
+    sub.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="only count: answers at once, without hours"
+    )
     sub = add("validate", validate)
     sub.add_argument("--config", default="config.yaml")
     sub = add("schema", schema)
