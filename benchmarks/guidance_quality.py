@@ -24,7 +24,7 @@ class Setting:
     """One row: a sampler and a way to take the gradient."""
 
     name: str
-    scales: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    scales: tuple[float, ...] = (2.0, 4.0, 8.0)
     sampler: str = "ddpm"
     share: float = 1.0  # of the T steps
     guidance: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ SETTINGS = (
     Setting("every_k 4", guidance={"every_k": 4}),
     Setting("skip_above 0.999", guidance={"skip_above": 0.999}),
     Setting("skip_above 0.9", guidance={"skip_above": 0.9}),
-    Setting("no_jacobian", (0.3, 0.6, 1.2, 2.4), guidance={"grad_mode": "no_jacobian"}),
+    Setting("no_jacobian", (0.4, 0.8, 1.6), guidance={"grad_mode": "no_jacobian"}),
     Setting("DDPM, 1/2 of the steps", share=0.5),
     Setting("DDPM, 1/4 of the steps", share=0.25),
     Setting("DDIM, 1/2 of the steps", sampler="ddim", share=0.5),
@@ -48,17 +48,21 @@ SETTINGS = (
 )
 
 
+COLUMNS = ("accuracy_judge", "cfd_judge", "cfd_judge_lo", "cfd_judge_hi", "recall", "coverage", "diversity")
+
+
 def measure(arguments: argparse.Namespace) -> list[dict]:
     """A row per setting and scale."""
     import torch
 
-    from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline, load_classifier, metrics
+    from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline, load_classifier
     from nrcg.classifiers import class_index
     from nrcg.config import scaled_beta
     from nrcg.datasets import open_split, to_uint8
     from nrcg.diffusion import resolve_device, resolve_precision
-    from nrcg.evaluation import target_accuracy
-    from nrcg.features import JudgeExtractor, extract
+    from nrcg.evaluation import evaluate_images
+    from nrcg.features import JudgeExtractor
+    from nrcg.references import make_reference
 
     device = resolve_device(arguments.device)
     precision = resolve_precision("auto", device)
@@ -70,7 +74,8 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     target = class_index(judge.classes, arguments.target)
     extractor = JudgeExtractor(judge)
     images, labels = open_split(arguments.data, "train")
-    reference = extract(extractor, images[: arguments.num_reference])
+    count = arguments.num_reference
+    reference = make_reference(extractor, images[:count], labels[:count], target)
     rows = []
     for setting in SETTINGS:
         for scale in setting.scales:
@@ -91,16 +96,12 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
             )
             seconds = clock() - began
             drawn = to_uint8(out.samples)
-            found = metrics.evaluate_samples(
-                extract(extractor, drawn), reference, labels[: arguments.num_reference], target, "judge", seed=0
-            )
+            found = evaluate_images(drawn, [reference], [extractor], target=target, judge=judge)
             row = {
                 "setting": setting.name,
                 "scale": scale,
                 "steps": steps,
-                "accuracy_judge": target_accuracy(judge, drawn, target, device),
-                "cfd_judge": found["cfd_judge"],
-                "recall": found["recall"],
+                **{key: found[key] for key in COLUMNS},
                 "nonfinite": int(out.nonfinite.sum()),
                 "seconds_per_image": seconds / len(drawn),
             }
@@ -126,10 +127,12 @@ def best(rows: list[dict]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The best rows as Markdown."""
-    lines = ["| setting | scale | steps | accuracy (judge) | cfd_judge | speed |", "|---|---|---|---|---|---|"]
+    lines = ["| setting | scale | steps | accuracy (judge) | cfd_judge (95 %) | coverage | speed |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     lines += [
         f"| {row['setting']} | {row['scale']:g} | {row['steps']} | {100 * row['accuracy_judge']:.1f} % |"
-        f" {row['cfd_judge']:.2f} | {row['speed']:.1f} x |"
+        f" {row['cfd_judge']:.2f} ({row['cfd_judge_lo']:.2f} to {row['cfd_judge_hi']:.2f}) | {row['coverage']:.2f} |"
+        f" {row['speed']:.1f} x |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"

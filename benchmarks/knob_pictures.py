@@ -146,11 +146,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--knobs", nargs="+", choices=KNOBS, default=list(KNOBS))
     arguments = parser.parse_args()
-    import torch
-
     from nrcg import load_classifier
     from nrcg.classifiers import class_index
-    from nrcg.evaluation import target_accuracy
+    from nrcg.evaluation import predict
+    from nrcg.metrics import target_share
 
     judge = load_classifier(arguments.models / "classifiers" / "judge")
     target = class_index(judge.classes, arguments.target)
@@ -158,7 +157,7 @@ def main() -> None:
         rows = []
         for label, setting in KNOBS[knob]:
             images = draw(arguments.models, arguments.target, setting)
-            rows.append((label, images, target_accuracy(judge, images, target, torch.device("cpu"))))
+            rows.append((label, images, target_share(predict(judge, images), target)))
         save_rows(arguments.out / f"knob_{knob}.png", rows)
         print(knob, [f"{label}: {accuracy:.2f}" for label, _, accuracy in rows], flush=True)
 
