@@ -23,7 +23,8 @@ from nrcg.results import write_csv
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "config.yaml")
 VERBS = [
-    *("run", "validate", "schema", "import-released", "table", "dataset", "train-ddpm", "train-classifier"),
+    *("run", "validate", "schema", "import-released", "export-ddpm", "export-classifier", "table"),
+    *("dataset", "train-ddpm", "train-classifier"),
     *("forward", "sample", "evaluate", "collect", "figures", "report"),
 ]
 CLASSES = ["baseball", "basketball", "soccer"]
