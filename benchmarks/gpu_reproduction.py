@@ -592,7 +592,7 @@ def sweep(call: Call, minutes: float) -> None:
         if found.exists():
             full = json.loads(found.read_text())["summary"]["full"]["images_per_second"]
         number = plan_sweep_samples(call.settings()["sweep"], full, 60 * minutes)
-        call.state["sweep_samples"] = 12 if call.toy else number
+        call.state["sweep_samples"] = 8 if call.toy else number
         call.save()
     call.verbs(sampling_jobs(call, EXPERIMENT, sweep_order(call.settings()["sweep"])), "sweep")
 
