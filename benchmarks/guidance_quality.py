@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,18 @@ SETTINGS = (
 COLUMNS = ("accuracy_judge", "cfd_judge", "cfd_judge_lo", "cfd_judge_hi", "recall", "coverage", "diversity")
 
 
-def measure(arguments: argparse.Namespace) -> list[dict]:
-    """A row per setting and scale."""
+def chosen_scales(scales: tuple[float, ...], times: float, number: int | None) -> list[float]:
+    """The scales of a setting, times a factor: all, or so many from the second on, which is the quickstart's best."""
+    first = 0 if number is None else max(min(1, len(scales) - number), 0)
+    return [times * scale for scale in scales[first : None if number is None else first + number]]
+
+
+def measure(arguments: argparse.Namespace, rows: list[dict], keep: Callable[[list[dict]], None]) -> list[dict]:
+    """A row per setting and scale; those that are there already are not measured again.
+
+    Args:
+        keep: called with all rows after each.
+    """
     import torch
 
     from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline, load_classifier
@@ -76,9 +87,11 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     images, labels = open_split(arguments.data, "train")
     count = arguments.num_reference
     reference = make_reference(extractor, images[:count], labels[:count], target)
-    rows = []
+    rows = list(rows)
     for setting in SETTINGS:
-        for scale in setting.scales:
+        for scale in chosen_scales(setting.scales, arguments.times, arguments.num_scales):
+            if any((row["setting"], row["scale"]) == (setting.name, scale) for row in rows):
+                continue
             pipe = GuidedDDPMPipeline.from_pretrained(models / "ddpm").to(device).use_sampler(setting.sampler)
             steps = round(setting.share * len(pipe.scheduler.betas))
             guidance = ClassifierGuidance(
@@ -107,6 +120,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
             }
             print(json.dumps(row), flush=True)
             rows.append(row)
+            keep(rows)
     return rows
 
 
@@ -130,7 +144,7 @@ def table(rows: list[dict]) -> str:
     lines = ["| setting | scale | steps | accuracy (judge) | cfd_judge (95 %) | coverage | speed |"]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {row['setting']} | {row['scale']:g} | {row['steps']} | {100 * row['accuracy_judge']:.1f} % |"
+        f"| {row['setting']} | {row['scale']:g} | {row['steps']:g} | {100 * row['accuracy_judge']:.1f} % |"
         f" {row['cfd_judge']:.2f} ({row['cfd_judge_lo']:.2f} to {row['cfd_judge_hi']:.2f}) | {row['coverage']:.2f} |"
         f" {row['speed']:.1f} x |"
         for row in rows
@@ -184,6 +198,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, help="folder for quality.csv, quality.md and quality.png")
+    parser.add_argument("--times", type=float, default=1.0, help="all scales times this; 2 was the best at 1")
+    parser.add_argument("--num-scales", type=int, help="so many scales per setting; default: all")
+    parser.add_argument("--resume", action="store_true", help="go on from the quality.csv that is there")
     parser.add_argument("--draw-only", action="store_true", help="table and picture from the quality.csv that is there")
     arguments = parser.parse_args()
     from nrcg.results import write_csv
@@ -192,9 +209,8 @@ def main() -> None:
     if arguments.draw_only:
         rows = _read(csv)
     else:
-        rows = measure(arguments)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_csv(csv, rows, list(rows[0]))
+        found = _read(csv) if arguments.resume and csv.exists() else []
+        rows = measure(arguments, found, lambda rows: write_csv(csv, rows, list(rows[0])))
     chosen = best(rows)
     (arguments.out / "quality.md").write_text(table(chosen))
     picture(chosen, arguments.out / "quality.png")
@@ -202,9 +218,11 @@ def main() -> None:
 
 
 def _read(path: Path) -> list[dict]:
-    from nrcg.results import read_csv
+    import csv
 
-    return read_csv(path)
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    return [{name: text if name == "setting" else float(text) for name, text in line.items()} for line in lines]
 
 
 if __name__ == "__main__":

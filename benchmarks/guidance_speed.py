@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 VARIANTS = ("plain", "full", "checkpoint", "no_jacobian", "every_4")
 PUBLISHED = {
@@ -127,6 +128,7 @@ def _now(device) -> float:
 def measure(arguments: argparse.Namespace) -> dict:
     """One variant in this process: images per second (for all 400 steps) and peak memory."""
     import torch
+    from flops import peak_flops
 
     from nrcg.diffusion import resolve_device, resolve_precision
 
@@ -155,11 +157,25 @@ def measure(arguments: argparse.Namespace) -> dict:
         # What sampling needs on top of the models and libraries.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     noise = noise_seconds(arguments.batch_size, arguments.size, device) * arguments.steps / seconds
-    return {
+    found = {
         "images_per_second": arguments.batch_size * arguments.steps / seconds / 400,
         "peak_mib": peak,
         "noise_share": noise,
     }
+    if arguments.variant == "full":
+        used = arguments.batch_size * arguments.steps / seconds * step_flops(arguments.size)
+        found |= {"tflops": used / 1e12, "share_of_peak": used / peak_flops(device, precision)}
+    return found
+
+
+def step_flops(size: int) -> int:
+    """Operations of one image in one guided step: the U-Net, the classifier, and the gradient through both."""
+    import torch
+    from flops import count_flops
+
+    unet, classifier = (module.requires_grad_(False) for module in models(size))
+    x = torch.zeros(1, 3, size, size, requires_grad=True)
+    return count_flops(lambda: torch.log_softmax(classifier(unet(x, 1).sample), dim=1)[:, 0].sum().backward())
 
 
 def main() -> None:
@@ -173,6 +189,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--variant", choices=VARIANTS, help="measure this one alone and print JSON")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     arguments = parser.parse_args()
     if arguments.variant:
         print(json.dumps(measure(arguments)))
@@ -188,6 +205,7 @@ def main() -> None:
             found[variant].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
     print("| variant | images/s (median) | times plain (min to max) | peak MiB | share of plain | noise's share |")
     print("|---|---|---|---|---|---|")
+    summary = {}
     for variant, runs in found.items():
         speeds = [run["images_per_second"] for run in runs]
         pairs = zip(runs, found["plain"], strict=True)
@@ -199,6 +217,16 @@ def main() -> None:
             f"({min(ratios):.2f} to {max(ratios):.2f}) | {peak:.0f} | {share:.2f} |"
             f" {100 * max(run['noise_share'] for run in runs):.2f} % |"
         )
+        summary[variant] = {"images_per_second": statistics.median(speeds), "times_plain": statistics.median(ratios)}
+        summary[variant] |= {"min": min(ratios), "max": max(ratios), "peak_mib": peak}
+        if "share_of_peak" in runs[0]:
+            summary[variant]["share_of_peak"] = statistics.median(run["share_of_peak"] for run in runs)
+    if "full" in summary:
+        used = 100 * summary["full"]["share_of_peak"]
+        print(f"\nThe full gradient uses {used:.1f} % of what a large matrix product reaches on this device.")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"summary": summary, "runs": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -810,6 +810,27 @@ def import_released(arguments: argparse.Namespace) -> None:
         print("\nNothing was written (--dry-run).")
 
 
+def export_ddpm(arguments: argparse.Namespace) -> None:
+    """Write a diffusion model in half precision and small files, with a model card."""
+    import torch
+    from diffusers.utils import logging
+
+    from nrcg.export import export_ddpm
+
+    logging.disable_progress_bar()
+    dtype, most = getattr(torch, arguments.dtype), int(1e6 * arguments.max_shard_mb)
+    export_ddpm(arguments.ddpm, arguments.out, dtype=dtype, max_shard_bytes=most, name=arguments.name)
+
+
+def export_classifier(arguments: argparse.Namespace) -> None:
+    """Write a classifier in half precision."""
+    import torch
+
+    from nrcg.export import export_classifier
+
+    export_classifier(arguments.classifier, arguments.out, dtype=getattr(torch, arguments.dtype))
+
+
 def _class_list(text: str) -> tuple[str, list[str]]:
     """celeba=female,male"""
     experiment, _, names = text.partition("=")
@@ -1276,6 +1297,18 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--sync", action="store_true", help="send what is missing")
     what.add_argument("--finish", metavar="INVOCATION", help="end the parent run; the workflow's last step")
     sub.add_argument("--status", choices=("FINISHED", "FAILED", "KILLED"), default="FINISHED", help="with --finish")
+    for name, verb, what in (
+        ("export-ddpm", export_ddpm, "models/<experiment>/ddpm"),
+        ("export-classifier", export_classifier, "models/<experiment>/classifiers/<role>"),
+    ):
+        sub = add(name, verb)
+        sub.add_argument(f"--{name.partition('-')[2]}", required=True, help=what)
+        sub.add_argument("--out", required=True, help="the new folder")
+        default = "bfloat16" if verb is export_ddpm else "float16"
+        sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=default)
+        if verb is export_ddpm:
+            sub.add_argument("--max-shard-mb", type=_scale, default=16.0, help="no file of weights is larger")
+            sub.add_argument("--name", help="title of the model card; default: the experiment's")
 
     sub = add("dataset", dataset, step=True)
     sub.add_argument("--out", required=True, help="data/<dataset>")

@@ -22,8 +22,9 @@ from nrcg.results import write_csv
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "config.yaml")
 VERBS = [
-    *("run", "plan", "validate", "schema", "import-released", "adopt", "compare", "track", "dataset", "train-ddpm"),
-    *("train-classifier", "forward", "sample", "reference", "evaluate", "collect", "figures", "report"),
+    *("run", "plan", "validate", "schema", "import-released", "adopt", "compare", "track", "export-ddpm"),
+    *("export-classifier", "dataset", "train-ddpm", "train-classifier", "forward", "sample", "reference", "evaluate"),
+    *("collect", "figures", "report"),
 ]
 CLASSES = ["baseball", "basketball", "soccer"]
 
