@@ -46,7 +46,8 @@ MinJobAge=3600
 KillWait=1
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:2 State=UNKNOWN
 PartitionName=work Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -88,6 +89,7 @@ def loopback_slurm(folder: Path, *, cpus: int, memory: int) -> Iterator[dict[str
             node_port=node_port,
         )
     )
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # two that only count
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     environment |= {"SLURM_CONF": str(configuration), "PATH": f"{folder / 'bin'}:{_path()}"}
     # Snakemake's executor starts srun without SLURM_CONF, which a cluster with its file in /etc/slurm does without.
@@ -142,7 +144,7 @@ def _free_ports(count: int) -> list[int]:
 @contextmanager
 def _daemon(words: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
     with open(log, "w") as out:
-        process = subprocess.Popen(words, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         yield
     finally:
