@@ -129,10 +129,12 @@ def test_a_job_computes_with_the_threads_that_it_is_given(models, tmp_path, thre
 def test_the_threads_of_a_jobs_verb_are_those_that_snakemake_counts(tmp_path, cores):
     tree = copy_tree(tmp_path)
     run = snakemake(tree, "--dry-run", "toy", "--cores", str(cores))
-    jobs = re.findall(r"^rule (\w+):\n(.+?)^Shell command: nrcg (.+?)$", run.stdout, re.MULTILINE | re.DOTALL)
+    jobs = re.findall(
+        r"^ *(?:local)?rule (\w+):\n(.+?)^Shell command: nrcg (.+?)$", run.stdout, re.MULTILINE | re.DOTALL
+    )
     assert {name for name, *_ in jobs} == set(config.RULES) - {"all"}
     for name, about, shell in jobs:
-        counted = int((re.search(r"^    threads: (\d+)$", about, re.MULTILINE) or [0, 1])[1])
+        counted = int((re.search(r"^ +threads: (\d+)$", about, re.MULTILINE) or [0, 1])[1])
         assert counted <= cores
         told = re.search(r" --threads (\d+)", shell)
         if name in ("collect", "figures", "report"):  # write tables and pictures
