@@ -20,6 +20,17 @@ print(lease_cuda_device(names, folder, 0.02) if one else lease_cuda_devices(name
 sys.stdin.read()
 """
 
+# Leases a device, notes that, holds it for a moment, and notes the end just before it gives it back by ending.
+TURN = """
+import os, sys, time
+from nrcg.devices import lease_cuda_device
+device = lease_cuda_device(sys.argv[1].split(','), sys.argv[2], poll_seconds=0.02)
+notes = os.open(sys.argv[3], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+os.write(notes, f'{os.getpid()} {device} begins\\n'.encode())
+time.sleep(0.5)
+os.write(notes, f'{os.getpid()} {device} ends\\n'.encode())
+"""
+
 
 class Job:
     """A process that leases one of the devices that it sees."""
@@ -64,6 +75,24 @@ def start(tmp_path):
 def test_concurrent_processes_get_distinct_devices(start):
     jobs = [start(*"abcd") for _ in range(4)]
     assert sorted(job.device() for job in jobs) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("num_jobs", "num_devices"), [(6, 2), (5, 4)])
+def test_more_jobs_than_devices_take_turns(tmp_path, num_jobs, num_devices):
+    """Each job notes when it begins and ends on its device; no two overlap on one."""
+    notes, names = tmp_path / "notes", ",".join(f"GPU-{i:04x}" for i in range(num_devices))
+    words = [sys.executable, "-c", TURN, names, str(tmp_path / "leases"), str(notes)]
+    jobs = [subprocess.Popen(words) for _ in range(num_jobs)]
+    assert [job.wait(timeout=60) for job in jobs] == [0] * num_jobs
+    holder: dict[str, str | None] = {}
+    turns = 0
+    for line in notes.read_text().splitlines():
+        job, device, what = line.split()
+        assert holder.get(device) == (None if what == "begins" else job)
+        holder[device] = job if what == "begins" else None
+        turns += what == "begins"
+    assert turns == num_jobs
+    assert len(holder) == num_devices  # all were used
 
 
 def test_a_killed_process_gives_its_device_back_to_the_one_that_waits(start):

@@ -114,10 +114,13 @@ def best_by(wildcards):
 
 
 def gpus(wildcards):
-    """1 where a job is to run on a GPU, else 0: on a CPU, jobs share the cores instead of waiting for each other."""
+    """1 where a job is to run on a GPU, else 0: on a CPU, jobs share the cores instead of waiting for each other.
+
+    With `device: auto` this machine's devices decide, and 1 is asked of a cluster, whose nodes differ from it.
+    """
     device = CONFIG.experiments[wildcards.experiment].device
     if device == "auto":
-        return int(has_nvidia_gpu())
+        return int(workflow.non_local_exec or has_nvidia_gpu())
     return int(device.startswith("cuda"))
 
 
@@ -129,6 +132,68 @@ def training_gpus(wildcards):
     if not gpus(wildcards) or settings.ddpm.pretrained is not None or ":" in settings.device:
         return gpus(wildcards)
     return max(count_nvidia_gpus(), 1) if asked == "auto" else asked
+
+
+# What a scheduler is asked for, from measured jobs with a margin (docs/scaling.md). A retry asks for `attempt` times it.
+SECONDS_PER_STEP = {"gpu": 1.25e-3, "cpu": 1.0}  # of a guided image of 64 x 64 pixels; grows with the pixels
+CPU_MB_PER_IMAGE = 160  # activations of such an image in a batch
+
+
+def pixels(experiment):
+    """Relative to 64 x 64."""
+    return (experiment.dataset.image_size / 64) ** 2
+
+
+def step_minutes(wildcards, image_steps):
+    """Twice what some image steps take, and ten minutes to start."""
+    seconds = SECONDS_PER_STEP["gpu" if gpus(wildcards) else "cpu"]
+    return 10 + round(2 * image_steps * pixels(CONFIG.experiments[wildcards.experiment]) * seconds / 60)
+
+
+def sample_runtime(wildcards, attempt):
+    """Resource function: minutes for a shard."""
+    experiment = CONFIG.experiments[wildcards.experiment]
+    steps = CONFIG.methods[wildcards.method].sampler.steps or experiment.ddpm.schedule.num_train_timesteps
+    return attempt * step_minutes(wildcards, experiment.sampling.shard_size * steps)
+
+
+def forward_runtime(wildcards, attempt):
+    """Resource function: minutes for the forward analysis, three gradients for each image and step."""
+    experiment = CONFIG.experiments[wildcards.experiment]
+    steps = experiment.forward.num_images * experiment.ddpm.schedule.num_train_timesteps
+    return attempt * step_minutes(wildcards, 3 * steps)
+
+
+def guided_memory(section):
+    """Resource function: MB for jobs that take gradients of the batches of `sampling` or `forward`."""
+
+    def memory(wildcards, attempt):
+        experiment = CONFIG.experiments[wildcards.experiment]
+        if gpus(wildcards):
+            return attempt * 6000
+        batch = getattr(experiment, section).batch_size
+        images = 16 if batch == "auto" else batch  # `auto` takes what it finds free
+        return attempt * (2000 + round(images * pixels(experiment) * CPU_MB_PER_IMAGE))
+
+    return memory
+
+
+def memory(base):
+    """Resource function: MB beyond a job's inputs, which may all come to lie in the memory."""
+
+    def total(wildcards, input, attempt):
+        return attempt * (base + int(input.size_mb))
+
+    return total
+
+
+def minutes(base):
+    """Resource function: a job's minutes."""
+
+    def total(wildcards, attempt):
+        return attempt * base
+
+    return total
 
 
 def data_folder(wildcards):

@@ -15,8 +15,8 @@ rule dataset:
         "../envs/nrcg.yaml"
     threads: 4
     resources:
-        mem_mb=2000,
-        runtime=240,  # where a download is part of it
+        mem_mb=memory(2000),
+        runtime=minutes(240),  # where a download is part of it
     params:
         config=settings_file("dataset"),
         folder=folder("data/{dataset}"),

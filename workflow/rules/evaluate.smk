@@ -44,8 +44,8 @@ rule evaluate:
     threads: 1
     resources:
         gpu=gpus,
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=memory(8000),
+        runtime=minutes(240),
     params:
         config=settings_file("evaluate", "method"),
         data=data_folder,
@@ -70,6 +70,7 @@ rule collect:
         "logs/{experiment}/collect.log",
     benchmark:
         "logs/{experiment}/collect.tsv"
+    localrule: True  # less than a second, also on a cluster
     conda:
         "../envs/nrcg.yaml"
     threads: 1

@@ -16,8 +16,8 @@ rule forward:
     threads: 1
     resources:
         gpu=gpus,
-        mem_mb=6000,
-        runtime=720,
+        mem_mb=guided_memory("forward"),
+        runtime=forward_runtime,
     params:
         config=settings_file("forward"),
         data=data_folder,

@@ -18,6 +18,7 @@ rule figures:
         "logs/{experiment}/figures.log",
     benchmark:
         "logs/{experiment}/figures.tsv"
+    localrule: True
     conda:
         "../envs/nrcg.yaml"
     threads: 1
@@ -54,6 +55,7 @@ rule report:
         "logs/{experiment}/report.log",
     benchmark:
         "logs/{experiment}/report.tsv"
+    localrule: True
     conda:
         "../envs/nrcg.yaml"
     threads: 1

@@ -10,13 +10,15 @@ rule sample:
         "logs/{experiment}/sample/{method}_scale{scale}_shard{shard}.log",
     benchmark:
         "logs/{experiment}/sample/{method}_scale{scale}_shard{shard}.tsv"
+    group:
+        "{experiment}_{method}_{scale}"  # on a cluster, several shards are one job (--group-components)
     conda:
         "../envs/nrcg.yaml"
     threads: 1
     resources:
         gpu=gpus,
-        mem_mb=6000,
-        runtime=240,
+        mem_mb=guided_memory("sampling"),
+        runtime=sample_runtime,
     params:
         config=settings_file("sample", "method"),
         num_samples=shard_size,  # not on the command line: a change makes the shard anew

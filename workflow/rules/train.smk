@@ -20,8 +20,8 @@ rule train_ddpm:
     threads: 16
     resources:
         gpu=training_gpus,
-        mem_mb=8000,
-        runtime=4320,
+        mem_mb=memory(8000),
+        runtime=4320,  # a retry goes on from the last checkpoint
     params:
         config=settings_file("train_ddpm"),
         data=data_folder,
@@ -49,8 +49,8 @@ rule train_classifier:
     threads: 1
     resources:
         gpu=gpus,
-        mem_mb=6000,
-        runtime=360,
+        mem_mb=memory(6000),
+        runtime=minutes(360),
     params:
         config=settings_file("train_classifier", "role"),
         data=data_folder,
