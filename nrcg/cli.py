@@ -654,10 +654,19 @@ def reference(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Metrics of one method over its scales."""
+    """Metrics of one method over its scales, or of anybody's images."""
+    if arguments.config is None:
+        try:
+            _evaluate_own(arguments)
+        except (ValueError, TypeError) as error:  # a setting that the library refuses
+            raise ConfigError(" ".join(str(error).split())) from error
+        return
     from nrcg.evaluation import evaluate_method, read_reference_record
     from nrcg.results import write_csv
 
+    for flag in ("method", "scales", "data", "classifiers", "out"):
+        if getattr(arguments, flag) is None and (flag != "method" or arguments.experiment):
+            raise ConfigError(f"--{flag}: missing; with --config it is needed")
     settings: EvaluateStep = _settings(arguments, "evaluate", arguments.method)
     device, _ = _device(arguments, settings)
     rows, columns = evaluate_method(
@@ -671,6 +680,61 @@ def evaluate(arguments: argparse.Namespace) -> None:
         cache=Path(arguments.cache),
     )
     write_csv(arguments.out, rows, columns)
+
+
+def _evaluate_own(arguments: argparse.Namespace) -> None:
+    """`nrcg evaluate --samples ... --reference ...`: a table, and JSON or CSV."""
+    import contextlib
+    import math
+
+    from nrcg.files import atomic_write_text
+    from nrcg.own_images import evaluate_own, open_side
+    from nrcg.progress import Progress
+    from nrcg.results import format_interval, format_number, write_csv
+
+    out = None if arguments.out is None else Path(arguments.out)
+    if out is not None and out.suffix not in (".json", ".csv"):
+        raise ConfigError(f"--out: {out}: must end in .json or .csv")
+    for flag in ("method", "experiment", "scales", "data", "classifiers"):
+        if getattr(arguments, flag) is not None:
+            raise ConfigError(f"--{flag}: belongs to an experiment; give its --config")
+    samples = open_side(arguments.samples, image_size=arguments.image_size)
+    reference = open_side(arguments.reference, labels=arguments.reference_labels, image_size=arguments.image_size)
+    device, _ = _device(arguments, None)
+    with contextlib.ExitStack() as stack:
+        row, warnings = evaluate_own(
+            samples,
+            reference,
+            features=arguments.features,
+            weights_dir=arguments.weights_dir,
+            classifier=arguments.classifier,
+            target=arguments.target,
+            num_samples=arguments.num_samples,
+            num_pairwise=arguments.num_pairwise or None,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            device=device,
+            on_plan=lambda total: stack.enter_context(Progress("evaluate", total, "image")).set,
+        )
+    measured = [name for name in row if f"{name}_lo" in row]
+    _print_table(
+        [("metric", "value", "95 % interval")]
+        + [(name, format_number(row[name]), format_interval(row, name)) for name in measured]
+    )
+    print()
+    for name in row:
+        if name not in measured and name.removesuffix("_lo").removesuffix("_hi") not in measured and row[name] != "":
+            print(f"{name}: {row[name]}")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if out is None:
+        return
+    if out.suffix == ".csv":
+        row["warnings"] = " | ".join(warnings)
+        write_csv(out, [row], list(row))
+    else:
+        plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        atomic_write_text(out, json.dumps(plain | {"warnings": warnings}, indent=2, allow_nan=False) + "\n")
 
 
 def collect(arguments: argparse.Namespace) -> None:
@@ -1119,15 +1183,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
     sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
     sub.add_argument("--out", required=True, help="results/<experiment>/reference.json")
-    sub = add("evaluate", evaluate, step=True, compute=True)
-    sub.add_argument("--method", help="a key of methods")
-    sub.add_argument("--scales", type=_scale, nargs="+", required=True, help="the method's scales")
-    sub.add_argument("--samples", required=True, help="results/<experiment>/samples")
-    sub.add_argument("--data", required=True, help="data/<dataset>")
-    sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
-    sub.add_argument("--reference", required=True, help="results/<experiment>/reference.json")
-    sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
-    sub.add_argument("--out", required=True, help="results/<experiment>/metrics/<method>.csv")
+    _add_evaluate_arguments(add("evaluate", evaluate, compute=True))
     sub = add("collect", collect)
     sub.add_argument("--metrics", nargs="+", required=True, help="results/<experiment>/metrics/*.csv")
     sub.add_argument("--out", required=True, help="results/<experiment>/metrics.csv")
@@ -1184,6 +1240,45 @@ def _add_sample_arguments(sub: argparse.ArgumentParser) -> None:
     shard.add_argument("--experiment", help="which experiment of config.yaml")
     shard.add_argument("--method", help="a key of methods")
     shard.add_argument("--shard", type=int, help="number of the shard, from 0")
+
+
+def _add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--samples",
+        required=True,
+        help="a folder of images, .npy or .npz; of an experiment results/<experiment>/samples",
+    )
+    sub.add_argument(
+        "--reference", required=True, help="real images likewise; of an experiment results/<experiment>/reference.json"
+    )
+    sub.add_argument("--out", help="a .json or .csv file; of an experiment results/<experiment>/metrics/<method>.csv")
+    own = sub.add_argument_group("anybody's images")
+    own.add_argument(
+        "--features",
+        nargs="+",
+        default=["auto"],
+        metavar="PROTOCOL",
+        help="inception, torcheval, judge, SPEC of a network; auto: what is at hand; given: both sides hold features",
+    )
+    own.add_argument("--weights-dir", default="weights", help="folder of the Inception weights; default: weights")
+    own.add_argument("--classifier", help="a judge for the accuracy, as for `nrcg sample`")
+    own.add_argument("--target", help="class of the reference's labels and of the classifier")
+    own.add_argument("--reference-labels", metavar="FILE", help=".npy or .csv; default: the names of the subfolders")
+    own.add_argument("--num-samples", type=_positive, help="only the first samples")
+    own.add_argument(
+        "--num-pairwise", type=_count, default=10_000, help="images compared in pairs; 0: all; default: 10000"
+    )
+    own.add_argument("--image-size", type=_positive, help="resize all images to this many pixels squared first")
+    own.add_argument("--batch-size", type=_batch_size, default="auto", help="auto: 64, fewer where memory runs out")
+    own.add_argument("--seed", type=int, default=0, help="of the intervals' bootstrap")
+    step = sub.add_argument_group("a method of an experiment")
+    step.add_argument("--config", help="config.yaml, or a step's settings file")
+    step.add_argument("--experiment", help="which experiment of config.yaml")
+    step.add_argument("--method", help="a key of methods")
+    step.add_argument("--scales", type=_scale, nargs="+", help="the method's scales")
+    step.add_argument("--data", help="data/<dataset>")
+    step.add_argument("--classifiers", help="models/<experiment>/classifiers")
+    step.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
 
 
 def _device_flag(text: str) -> str:
