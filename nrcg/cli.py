@@ -30,8 +30,10 @@ from nrcg.config import (
     TrainDDPMStep,
     checked_device,
     format_scale,
+    get_experiment,
     load,
     read_step_settings,
+    step_settings,
     write_schema,
 )
 from nrcg.errors import ConfigError, DataError, NrcgError
@@ -494,9 +496,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
-    from nrcg import schedules, stabilizers
-    from nrcg.classifiers import class_index, load_classifier
-    from nrcg.guidance import ClassifierGuidance
+    from nrcg.classifiers import load_classifier
 
     for flag in ("method", "scale", "shard"):
         if getattr(arguments, flag) is None:
@@ -513,18 +513,7 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
     if method.classifier is not None:
         if arguments.classifier is None:
             raise ConfigError(f"--classifier: missing; method {settings.method} is guided by {method.classifier}")
-        classifier = load_classifier(arguments.classifier)
-        guidance = ClassifierGuidance(
-            classifier,
-            class_index(classifier.classes, settings.target),
-            scale=schedules.from_config(method.scale_schedule, arguments.scale),
-            input=method.input,
-            stabilizer=stabilizers.from_config(method.stabilizer, len(pipe.timesteps(method.sampler.steps))),
-            clip_pred_x0=config.clip_pred_x0,
-            grad_mode=method.grad_mode,
-            every_k=method.every_k,
-            skip_above=method.skip_above,
-        )
+        guidance = _method_guidance(settings, load_classifier(arguments.classifier), arguments.scale, pipe)
         weights["classifier"] = _weights_hash(arguments.classifier)
     label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
     _draw_samples(
@@ -550,6 +539,26 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
             "settings": settings.fingerprint(),
             "weights_sha256": weights,
         },
+    )
+
+
+def _method_guidance(settings: SampleStep, classifier: Any, scale: float, pipe: Any) -> Any:
+    """Guidance as a method of the configuration asks for it, for a pipeline that uses the method's sampler."""
+    from nrcg import schedules, stabilizers
+    from nrcg.classifiers import class_index
+    from nrcg.guidance import ClassifierGuidance
+
+    method = settings.guidance
+    return ClassifierGuidance(
+        classifier,
+        class_index(classifier.classes, settings.target),
+        scale=schedules.from_config(method.scale_schedule, scale),
+        input=method.input,
+        stabilizer=stabilizers.from_config(method.stabilizer, len(pipe.timesteps(method.sampler.steps))),
+        clip_pred_x0=settings.sampling.clip_pred_x0,
+        grad_mode=method.grad_mode,
+        every_k=method.every_k,
+        skip_above=method.skip_above,
     )
 
 
@@ -737,6 +746,142 @@ def _evaluate_own(arguments: argparse.Namespace) -> None:
         atomic_write_text(out, json.dumps(plain | {"warnings": warnings}, indent=2, allow_nan=False) + "\n")
 
 
+def tune(arguments: argparse.Namespace) -> None:
+    """Search for the best guidance scale of a method."""
+    from nrcg import tune as search
+    from nrcg.files import atomic_write_text, exclusive
+
+    config = load(arguments.config)
+    experiment = get_experiment(config, arguments.experiment)
+    sampled: SampleStep = step_settings(config, arguments.experiment, "sample", arguments.method)
+    evaluated: EvaluateStep = step_settings(config, arguments.experiment, "evaluate", arguments.method)
+    if sampled.guidance.classifier is None:
+        raise ConfigError(f"--method: nothing guides {arguments.method}, so it has no scale")
+    for settings in (sampled, evaluated):
+        settings.sampling.num_samples = arguments.num_samples
+    low, high = search.scale_range(experiment.sweep.get(arguments.method, []))
+    low, high = low if arguments.low is None else arguments.low, high if arguments.high is None else arguments.high
+    search.check_range(low, high)
+    data, models = Path("data") / experiment.dataset.name, Path("models") / arguments.experiment
+    needed = [data / "dataset.json", models / "ddpm" / "model_index.json"]
+    needed += [models / "classifiers" / role / "config.json" for role in ("judge", sampled.guidance.classifier)]
+    missing = [path.as_posix() for path in needed if not path.is_file()]
+    if missing:
+        raise DataError(f"{missing[0]}: not there; run: snakemake {' '.join(missing)} --cores all --resources gpu=1")
+    folder = Path("results") / arguments.experiment / "tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    best_by = experiment.evaluation.best_by
+    with exclusive(
+        folder / f".{arguments.method}.lock", f"{folder}: {arguments.method} is being tuned by another process"
+    ):
+        try:
+            rows = _tune_method(arguments, sampled, evaluated, data, models, low, high, best_by, folder)
+        except (ValueError, TypeError) as error:  # a model or setting that the library refuses
+            raise ConfigError(" ".join(str(error).split())) from error
+    best = search.best_row(rows, best_by)
+    block = search.yaml_block(arguments.experiment, arguments.method, best["scale"])
+    out = Path(arguments.out) if arguments.out else folder / f"{arguments.method}.yaml"
+    atomic_write_text(out, block)
+    _print_table(search.table(rows, best_by))
+    for note in search.notes(rows, best_by, low, high):
+        print(f"note: {note}")
+    print(f"\n{out}:\n{block}", end="")
+
+
+def _tune_method(
+    arguments: argparse.Namespace,
+    sampled: SampleStep,
+    evaluated: EvaluateStep,
+    data: Path,
+    models: Path,
+    low: float,
+    high: float,
+    best_by: str,
+    folder: Path,
+) -> list[dict]:
+    """The rows of a search; one tracking run with a step per scale."""
+    import math
+    import tempfile
+
+    from nrcg import tracking
+    from nrcg.classifiers import class_index, load_classifier
+    from nrcg.config import fingerprint
+    from nrcg.datasets import load_manifest
+    from nrcg.evaluation import evaluate_images, open_references
+    from nrcg.tune import search
+
+    classifiers, method, sampling = models / "classifiers", sampled.guidance, sampled.sampling
+    arguments.ddpm = str(models / "ddpm")
+    pipe, device, precision = _pipeline(arguments, sampled)
+    pipe.use_sampler(method.sampler.name)
+    roles = (method.classifier, "judge")
+    guide, judge = (load_classifier(classifiers / role).to(device) for role in roles)
+    target = class_index(judge.classes, sampled.target)
+    manifest = load_manifest(data)
+    extractors, references = open_references(evaluated, data, classifiers, Path(REFERENCE_CACHE), device)
+    key = {
+        "sample": sampled.fingerprint(),
+        "evaluate": evaluated.fingerprint(),
+        "weights": [_weights_hash(models / "ddpm"), *(_weights_hash(classifiers / role) for role in roles)],
+        "precision": str(precision),
+        "references": [reference.identity for reference in references],
+    }
+
+    def measure(scale: float) -> dict:
+        """One sampling run with the experiment's seeds, the same for every scale, and one evaluation."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "samples.npy"
+            images = _draw_samples(
+                path,
+                pipe,
+                _method_guidance(sampled, guide, scale, pipe),
+                device,
+                precision,
+                num_samples=sampling.num_samples,
+                first_sample=0,
+                batch_size=sampling.batch_size,
+                seed=sampling.seed,
+                start=sampling.start,
+                label=f"tune {sampled.method} scale {format_scale(scale)}",
+                num_inference_steps=method.sampler.steps,
+                eta=method.sampler.eta,
+                record={},
+            )
+            record = json.loads(path.with_suffix(".json").read_text())
+        row = evaluate_images(images, references, extractors, target=target, judge=judge, guide=guide, device=device)
+        return row | {"nonfinite": record["nonfinite"], "images_per_second": len(images) / record["seconds"]}
+
+    params = {
+        "method": sampled.method,
+        "low": low,
+        "high": high,
+        "budget": arguments.budget,
+        "best_by": best_by,
+        "settings": evaluated.model_dump(),
+    }
+    tags = _data_tags(manifest) | {"method": sampled.method}
+    name = f"tune {sampled.method}"
+    with tracking.run(sampled.experiment, name, kind="tune", params=params, tags=tags) as run:
+
+        def keep(row: dict, number: int) -> None:
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            run.log_metrics({key: value for key, value in numbers.items() if math.isfinite(value)}, step=number)
+            print(f"{number + 1} of at most {arguments.budget}: scale {format_scale(row['scale'])}", flush=True)
+
+        rows = search(
+            measure,
+            low=low,
+            high=high,
+            budget=arguments.budget,
+            best_by=best_by,
+            journal=folder / f"{sampled.method}.csv",
+            settings=fingerprint(key),
+            on_row=keep,
+        )
+        run.log_artifact(folder / f"{sampled.method}.csv")
+    return rows
+
+
 def collect(arguments: argparse.Namespace) -> None:
     """Join the methods' metrics into metrics.csv and summary.json."""
     from nrcg.results import check_comparable, extractor, read_metrics, summarize, write_csv
@@ -859,7 +1004,6 @@ def table(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run Snakemake with bars instead of pages of log."""
-    from nrcg.config import get_experiment
     from nrcg.progress import watch
 
     settings = get_experiment(load("config.yaml"), arguments.experiment)
@@ -1184,6 +1328,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
     sub.add_argument("--out", required=True, help="results/<experiment>/reference.json")
     _add_evaluate_arguments(add("evaluate", evaluate, compute=True))
+    sub = add("tune", tune, compute=True)
+    sub.add_argument("experiment", metavar="EXPERIMENT")
+    sub.add_argument("--method", required=True, help="a key of methods")
+    sub.add_argument("--budget", type=_positive, default=12, help="scales to measure at most; default 12")
+    sub.add_argument("--num-samples", type=_positive, default=256, help="samples of each scale; default 256")
+    sub.add_argument("--low", type=_scale, help="lowest scale; default: a tenth of the sweep's lowest, or 0.1")
+    sub.add_argument("--high", type=_scale, help="highest scale; default: ten times the sweep's highest, or 1000")
+    sub.add_argument("--config", default="config.yaml")
+    sub.add_argument("--out", help="the block for config.yaml; default: results/EXPERIMENT/tune/<method>.yaml")
     sub = add("collect", collect)
     sub.add_argument("--metrics", nargs="+", required=True, help="results/<experiment>/metrics/*.csv")
     sub.add_argument("--out", required=True, help="results/<experiment>/metrics.csv")

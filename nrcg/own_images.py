@@ -324,11 +324,12 @@ def evaluate_own(
     else:
         judge = None if classifier is None else load_classifier(classifier).to(device)
         aim = None if target is None or judge is None else _class_of(judge, target)
+    chosen = None if target is None else _target_images(reference, target, judge, aim)
+    if samples.features is None:
         extractors = [
             load_extractor(spec, weights_dir=weights_dir, judge=judge, device=device)
             for spec in _protocols(features, weights_dir, judge)
         ]
-    chosen = None if target is None else _target_images(reference, target, judge, aim)
     done = 0
     report = on_plan(count + reference.count)
     collectors = [ReferenceCollector(one, None if target is None else 1, num_pairwise) for one in extractors]

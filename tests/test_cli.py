@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "config.yaml")
 VERBS = [
     *("run", "validate", "schema", "import-released", "table", "dataset", "train-ddpm", "train-classifier"),
-    *("forward", "sample", "reference", "evaluate", "collect", "figures", "report"),
+    *("forward", "sample", "reference", "evaluate", "tune", "collect", "figures", "report"),
 ]
 CLASSES = ["baseball", "basketball", "soccer"]
 
