@@ -30,8 +30,10 @@ from nrcg.config import (
     TrainDDPMStep,
     checked_device,
     format_scale,
+    get_experiment,
     load,
     read_step_settings,
+    step_settings,
     write_schema,
 )
 from nrcg.errors import ConfigError, DataError, NrcgError
@@ -511,9 +513,8 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
-    from nrcg import schedules, stabilizers, tracking
-    from nrcg.classifiers import class_index, load_classifier
-    from nrcg.guidance import ClassifierGuidance
+    from nrcg import tracking
+    from nrcg.classifiers import load_classifier
 
     for flag in ("method", "scale", "shard"):
         if getattr(arguments, flag) is None:
@@ -530,18 +531,7 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
     if method.classifier is not None:
         if arguments.classifier is None:
             raise ConfigError(f"--classifier: missing; method {settings.method} is guided by {method.classifier}")
-        classifier = load_classifier(arguments.classifier)
-        guidance = ClassifierGuidance(
-            classifier,
-            class_index(classifier.classes, settings.target),
-            scale=schedules.from_config(method.scale_schedule, arguments.scale),
-            input=method.input,
-            stabilizer=stabilizers.from_config(method.stabilizer, len(pipe.timesteps(method.sampler.steps))),
-            clip_pred_x0=config.clip_pred_x0,
-            grad_mode=method.grad_mode,
-            every_k=method.every_k,
-            skip_above=method.skip_above,
-        )
+        guidance = _method_guidance(settings, load_classifier(arguments.classifier), arguments.scale, pipe)
         weights["classifier"] = _weights_hash(arguments.classifier)
     label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
     with tracking.run(
@@ -579,6 +569,26 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
         record = json.loads(Path(arguments.out).with_suffix(".json").read_text())
         numbers = {key: record[key] for key in ("seconds", "nonfinite", "peak_memory_mib")}
         run.log_metrics(numbers | {"images_per_second": count / record["seconds"]})
+
+
+def _method_guidance(settings: SampleStep, classifier: Any, scale: float, pipe: Any) -> Any:
+    """Guidance as a method of the configuration asks for it, for a pipeline that uses the method's sampler."""
+    from nrcg import schedules, stabilizers
+    from nrcg.classifiers import class_index
+    from nrcg.guidance import ClassifierGuidance
+
+    method = settings.guidance
+    return ClassifierGuidance(
+        classifier,
+        class_index(classifier.classes, settings.target),
+        scale=schedules.from_config(method.scale_schedule, scale),
+        input=method.input,
+        stabilizer=stabilizers.from_config(method.stabilizer, len(pipe.timesteps(method.sampler.steps))),
+        clip_pred_x0=settings.sampling.clip_pred_x0,
+        grad_mode=method.grad_mode,
+        every_k=method.every_k,
+        skip_above=method.skip_above,
+    )
 
 
 def _sample_own(arguments: argparse.Namespace) -> None:
@@ -682,12 +692,21 @@ def reference(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Metrics of one method over its scales."""
+    """Metrics of one method over its scales, or of anybody's images."""
+    if arguments.config is None:
+        try:
+            _evaluate_own(arguments)
+        except (ValueError, TypeError) as error:  # a setting that the library refuses
+            raise ConfigError(" ".join(str(error).split())) from error
+        return
     from nrcg import tracking
     from nrcg.datasets import load_manifest
     from nrcg.evaluation import evaluate_method, read_reference_record
     from nrcg.results import write_csv
 
+    for flag in ("method", "scales", "data", "classifiers", "out"):
+        if getattr(arguments, flag) is None and (flag != "method" or arguments.experiment):
+            raise ConfigError(f"--{flag}: missing; with --config it is needed")
     settings: EvaluateStep = _settings(arguments, "evaluate", arguments.method)
     device, _ = _device(arguments, settings)
     data, manifest = Path(arguments.data), load_manifest(arguments.data)
@@ -708,6 +727,197 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         tracking.log_method_over_scales(run, rows)
         write_csv(arguments.out, rows, columns)
+
+
+def _evaluate_own(arguments: argparse.Namespace) -> None:
+    """`nrcg evaluate --samples ... --reference ...`: a table, and JSON or CSV."""
+    import contextlib
+    import math
+
+    from nrcg.files import atomic_write_text
+    from nrcg.own_images import evaluate_own, open_side
+    from nrcg.progress import Progress
+    from nrcg.results import format_interval, format_number, write_csv
+
+    out = None if arguments.out is None else Path(arguments.out)
+    if out is not None and out.suffix not in (".json", ".csv"):
+        raise ConfigError(f"--out: {out}: must end in .json or .csv")
+    for flag in ("method", "experiment", "scales", "data", "classifiers"):
+        if getattr(arguments, flag) is not None:
+            raise ConfigError(f"--{flag}: belongs to an experiment; give its --config")
+    samples = open_side(arguments.samples, image_size=arguments.image_size)
+    reference = open_side(arguments.reference, labels=arguments.reference_labels, image_size=arguments.image_size)
+    device, _ = _device(arguments, None)
+    with contextlib.ExitStack() as stack:
+        row, warnings = evaluate_own(
+            samples,
+            reference,
+            features=arguments.features,
+            weights_dir=arguments.weights_dir,
+            classifier=arguments.classifier,
+            target=arguments.target,
+            num_samples=arguments.num_samples,
+            num_pairwise=arguments.num_pairwise or None,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            device=device,
+            on_plan=lambda total: stack.enter_context(Progress("evaluate", total, "image")).set,
+        )
+    measured = [name for name in row if f"{name}_lo" in row]
+    _print_table(
+        [("metric", "value", "95 % interval")]
+        + [(name, format_number(row[name]), format_interval(row, name)) for name in measured]
+    )
+    print()
+    for name in row:
+        if name not in measured and name.removesuffix("_lo").removesuffix("_hi") not in measured and row[name] != "":
+            print(f"{name}: {row[name]}")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if out is None:
+        return
+    if out.suffix == ".csv":
+        row["warnings"] = " | ".join(warnings)
+        write_csv(out, [row], list(row))
+    else:
+        plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        atomic_write_text(out, json.dumps(plain | {"warnings": warnings}, indent=2, allow_nan=False) + "\n")
+
+
+def tune(arguments: argparse.Namespace) -> None:
+    """Search for the best guidance scale of a method."""
+    from nrcg import tune as search
+    from nrcg.files import atomic_write_text, exclusive
+
+    config = load(arguments.config)
+    experiment = get_experiment(config, arguments.experiment)
+    sampled: SampleStep = step_settings(config, arguments.experiment, "sample", arguments.method)
+    evaluated: EvaluateStep = step_settings(config, arguments.experiment, "evaluate", arguments.method)
+    if sampled.guidance.classifier is None:
+        raise ConfigError(f"--method: nothing guides {arguments.method}, so it has no scale")
+    for settings in (sampled, evaluated):
+        settings.sampling.num_samples = arguments.num_samples
+    low, high = search.scale_range(experiment.sweep.get(arguments.method, []))
+    low, high = low if arguments.low is None else arguments.low, high if arguments.high is None else arguments.high
+    search.check_range(low, high)
+    data, models = Path("data") / experiment.dataset.name, Path("models") / arguments.experiment
+    needed = [data / "dataset.json", models / "ddpm" / "model_index.json"]
+    needed += [models / "classifiers" / role / "config.json" for role in ("judge", sampled.guidance.classifier)]
+    missing = [path.as_posix() for path in needed if not path.is_file()]
+    if missing:
+        raise DataError(f"{missing[0]}: not there; run: snakemake {' '.join(missing)} --cores all --resources gpu=1")
+    folder = Path("results") / arguments.experiment / "tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    best_by = experiment.evaluation.best_by
+    with exclusive(
+        folder / f".{arguments.method}.lock", f"{folder}: {arguments.method} is being tuned by another process"
+    ):
+        try:
+            rows = _tune_method(arguments, sampled, evaluated, data, models, low, high, best_by, folder)
+        except (ValueError, TypeError) as error:  # a model or setting that the library refuses
+            raise ConfigError(" ".join(str(error).split())) from error
+    best = search.best_row(rows, best_by)
+    block = search.yaml_block(arguments.experiment, arguments.method, best["scale"])
+    out = Path(arguments.out) if arguments.out else folder / f"{arguments.method}.yaml"
+    atomic_write_text(out, block)
+    _print_table(search.table(rows, best_by))
+    for note in search.notes(rows, best_by, low, high):
+        print(f"note: {note}")
+    print(f"\n{out}:\n{block}", end="")
+
+
+def _tune_method(
+    arguments: argparse.Namespace,
+    sampled: SampleStep,
+    evaluated: EvaluateStep,
+    data: Path,
+    models: Path,
+    low: float,
+    high: float,
+    best_by: str,
+    folder: Path,
+) -> list[dict]:
+    """The rows of a search; one tracking run with a step per scale."""
+    import math
+    import tempfile
+
+    from nrcg import tracking
+    from nrcg.classifiers import class_index, load_classifier
+    from nrcg.config import fingerprint
+    from nrcg.datasets import load_manifest
+    from nrcg.evaluation import evaluate_images, open_references
+    from nrcg.tune import search
+
+    classifiers, method, sampling = models / "classifiers", sampled.guidance, sampled.sampling
+    arguments.ddpm = str(models / "ddpm")
+    pipe, device, precision = _pipeline(arguments, sampled)
+    pipe.use_sampler(method.sampler.name)
+    roles = (method.classifier, "judge")
+    guide, judge = (load_classifier(classifiers / role).to(device) for role in roles)
+    target = class_index(judge.classes, sampled.target)
+    manifest = load_manifest(data)
+    extractors, references = open_references(evaluated, data, classifiers, Path(REFERENCE_CACHE), device)
+    key = {
+        "sample": sampled.fingerprint(),
+        "evaluate": evaluated.fingerprint(),
+        "weights": [_weights_hash(models / "ddpm"), *(_weights_hash(classifiers / role) for role in roles)],
+        "precision": str(precision),
+        "references": [reference.identity for reference in references],
+    }
+
+    def measure(scale: float) -> dict:
+        """One sampling run with the experiment's seeds, the same for every scale, and one evaluation."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "samples.npy"
+            images = _draw_samples(
+                path,
+                pipe,
+                _method_guidance(sampled, guide, scale, pipe),
+                device,
+                precision,
+                num_samples=sampling.num_samples,
+                first_sample=0,
+                batch_size=sampling.batch_size,
+                seed=sampling.seed,
+                start=sampling.start,
+                label=f"tune {sampled.method} scale {format_scale(scale)}",
+                num_inference_steps=method.sampler.steps,
+                eta=method.sampler.eta,
+                record={},
+            )
+            record = json.loads(path.with_suffix(".json").read_text())
+        row = evaluate_images(images, references, extractors, target=target, judge=judge, guide=guide, device=device)
+        return row | {"nonfinite": record["nonfinite"], "images_per_second": len(images) / record["seconds"]}
+
+    params = {
+        "method": sampled.method,
+        "low": low,
+        "high": high,
+        "budget": arguments.budget,
+        "best_by": best_by,
+        "settings": evaluated.model_dump(),
+    }
+    tags = _data_tags(manifest) | {"method": sampled.method}
+    name = f"tune {sampled.method}"
+    with tracking.run(sampled.experiment, name, kind="tune", params=params, tags=tags) as run:
+
+        def keep(row: dict, number: int) -> None:
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            run.log_metrics({key: value for key, value in numbers.items() if math.isfinite(value)}, step=number)
+            print(f"{number + 1} of at most {arguments.budget}: scale {format_scale(row['scale'])}", flush=True)
+
+        rows = search(
+            measure,
+            low=low,
+            high=high,
+            budget=arguments.budget,
+            best_by=best_by,
+            journal=folder / f"{sampled.method}.csv",
+            settings=fingerprint(key),
+            on_row=keep,
+        )
+        run.log_artifact(folder / f"{sampled.method}.csv")
+    return rows
 
 
 def collect(arguments: argparse.Namespace) -> None:
@@ -1332,15 +1542,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
     sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
     sub.add_argument("--out", required=True, help="results/<experiment>/reference.json")
-    sub = add("evaluate", evaluate, step=True, compute=True)
-    sub.add_argument("--method", help="a key of methods")
-    sub.add_argument("--scales", type=_scale, nargs="+", required=True, help="the method's scales")
-    sub.add_argument("--samples", required=True, help="results/<experiment>/samples")
-    sub.add_argument("--data", required=True, help="data/<dataset>")
-    sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
-    sub.add_argument("--reference", required=True, help="results/<experiment>/reference.json")
-    sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
-    sub.add_argument("--out", required=True, help="results/<experiment>/metrics/<method>.csv")
+    _add_evaluate_arguments(add("evaluate", evaluate, compute=True))
+    sub = add("tune", tune, compute=True)
+    sub.add_argument("experiment", metavar="EXPERIMENT")
+    sub.add_argument("--method", required=True, help="a key of methods")
+    sub.add_argument("--budget", type=_positive, default=12, help="scales to measure at most; default 12")
+    sub.add_argument("--num-samples", type=_positive, default=256, help="samples of each scale; default 256")
+    sub.add_argument("--low", type=_scale, help="lowest scale; default: a tenth of the sweep's lowest, or 0.1")
+    sub.add_argument("--high", type=_scale, help="highest scale; default: ten times the sweep's highest, or 1000")
+    sub.add_argument("--config", default="config.yaml")
+    sub.add_argument("--out", help="the block for config.yaml; default: results/EXPERIMENT/tune/<method>.yaml")
     sub = add("collect", collect)
     sub.add_argument("--metrics", nargs="+", required=True, help="results/<experiment>/metrics/*.csv")
     sub.add_argument("--out", required=True, help="results/<experiment>/metrics.csv")
@@ -1397,6 +1608,45 @@ def _add_sample_arguments(sub: argparse.ArgumentParser) -> None:
     shard.add_argument("--experiment", help="which experiment of config.yaml")
     shard.add_argument("--method", help="a key of methods")
     shard.add_argument("--shard", type=int, help="number of the shard, from 0")
+
+
+def _add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--samples",
+        required=True,
+        help="a folder of images, .npy or .npz; of an experiment results/<experiment>/samples",
+    )
+    sub.add_argument(
+        "--reference", required=True, help="real images likewise; of an experiment results/<experiment>/reference.json"
+    )
+    sub.add_argument("--out", help="a .json or .csv file; of an experiment results/<experiment>/metrics/<method>.csv")
+    own = sub.add_argument_group("anybody's images")
+    own.add_argument(
+        "--features",
+        nargs="+",
+        default=["auto"],
+        metavar="PROTOCOL",
+        help="inception, torcheval, judge, SPEC of a network; auto: what is at hand; given: both sides hold features",
+    )
+    own.add_argument("--weights-dir", default="weights", help="folder of the Inception weights; default: weights")
+    own.add_argument("--classifier", help="a judge for the accuracy, as for `nrcg sample`")
+    own.add_argument("--target", help="class of the reference's labels and of the classifier")
+    own.add_argument("--reference-labels", metavar="FILE", help=".npy or .csv; default: the names of the subfolders")
+    own.add_argument("--num-samples", type=_positive, help="only the first samples")
+    own.add_argument(
+        "--num-pairwise", type=_count, default=10_000, help="images compared in pairs; 0: all; default: 10000"
+    )
+    own.add_argument("--image-size", type=_positive, help="resize all images to this many pixels squared first")
+    own.add_argument("--batch-size", type=_batch_size, default="auto", help="auto: 64, fewer where memory runs out")
+    own.add_argument("--seed", type=int, default=0, help="of the intervals' bootstrap")
+    step = sub.add_argument_group("a method of an experiment")
+    step.add_argument("--config", help="config.yaml, or a step's settings file")
+    step.add_argument("--experiment", help="which experiment of config.yaml")
+    step.add_argument("--method", help="a key of methods")
+    step.add_argument("--scales", type=_scale, nargs="+", help="the method's scales")
+    step.add_argument("--data", help="data/<dataset>")
+    step.add_argument("--classifiers", help="models/<experiment>/classifiers")
+    step.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
 
 
 def _device_flag(text: str) -> str:

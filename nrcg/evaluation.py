@@ -164,13 +164,44 @@ def evaluate_images(
             progress(done)
     if done < 2:
         raise DataError(f"an evaluation needs at least 2 samples, got {done}")
-    scored = {name: np.concatenate(parts) for name, parts in hits.items() if parts}
+    return evaluate_features(
+        [np.concatenate(found) for found in features],
+        references,
+        hits={name: np.concatenate(parts) for name, parts in hits.items() if parts},
+        seed=seed,
+        device=device,
+    )
+
+
+def evaluate_features(
+    features: Sequence[np.ndarray],
+    references: Sequence[Reference],
+    *,
+    hits: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> dict[str, float | str]:
+    """The row of `evaluate_images` from features that were extracted before.
+
+    Args:
+        features: (N, dim) of the samples, one array per reference.
+        references: as there.
+        hits: `guide` and `judge` to (N,) bool: which samples that classifier takes for the target.
+        seed, device: as there.
+
+    Raises:
+        DataError: too few samples, or features that are not finite.
+    """
+    done = len(features[0])
+    if done < 2:
+        raise DataError(f"an evaluation needs at least 2 samples, got {done}")
+    scored = dict(hits or {})
     estimates = {f"accuracy_{name}": share(hit) for name, hit in scored.items()}
     if len(scored) == 2:
         estimates["accuracy_gap"] = share_difference(scored["guide"], scored["judge"])
     for position, (found, reference) in enumerate(zip(features, references, strict=True)):
         estimates |= feature_estimates(
-            np.concatenate(found),
+            found,
             reference,
             suffix="" if position == 0 else f"_{reference.name}",
             chosen=scored.get("judge"),

@@ -279,6 +279,7 @@ class JudgeExtractor:
         self.name = name
         self.dim = int(classifier.feature_dim)
         self.repeat_grey = repeat_grey
+        self.channels: int | None = getattr(classifier, "channels", None)
         size = getattr(classifier, "image_size", None)
         resized = f", resized to {size}" if size else ""
         self.protocol = f"penultimate features, [-1, 1]{resized}, weights {_weights_digest(classifier)[:12]}"

@@ -59,7 +59,7 @@ def list_folders(
         found[split] = []
         _check_folders(root, classes)
         for label, name in enumerate(classes):
-            images, rest = _image_names(root / name, path)
+            images, rest = image_names(root / name, path)
             found[split] += [(image, label) for image in images]
             others += rest
     return _listing(path, found, val_share, seed, num_train, num_val, _ignored(others, "files that are no images"))
@@ -126,7 +126,7 @@ def list_labelled(
         raise DataError(
             f"{table}: lists {len(rows):,} images, {len(missing):,} of them are not in {path}, such as {missing[0]}"
         )
-    images, _ = _image_names(path, path)
+    images, _ = image_names(path, path)
     notes = _ignored([name for name in images if name not in seen], f"images that {table.name} does not list")
     listing = _listing(path, found, val_share, seed, num_train, num_val, notes)
     listing.files.append(file_line(table, table.name))
@@ -179,7 +179,7 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def _image_names(folder: Path, path: Path) -> tuple[list[str], list[str]]:
+def image_names(folder: Path, path: Path) -> tuple[list[str], list[str]]:
     """Files below a folder, as POSIX names relative to `path`: images, and others."""
     images, others = [], []
     for place, folders, files in os.walk(folder):

@@ -19,7 +19,7 @@ class UnreadableImage(DataError):
     """An image file that is cut off, no image, or of a kind that has no RGB pixels; the message says why."""
 
 
-def decode(data: bytes, *, size: int, preprocessing: str) -> NDArray[np.uint8]:
+def decode(data: bytes, *, size: int | None, preprocessing: str) -> NDArray[np.uint8]:
     """The pixels of an image file.
 
     The EXIF orientation is applied. Grey images get three equal channels, 16 bits become 8 by x / 257, palettes are
@@ -28,11 +28,11 @@ def decode(data: bytes, *, size: int, preprocessing: str) -> NDArray[np.uint8]:
 
     Args:
         data: the file's bytes, in any format that Pillow reads.
-        size: side of the result in pixels.
+        size: side of the result in pixels; None keeps the image's own height and width.
         preprocessing: squash resizes both sides to `size`; center_crop first cuts out the largest centred square.
 
     Returns:
-        (size, size, 3) uint8 RGB.
+        (size, size, 3) uint8 RGB, (H, W, 3) without a size.
 
     Raises:
         UnreadableImage: there is no image in these bytes.
@@ -55,9 +55,17 @@ def decode(data: bytes, *, size: int, preprocessing: str) -> NDArray[np.uint8]:
         left, top = (round((length - side) / 2.0) for length in image.size)
         box = (left, top, left + side, top + side)
         image = image.crop(box)
-    if image.size != (size, size):
+    if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(H, W, 1 or 3) uint8 pixels as (size, size, 1 or 3), by the filter of `decode`."""
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, -1)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -94,43 +94,65 @@ def make_reference(
     """
     if target is not None and (labels is None or np.shape(labels) != (len(images),)):
         raise ValueError(f"{len(images)} images need as many labels to take those of the class {target} from")
-    most = len(images) if num_pairwise is None else num_pairwise
-    collected = [_Collected(extractor.dim, most) for _ in range(1 if target is None else 2)]
+    collected = ReferenceCollector(extractor, target, num_pairwise)
     for start in range(0, len(images), _IMAGES):
         features = extract(extractor, images[start : start + _IMAGES])
-        collected[0].add(features)
-        if target is not None:
-            collected[1].add(features[np.asarray(labels[start : start + _IMAGES]) == target])
+        collected.add(features, None if labels is None else np.asarray(labels[start : start + _IMAGES]))
         if progress is not None:
             progress(start + len(features), len(images))
-    if target is not None and collected[1].statistics.n < 2:
-        raise DataError(
-            f"the reference set has {collected[1].statistics.n or 'no'} image of the target class {target}; "
-            "2 or more are needed"
-        )
-    sets = [ReferenceSet.make(part.statistics, part.features, device) for part in collected]
-    pairs = sets[-1].pairs
+    apart = None
     if held_out is not None and len(held_out) > 1:
-        pairs = within(extract(extractor, held_out[:most]), device=device)
-    return Reference(
-        name=extractor.name,
-        protocol=getattr(extractor, "protocol", "unknown"),
-        images=described,
-        everything=sets[0],
-        target=sets[1] if target is not None else None,
-        distance=mean_pair_distance(pairs).value,
-    )
+        apart = extract(extractor, held_out if num_pairwise is None else held_out[:num_pairwise])
+    return collected.finish(described=described, held_out=apart, device=device)
+
+
+class ReferenceCollector:
+    """A reference from the features of its images, given piece by piece.
+
+    extractor: its name, dim and protocol; not called. target, num_pairwise: as for `make_reference`.
+    """
+
+    def __init__(self, extractor: Extractor, target: int | None = None, num_pairwise: int | None = None) -> None:
+        self.name, self.protocol = extractor.name, getattr(extractor, "protocol", "unknown")
+        self.target = target
+        self._parts = [_Collected(extractor.dim, num_pairwise) for _ in range(1 if target is None else 2)]
+
+    def add(self, features: np.ndarray, labels: np.ndarray | None = None) -> None:
+        """(n, dim) features of the next images and, for a target, their (n,) labels."""
+        self._parts[0].add(features)
+        if self.target is not None:
+            self._parts[1].add(features[labels == self.target])
+
+    def finish(
+        self, *, described: str = "images", held_out: np.ndarray | None = None, device: str | torch.device = "cpu"
+    ) -> Reference:
+        """The reference. held_out: (M, dim) features. Raises DataError if a set has fewer than 2 images."""
+        if self.target is not None and self._parts[1].statistics.n < 2:
+            raise DataError(
+                f"the reference set has {self._parts[1].statistics.n or 'no'} image of the target class {self.target}; "
+                "2 or more are needed"
+            )
+        sets = [ReferenceSet.make(part.statistics, part.features, device) for part in self._parts]
+        pairs = sets[-1].pairs if held_out is None else within(held_out, device=device)
+        return Reference(
+            name=self.name,
+            protocol=self.protocol,
+            images=described,
+            everything=sets[0],
+            target=sets[1] if self.target is not None else None,
+            distance=mean_pair_distance(pairs).value,
+        )
 
 
 class _Collected:
-    """Statistics of all features added, and the first ones."""
+    """Statistics of all features added, and the first ones, `most` of them or all."""
 
-    def __init__(self, dim: int, most: int) -> None:
+    def __init__(self, dim: int, most: int | None) -> None:
         self.statistics, self.most, self.kept = FeatureStatistics(dim), most, []
 
     def add(self, features: np.ndarray) -> None:
         self.statistics.update(features)
-        room = self.most - sum(map(len, self.kept))
+        room = len(features) if self.most is None else self.most - sum(map(len, self.kept))
         if room > 0:
             self.kept.append(features[:room])
 

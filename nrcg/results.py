@@ -18,7 +18,7 @@ from nrcg.intervals import supported
 
 Row = dict[str, str | float]
 
-TEXT_COLUMNS = ("experiment", "method", "protocols", "reference", "best_by", "mlflow_run_id")
+TEXT_COLUMNS = ("experiment", "method", "protocols", "reference", "best_by", "mlflow_run_id", "settings")
 """Columns that stay text; every other column holds numbers."""
 
 FORWARD_COLUMNS = (

@@ -24,7 +24,7 @@ CONFIG = str(ROOT / "config.yaml")
 VERBS = [
     *("run", "plan", "validate", "schema", "import-released", "adopt", "compare", "track", "export-ddpm"),
     *("export-classifier", "dataset", "train-ddpm", "train-classifier", "forward", "sample", "reference", "evaluate"),
-    *("collect", "figures", "report"),
+    *("tune", "collect", "figures", "report"),
 ]
 CLASSES = ["baseball", "basketball", "soccer"]
 
