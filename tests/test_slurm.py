@@ -128,7 +128,7 @@ def test_a_failed_job_is_reported_with_its_log(sampled, slurm):
     run = through_slurm(sampled, slurm, shard(0), "--retries", "0")
     weights.write_bytes(whole)
     assert run.returncode == 1
-    assert "SLURM status is: 'FAILED'" in run.stdout
+    assert "nrcg: models/toy/ddpm: damaged" in run.stdout
     assert f"logs/toy/sample/{METHOD}_scale1_shard0000.log" in run.stdout
     assert not (sampled / shard(0)).exists()
     assert through_slurm(sampled, slurm, shard(0)).returncode == 0
