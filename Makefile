@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 STAMP := .venv/.complete
 
-.PHONY: quickstart env test test-slow lint format schema lock clean
+.PHONY: quickstart env test test-slow test-slurm lint format schema lock clean
 
 quickstart: $(STAMP)
 	.venv/bin/nrcg run quickstart
@@ -23,10 +23,15 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 test: $(STAMP)
-	.venv/bin/python -m pytest -m 'not slow' -q
+	.venv/bin/python -m pytest -m 'not slow and not slurm' -q
 
 test-slow: $(STAMP)
-	.venv/bin/python -m pytest -m slow -q
+	.venv/bin/python -m pytest -m 'slow and not slurm' -q
+
+# Installs Snakemake's Slurm plugin; needs root, and Debian's packages slurmctld, slurmd and munge.
+test-slurm: $(STAMP)
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[slurm]'
+	.venv/bin/python -m pytest -m slurm -q
 
 lint: $(STAMP)
 	.venv/bin/ruff check .
