@@ -192,6 +192,28 @@ def test_a_judge_gives_the_accuracy_and_its_own_features(tmp_path):
     assert {"precision", "precision_all", "precision_python_ownnet_make"} <= row.keys()
 
 
+def test_a_judge_of_grey_images_takes_grey_files_and_refuses_coloured_ones(tmp_path, capsys):
+    (tmp_path / "ownnet.py").write_text(
+        NET.replace("Conv2d(3,", "Conv2d(1,") + "\nplain = make\n"
+        "def make():\n    from nrcg.classifiers import Classifier\n"
+        "    return Classifier(plain(), channels=1, classes=['a', 'b'])\n"
+    )
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 12, 12), np.uint8)
+    (tmp_path / "real").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "real" / f"{number}.png")
+    np.save("fake.npy", images)
+    flags = ("--classifier", "python:ownnet:make", "--features", "judge")
+    row = evaluate("--samples", "fake.npy", "--reference", "real", *flags)
+    # The same images on both sides, in another order: the distance is zero but for float32 features.
+    assert row["fd_judge"] == pytest.approx(0, abs=1e-6)
+    assert row["precision"] == row["recall"] == 1
+    write_images(tmp_path / "colour", 8, 0)
+    assert main(["evaluate", "--samples", "colour", "--reference", "real", "--device", "cpu", *flags]) == 1
+    assert "the classifier takes grey images, these are coloured" in capsys.readouterr().err
+
+
 def test_the_first_samples_and_a_common_size(tmp_path):
     arrays = np.random.default_rng(0).integers(0, 256, (30, 12, 12), np.uint8)
     np.save("grey.npy", arrays)
