@@ -7,6 +7,7 @@ needs them, so that `--help` and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -35,6 +36,7 @@ from nrcg.config import (
     write_schema,
 )
 from nrcg.errors import ConfigError, DataError, NrcgError
+from nrcg.processes import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,13 @@ if TYPE_CHECKING:
 
 GRID_SAMPLES = 256
 """Samples in grid.png of `nrcg sample`, as many as the paper's fig. 9 shows."""
+DISK_ERRORS = {
+    errno.ENOSPC: "free some space there and run it again",
+    errno.EDQUOT: "free some space there and run it again",
+    errno.EROFS: "nothing can be written there",
+    errno.EACCES: "give yourself the right to it",
+}
+"""Errors of the disk -> their remedy."""
 REFERENCE_CACHE = ".nrcg/references"
 """Where features of reference images are kept; safe to delete."""
 
@@ -68,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe such as `nrcg table | head` has left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"nrcg: {error.filename or 'a file'}: {error.strerror}; {DISK_ERRORS[error.errno]}", file=sys.stderr)
+        return 1
 
 
 def _die_with_parent() -> None:
@@ -78,15 +92,8 @@ def _die_with_parent() -> None:
     """
     torchrun = str(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
     parent = os.environ.get("NRCG_LAUNCHER") or torchrun or os.environ.get("NRCG_WORKFLOW")
-    if not parent or not sys.platform.startswith("linux"):
-        return
-    import ctypes
-    import signal
-
-    parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
-    if str(os.getppid()) != parent:  # it died before the call
-        os._exit(1)
+    if parent:
+        end_with_parent(int(parent))
 
 
 # --- The verbs --------------------------------------------------------------------------------------------------
@@ -205,12 +212,12 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
     import contextlib
 
     from nrcg import distributed, tracking, training
-    from nrcg.datasets import load_manifest, mean_image, open_split
+    from nrcg.datasets import mean_image, open_split
     from nrcg.diffusion import build_scheduler, resolve_device
     from nrcg.progress import Progress
 
     settings: TrainDDPMStep = _settings(arguments, "train_ddpm")
-    config, manifest = settings.ddpm, load_manifest(arguments.data)
+    config, manifest = settings.ddpm, _checked_data(arguments.data)
     if config.pretrained is not None:
         return _import_ddpm(arguments, settings, manifest)
     if not distributed.launched():
@@ -331,13 +338,13 @@ def train_classifier(arguments: argparse.Namespace) -> None:
 
     from nrcg import tracking, training
     from nrcg.classifiers import save_classifier
-    from nrcg.datasets import load_manifest, open_split
+    from nrcg.datasets import open_split
     from nrcg.diffusion import Schedule
     from nrcg.progress import Progress
     from nrcg.results import write_csv
 
     settings = _settings(arguments, "train_classifier", arguments.role)
-    config, manifest = settings.classifier, load_manifest(arguments.data)
+    config, manifest = settings.classifier, _checked_data(arguments.data)
     if config.pretrained is not None:
         _import_classifier(arguments, settings, manifest)
         return
@@ -453,6 +460,7 @@ def forward(arguments: argparse.Namespace) -> None:
     pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device)
     schedule = pipe.schedule()
     models = {role: load_classifier(Path(arguments.classifiers) / role) for role in ("robust", "non_robust")}
+    _checked_data(arguments.data)
     images, labels = open_split(arguments.data, "val")
     count = min(config.num_images, len(images))
     smoothing = {
@@ -497,6 +505,7 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
     from nrcg import schedules, stabilizers
     from nrcg.classifiers import class_index, load_classifier
     from nrcg.guidance import ClassifierGuidance
+    from nrcg.shards import weights_hash
 
     for flag in ("method", "scale", "shard"):
         if getattr(arguments, flag) is None:
@@ -509,7 +518,7 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--shard: {arguments.shard} is past the last of {config.num_samples} samples")
     pipe, device, precision = _pipeline(arguments, settings)
     pipe.use_sampler(method.sampler.name)
-    guidance, weights = None, {"ddpm": _weights_hash(arguments.ddpm)}
+    guidance, weights = None, {"ddpm": weights_hash(arguments.ddpm)}
     if method.classifier is not None:
         if arguments.classifier is None:
             raise ConfigError(f"--classifier: missing; method {settings.method} is guided by {method.classifier}")
@@ -525,7 +534,7 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
             every_k=method.every_k,
             skip_above=method.skip_above,
         )
-        weights["classifier"] = _weights_hash(arguments.classifier)
+        weights["classifier"] = weights_hash(arguments.classifier)
     label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
     _draw_samples(
         arguments.out,
@@ -643,14 +652,15 @@ def _own_guidance(arguments: argparse.Namespace) -> Any:
 def reference(arguments: argparse.Namespace) -> None:
     """What every method is compared with: features of the training images, and how good the classifiers are."""
     from nrcg.evaluation import describe_reference
-    from nrcg.files import atomic_write_text
+    from nrcg.files import write_record
 
     settings: ReferenceStep = _settings(arguments, "reference")
+    _checked_data(arguments.data)
     device, _ = _device(arguments, settings)
     record = describe_reference(
         settings, Path(arguments.data), Path(arguments.classifiers), Path(arguments.cache), device
     )
-    atomic_write_text(arguments.out, json.dumps(record, indent=2) + "\n")
+    write_record(arguments.out, record)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -659,6 +669,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from nrcg.results import write_csv
 
     settings: EvaluateStep = _settings(arguments, "evaluate", arguments.method)
+    _checked_data(arguments.data)
     device, _ = _device(arguments, settings)
     rows, columns = evaluate_method(
         settings,
@@ -669,6 +680,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         device,
         record=read_reference_record(Path(arguments.reference)),
         cache=Path(arguments.cache),
+        ddpm=None if arguments.ddpm is None else Path(arguments.ddpm),
     )
     write_csv(arguments.out, rows, columns)
 
@@ -846,6 +858,15 @@ def _num_train(settings: ExperimentConfig) -> int:
         return 100_000
 
 
+def _checked_data(folder: str) -> dict:
+    """A data set's manifest, after its arrays were compared with its checksums. Unchanged files are not read again."""
+    from nrcg.datasets import load_manifest, verify
+    from nrcg.integrity import Sums
+
+    verify(folder, sha256=Sums().sha256)
+    return load_manifest(folder)
+
+
 def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[torch.device, torch.dtype]:
     """Device and precision: the flags', else the settings'. Also sets the number of threads."""
     import torch
@@ -914,7 +935,7 @@ def _draw_samples(
     import torch
 
     from nrcg.datasets import to_uint8
-    from nrcg.files import atomic_save_array, atomic_write_text, sha256_file
+    from nrcg.files import atomic_save_array, sha256_file, write_record
     from nrcg.progress import Progress
 
     path = Path(path)
@@ -952,7 +973,7 @@ def _draw_samples(
         "sha256": sha256_file(path),
         "versions": _versions(),
     }
-    atomic_write_text(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    write_record(path.with_suffix(".json"), record)
     return images
 
 
@@ -1012,15 +1033,6 @@ def _record(settings: StepSettings, manifest: dict, device: torch.device, precis
         "precision": str(precision).removeprefix("torch."),
         "versions": _versions(),
     }
-
-
-def _weights_hash(folder: str | Path) -> str | None:
-    """SHA-256 of a model's weights as its own record states it."""
-    for name in ("training.json", "config.json"):
-        path = Path(folder) / name
-        if path.exists():
-            return json.loads(path.read_text()).get("sha256")
-    return None
 
 
 def _versions() -> dict[str, str]:
@@ -1125,6 +1137,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", required=True, help="results/<experiment>/samples")
     sub.add_argument("--data", required=True, help="data/<dataset>")
     sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
+    sub.add_argument("--ddpm", help="models/<experiment>/ddpm: refuse samples of other weights")
     sub.add_argument("--reference", required=True, help="results/<experiment>/reference.json")
     sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
     sub.add_argument("--out", required=True, help="results/<experiment>/metrics/<method>.csv")

@@ -103,10 +103,10 @@ def read_csv(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Row]:
     """
     remedy = f"make it anew: snakemake --cores all --force {Path(path).as_posix()}"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            lines = [(reader.line_num, line) for line in reader if line]
+        text = Path(path).read_bytes().decode("utf-8")
+        reader = csv.reader(io.StringIO(text, newline=""))
+        header = next(reader, [])
+        lines = [(reader.line_num, line) for line in reader if line]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {remedy}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -116,6 +116,8 @@ def read_csv(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Row]:
         raise DataError(f"{path}: lacks the column {', '.join(missing)}; {remedy}")
     if not lines:
         raise DataError(f"{path}: empty; {remedy}")
+    if not text.endswith("\n"):  # a number may have lost its last digits
+        raise DataError(f"{path}: cut off within its last line; {remedy}")
     rows: list[Row] = []
     for number, line in lines:
         if len(line) != len(header):
@@ -131,8 +133,16 @@ def read_csv(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Row]:
 
 
 def read_forward(path: str | os.PathLike) -> list[Row]:
-    """Read a forward.csv: one row per method and t = 1..T. Raises DataError."""
-    return read_csv(path, FORWARD_COLUMNS)
+    """Read a forward.csv: one row per method and t = 1..T. Raises DataError, also where a method lacks a step."""
+    rows = read_csv(path, FORWARD_COLUMNS)
+    steps: dict[str, set[float]] = {}
+    for row in rows:
+        steps.setdefault(str(row["method"]), set()).add(float(row["t"]))
+    short = [method for method, own in steps.items() if own != set.union(*steps.values())]
+    if short:
+        remedy = f"make it anew: snakemake --cores all --force {Path(path).as_posix()}"
+        raise DataError(f"{path}: {short[0]} lacks steps that other methods have; {remedy}")
+    return rows
 
 
 def read_metrics(path: str | os.PathLike) -> list[Row]:

@@ -18,7 +18,7 @@ from nrcg.evaluation import (
     read_samples,
     setting_folder,
 )
-from nrcg.files import sha256_file
+from nrcg.files import sha256_file, write_record
 from nrcg.intervals import wilson_interval
 from nrcg.metrics import FeatureStatistics, calibration_error, frechet_distance, target_share
 from nrcg.references import cached_reference, make_reference
@@ -40,7 +40,7 @@ def write_shard(folder: Path, number: int, count: int = SHARD, **changes) -> Pat
         "peak_memory_mib": 100.0 + number,
         "sha256": sha256_file(path),
     }
-    path.with_suffix(".json").write_text(json.dumps(record | changes))
+    write_record(path.with_suffix(".json"), record | changes)
     return path
 
 

@@ -7,7 +7,8 @@ from nrcg.config import ROLES, format_scale
 from nrcg.devices import count_nvidia_gpus, has_nvidia_gpu
 from nrcg.errors import ConfigError
 from nrcg.features import resolve_features
-from nrcg.files import join_group
+from nrcg.files import join_group, remove_leftovers
+from nrcg.integrity import set_aside_damaged
 
 try:
     # Snakemake reads these too, but lets a key stand twice.
@@ -17,11 +18,21 @@ try:
 except ConfigError as error:
     sys.exit(f"nrcg: {error}")
 
-# Snakemake's lock outlives a kill -9 and then wants `snakemake --unlock`. Where no other snakemake is alive in this
-# folder, a lock that lies there is such a leftover.
-if workflow.is_main_process and join_group(".nrcg/snakemake.lock"):
+
+def clear_up():
+    """Undo what a kill leaves, while no other snakemake is alive in this folder: Snakemake's lock, which would want
+    `snakemake --unlock`, and half-written files. What is damaged is set aside, so that it is made anew."""
     for leftover in Path(".snakemake/locks").glob("*.lock"):
         leftover.unlink(missing_ok=True)
+    for name in ("data", "models", "results", ".nrcg"):
+        remove_leftovers(name)
+    drawn = {each.dataset.name for each in CONFIG.experiments.values() if each.dataset.source == "sportballs"}
+    for line in set_aside_damaged(Path(), sorted(drawn)):
+        print(f"nrcg: {line}", file=sys.stderr)
+
+
+if workflow.is_main_process:
+    join_group(".nrcg/snakemake.lock", alone=clear_up)
 
 FIGURES = (
     "forward_accuracy",

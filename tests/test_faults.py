@@ -1,0 +1,229 @@
+"""Faults of a whole run: kills, damaged files, a full disk, two at once, an edited configuration.
+
+After each of them one plain rerun ends with what an undisturbed run ends with.
+"""
+
+import base64
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_workflow import command, copy_tree, planned, processes_in
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+]
+
+KILLS = 32
+TOY = {
+    # Long enough to be hit, with a checkpoint every few steps.
+    "ddpm": {"epochs": 30, "checkpoint_minutes": 1e-3, "sample_every": 0},
+    "classifiers": {"robust": {"epochs": 8, "checkpoint_minutes": 1e-3}},
+    "sampling": {"num_samples": 8, "shard_size": 4},
+    "sweep": {"non_robust_x0_ema99": [1]},
+}
+EDITED = {"non_robust_x0_ema99": {"classifier": "non_robust", "input": "pred_x0", "stabilizer": {"name": "adam"}}}
+VOLATILE = ("seconds", "images_per_second", "peak_memory_mib", "mlflow_run_id", "record_sha256")
+"""What no two runs have in common: times, memory, names of runs."""
+STAGES = (
+    ("data/",),
+    ("models/",),
+    ("results/toy/forward.csv", "results/toy/reference.json", "results/toy/samples/"),
+    ("results/toy/metrics/",),
+    ("results/toy/metrics.csv", "results/toy/summary.json"),
+    ("results/toy/figures/",),
+    ("results/toy/",),
+)
+"""Prefixes of the results, each stage made of those before it."""
+
+
+def configure(tree: Path, methods: dict | None = None) -> None:
+    change = {"experiments": {"toy": TOY}} | ({"methods": methods} if methods else {})
+    (tree / "change.json").write_text(json.dumps(change))
+
+
+def start(tree: Path, *arguments: str) -> subprocess.Popen:
+    """Snakemake on the toy experiment, in a process group of its own; what it says goes to said.txt."""
+    with open(tree / "said.txt", "a") as said:
+        return subprocess.Popen(
+            command("toy", "--cores", "2", *arguments, "--configfile", "toy.yaml", "change.json"),
+            cwd=tree,
+            env=os.environ | {"NRCG_TRACKING": "off"},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def rerun(tree: Path, *arguments: str) -> str:
+    """One plain rerun, which must succeed; what it said."""
+    (tree / "said.txt").write_text("")
+    code = start(tree, *arguments).wait()
+    said = (tree / "said.txt").read_text()
+    assert code == 0, said[-5000:]
+    return said
+
+
+def relative(tree: Path) -> list[Path]:
+    """Every result, unfinished ones too."""
+    folders = [tree / name for name in ("data", "models", "results")]
+    return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
+def stage(name: str) -> int:
+    return next(number for number, prefixes in enumerate(STAGES) if name.startswith(prefixes))
+
+
+def steady(value: object) -> object:
+    """JSON without what no two runs have in common."""
+    if isinstance(value, dict):
+        return {key: steady(entry) for key, entry in value.items() if key not in VOLATILE}
+    return [steady(entry) for entry in value] if isinstance(value, list) else value
+
+
+def content(path: Path) -> str:
+    """A result's content, without what no two runs have in common."""
+    if path.suffix == ".json":
+        return json.dumps(steady(json.loads(path.read_text())), sort_keys=True)
+    if path.suffix == ".csv":
+        with open(path, newline="") as file:
+            return json.dumps([steady(row) for row in csv.DictReader(file)])
+    if path.suffix == ".html":
+        return "report"  # holds times and memory
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def results(tree: Path) -> dict[str, str]:
+    """Name -> content of every result. Nothing unfinished may lie among them, nor what was set aside."""
+    found = {path.relative_to(tree).as_posix(): path for path in relative(tree)}
+    return {name: content(path) for name, path in found.items() if not name.endswith((".lock", ".damaged"))}
+
+
+def whole(tree: Path) -> dict[str, tuple[int, int]]:
+    """Name -> (inode, time of change) of the results that Snakemake takes for whole."""
+    marks = (tree / ".snakemake" / "incomplete").rglob("*")
+    unfinished = set()
+    for mark in marks:
+        if mark.is_file() and mark.name not in ("migration_underway",):
+            name = mark.relative_to(tree / ".snakemake" / "incomplete").as_posix().replace("/", "").replace("@", "")
+            with contextlib.suppress(ValueError):
+                unfinished.add(base64.b64decode(name, altchars=b"_-").decode())
+    found = {}
+    for path in relative(tree):
+        name = path.relative_to(tree).as_posix()
+        if path.name.startswith(".") or name.endswith((".pt", ".partial", ".tmp")) or name in unfinished:
+            continue
+        # A folder with an unfinished file is one job's work.
+        if not any(other.startswith(group(name)) for other in unfinished):
+            found[name] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
+
+
+def group(name: str) -> str:
+    """What one job writes, as a prefix of names."""
+    parts = name.split("/")
+    if parts[0] == "data":
+        return "data/"
+    if parts[0] == "models":
+        return "/".join(parts[: 3 if parts[2] == "ddpm" else 4]) + "/"
+    if "/samples/" in name or "/metrics/" in name:
+        return name.rsplit(".", 1)[0]
+    return next(prefix for prefix in STAGES[stage(name)] if name.startswith(prefix))
+
+
+def alone(tree: Path, seconds: float = 20.0) -> None:
+    """No process works in the tree any more, after some seconds at most."""
+    deadline = time.monotonic() + seconds
+    while processes_in(tree) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_in(tree) == []
+
+
+def jobs_in(tree: Path) -> list[int]:
+    """Numbers of the processes of the jobs at work in a tree."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if (entry / "cwd").resolve() == tree.resolve() and any(word.endswith(b"/nrcg") for word in words[:2]):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A tree after an undisturbed run."""
+    tree = copy_tree(tmp_path_factory.mktemp("undisturbed"))
+    configure(tree)
+    rerun(tree)
+    return tree
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path) -> Path:
+    """A copy of that tree, in which Snakemake has nothing to do."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "tree", symlinks=True))
+
+
+def test_thirty_kills_at_random_moments(undisturbed, tmp_path):
+    tree = copy_tree(tmp_path)
+    configure(tree)
+    seed = int(os.environ.get("NRCG_FAULTS_SEED", 0))
+    rng = random.Random(seed)
+    kills: list[str] = []
+    expected: dict[str, tuple[int, int]] = {}
+    while len(kills) < KILLS:
+        run = start(tree)
+        while run.poll() is None and len(kills) < KILLS:
+            deadline = time.monotonic() + rng.uniform(1, 14)
+            while run.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            kind = rng.choice(("job", "job", "snakemake", "group"))
+            jobs = jobs_in(tree)
+            if run.poll() is not None or (kind == "job" and not jobs):
+                continue
+            kills.append(kind)
+            if kind == "job":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(jobs), signal.SIGKILL)
+            elif kind == "snakemake":
+                run.kill()
+            else:
+                os.killpg(run.pid, signal.SIGKILL)
+        if len(kills) == KILLS and run.poll() is None:
+            run.kill()
+        code = run.wait()
+        alone(tree)
+        now = whole(tree)
+        done_twice = {name: (now.get(name), was) for name, was in expected.items() if now.get(name) != was}
+        assert done_twice == {}, (seed, kills)
+        expected = now
+        if code == 0 and len(kills) < KILLS:
+            # More to do: one job's results are lost, and what is made of them follows.
+            lost = group(rng.choice(sorted(now)))
+            for name in now:
+                if name.startswith(lost):
+                    (tree / name).unlink()
+            level = min(stage(name) for name in now if name.startswith(lost))
+            expected = {name: is_ for name, is_ in now.items() if stage(name) <= level and not name.startswith(lost)}
+    print(f"{len(kills)} kills, seed {seed}: {', '.join(kills)}")
+    rerun(tree)
+    alone(tree)
+    assert results(tree) == results(undisturbed)
+    now = whole(tree)
+    assert {name: (now.get(name), was) for name, was in expected.items() if now.get(name) != was} == {}
+    (tree / "said.txt").write_text("")
+    start(tree, "--dry-run").wait()
+    assert planned((tree / "said.txt").read_text()) == {}
