@@ -401,7 +401,7 @@ def evaluate_method(
     target = class_index(read_classifier_config(classifiers / "judge")["classes"], settings.target)
     manifest = load_manifest(data)
     extractors, references = open_references(settings, data, classifiers, cache, device)
-    made_by = {"method": settings.method, "settings": _sample_settings(settings).fingerprint()}
+    made_by = {"method": settings.method, "settings": sample_settings(settings).fingerprint()}
     if ddpm is not None:
         made_by["weights_sha256"] = {"ddpm": weights_hash(ddpm)}
         if settings.guidance.classifier is not None:
@@ -443,7 +443,7 @@ def evaluate_method(
     return rows, list(rows[0])
 
 
-def _sample_settings(settings: EvaluateStep) -> SampleStep:
+def sample_settings(settings: EvaluateStep) -> SampleStep:
     """What the samples that are evaluated must have been drawn by."""
     return SampleStep(**{name: getattr(settings, name) for name in SampleStep.model_fields})
 

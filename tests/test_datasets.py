@@ -146,7 +146,7 @@ def relabel(path):
 
 
 DAMAGE = {
-    "no record": ("dataset.json", lambda p: p.unlink(), "missing or unfinished"),
+    "no manifest": ("dataset.json", lambda p: p.unlink(), "missing or unfinished"),
     "manifest cut": ("dataset.json", lambda p: p.write_text(p.read_text()[:90]), "cannot be read"),
     "manifest empty": ("dataset.json", lambda p: p.write_text("{}"), "lacks name, source"),
     "manifest a list": ("dataset.json", lambda p: p.write_text("[]"), "no record"),

@@ -29,8 +29,8 @@ pytestmark = [
 KILLS = 32
 TOY = {
     # Long enough to be hit, with a checkpoint every few steps.
-    "ddpm": {"epochs": 30, "checkpoint_minutes": 1e-3, "sample_every": 0},
-    "classifiers": {"robust": {"epochs": 8, "checkpoint_minutes": 1e-3}},
+    "ddpm": {"epochs": 8, "checkpoint_minutes": 1e-3, "sample_every": 0},
+    "classifiers": {"robust": {"epochs": 4, "checkpoint_minutes": 1e-3}},
     "sampling": {"num_samples": 8, "shard_size": 4},
     "sweep": {"non_robust_x0_ema99": [1]},
 }
