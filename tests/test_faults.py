@@ -227,3 +227,93 @@ def test_thirty_kills_at_random_moments(undisturbed, tmp_path):
     (tree / "said.txt").write_text("")
     start(tree, "--dry-run").wait()
     assert planned((tree / "said.txt").read_text()) == {}
+
+
+def flip(path: Path, where: bytes | None = None) -> None:
+    """Flip a bit: of the last byte, or of the first after some text."""
+    content = bytearray(path.read_bytes())
+    content[-1 if where is None else content.index(where) + len(where)] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_files_are_made_anew_by_one_plain_rerun(finished, undisturbed):
+    samples = finished / "results/toy/samples"
+    cut(samples / "unconditional/scale0/shard0000.npy")
+    flip(samples / "unconditional/scale0/shard0001.npy")
+    flip(samples / "non_robust_x0_ema99/scale1/shard0000.json", b'"seed": ')
+    flip(finished / "data/toyballs/val/labels.npy")
+    flip(finished / "models/toy/classifiers/judge/model.safetensors")
+    before = whole(finished)
+    said = rerun(finished)
+    assert said.count("set aside as") == 5
+    assert results(finished) == results(undisturbed)
+    after = whole(finished)
+    kept = [name for name in before if "ddpm" in name or "/robust/" in name or name.endswith("scale1/shard0001.npy")]
+    assert len(kept) > 10
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+
+
+def test_a_shard_of_another_method_is_refused_and_the_remedy_helps(finished, undisturbed):
+    samples = finished / "results/toy/samples"
+    stale = samples / "non_robust_x0_ema99/scale1/shard0001.npy"
+    for path in (stale, stale.with_suffix(".json")):
+        shutil.copy(samples / "unconditional/scale0" / path.name, path)
+    (finished / "said.txt").write_text("")
+    assert start(finished).wait() != 0
+    log = (finished / "logs/toy/evaluate_non_robust_x0_ema99.log").read_text()
+    (line,) = [line for line in log.splitlines() if line.startswith("nrcg: ")]
+    name = stale.relative_to(finished).as_posix()
+    assert line.startswith(f"nrcg: {name}: was made by another method")
+    assert line.endswith(f"delete it, then run: snakemake --cores all --resources gpu=1 {name}")
+    stale.unlink()
+    rerun(finished)
+    assert results(finished) == results(undisturbed)
+
+
+def wait_for_job(tree: Path, run: subprocess.Popen, word: str) -> None:
+    """Until a job whose command line holds a word is at work."""
+    deadline = time.monotonic() + 300
+    while not any(word in line for line in processes_in(tree)):
+        assert run.poll() is None and time.monotonic() < deadline, (tree / "said.txt").read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def test_a_second_snakemake_is_refused_and_harms_nothing(finished, undisturbed):
+    (finished / "results/toy/forward.csv").unlink()
+    run = start(finished)
+    wait_for_job(finished, run, " forward ")
+    locks = {path.name for path in (finished / ".snakemake/locks").iterdir()}
+    assert locks
+    words = command("toy", "--cores", "1", "--configfile", "toy.yaml", "change.json")
+    second = subprocess.run(words, cwd=finished, capture_output=True, text=True)
+    assert second.returncode != 0
+    assert "Directory cannot be locked" in second.stdout + second.stderr
+    dry = subprocess.run([*words, "--dry-run"], cwd=finished, capture_output=True, text=True)
+    assert dry.returncode == 0
+    assert {path.name for path in (finished / ".snakemake/locks").iterdir()} == locks
+    assert run.wait() == 0
+    assert results(finished) == results(undisturbed)
+
+
+def test_a_configuration_edited_half_way(finished, undisturbed, tmp_path):
+    """Jobs keep the settings they were planned with; the rerun makes anew what the edit changes."""
+    edited = Path(shutil.copytree(finished, tmp_path / "edited", symlinks=True))
+    for path in (finished / "results/toy/samples/non_robust_x0_ema99").rglob("shard*.npy"):
+        path.unlink()
+    run = start(finished)
+    wait_for_job(finished, run, " sample ")
+    configure(finished, EDITED)
+    assert run.wait() == 0
+    assert results(finished) == results(undisturbed)
+    before = whole(finished)
+    rerun(finished)
+    configure(edited, EDITED)
+    rerun(edited)
+    assert results(finished) == results(edited) != results(undisturbed)
+    after = whole(finished)
+    kept = [name for name in before if name.startswith(("data/", "models/")) or "/unconditional" in name]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
