@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nrcg.files import SEAL, atomic_write_text, read_record, sha256_file
 
+ENDING = ".damaged"
 CACHE = ".nrcg/sums.jsonl"
 """Where checksums are kept with the files' size and times; safe to delete."""
 WEIGHTS = {
@@ -117,9 +118,22 @@ def _against(
 
 
 def set_aside_damaged(root: Path, drawn: Collection[str] = ()) -> list[str]:
-    """Rename damaged files to NAME.damaged; a line about each."""
+    """Rename damaged files to NAME.damaged, and remove those that have been made anew; a line about each new one."""
+    for path in files_set_aside(root):
+        if path.exists():
+            _aside(path).unlink()
     lines = []
     for path, reason in damaged_files(root, drawn):
-        path.replace(path.with_name(f"{path.name}.damaged"))
-        lines.append(f"{path}: {reason}; set aside as {path.name}.damaged, to be made anew")
+        path.replace(_aside(path))
+        lines.append(f"{path}: {reason}; set aside as {_aside(path).name}, to be made anew")
     return lines
+
+
+def files_set_aside(root: Path) -> list[Path]:
+    """Files that lie set aside as damaged, under the names that they had."""
+    patterns = ("data/*/**/*", "models/*/*/**/*", "results/*/samples/*/scale*/*")
+    return sorted(path.with_suffix("") for pattern in patterns for path in root.glob(f"{pattern}{ENDING}"))
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}{ENDING}")

@@ -302,8 +302,9 @@ def test_a_second_snakemake_is_refused_and_harms_nothing(finished, undisturbed):
 def test_a_configuration_edited_half_way(finished, undisturbed, tmp_path):
     """Jobs keep the settings they were planned with; the rerun makes anew what the edit changes."""
     edited = Path(shutil.copytree(finished, tmp_path / "edited", symlinks=True))
-    for path in (finished / "results/toy/samples/non_robust_x0_ema99").rglob("shard*.npy"):
-        path.unlink()
+    shutil.rmtree(finished / "results/toy/samples/non_robust_x0_ema99")
+    (finished / "results/toy/metrics/non_robust_x0_ema99.csv").unlink()
+    (finished / "results/toy/metrics.csv").unlink()
     run = start(finished)
     wait_for_job(finished, run, " sample ")
     configure(finished, EDITED)

@@ -9,7 +9,7 @@ import pytest
 
 from nrcg import integrity
 from nrcg.files import read_record, sha256_file, write_record
-from nrcg.integrity import Sums, set_aside_damaged
+from nrcg.integrity import Sums, files_set_aside, set_aside_damaged
 
 SHARD = Path("results/toy/samples/robust/scale2.5/shard0001.npy")
 DDPM = Path("models/toy/ddpm")
@@ -82,12 +82,18 @@ def test_what_is_whole_stays(root):
     ids=str,
 )
 def test_a_damaged_file_is_set_aside(root, name, damage):
-    before = names(root)
+    before, content = names(root), (root / name).read_bytes()
     damage(root / name)
     (line,) = set_aside_damaged(root, ["balls"])
     assert line.startswith(f"{root / name}: ")
     assert names(root) == before - {name.as_posix()} | {f"{name.as_posix()}.damaged"}
     assert set_aside_damaged(root, ["balls"]) == []
+    assert files_set_aside(root) == [root / name]
+    (root / name).write_bytes(content)  # made anew
+    assert files_set_aside(root) == [root / name]
+    assert set_aside_damaged(root, ["balls"]) == []
+    assert files_set_aside(root) == []
+    assert names(root) == before
 
 
 @pytest.mark.parametrize("position", range(0, 140, 3))

@@ -62,17 +62,37 @@ shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=$
 
 
 def experiment_results(experiment):
-    """What an experiment's target asks for: every result, so that a lost one is made anew."""
+    """What an experiment's target asks for: every file that a job makes and another reads, so that a lost one is made
+    anew. Snakemake does not miss an intermediate file while what was made of it earlier is there; without these a job
+    that failed in a rerun would leave the results of the run before as if they were up to date."""
+    settings = CONFIG.experiments[experiment]
+    data, models, results = f"data/{settings.dataset.name}", f"models/{experiment}", f"results/{experiment}"
     tables = [
         "forward.csv",
         "reference.json",
+        *(f"metrics/{method}.csv" for method in settings.sweep),
         "metrics.csv",
         "summary.json",
         "report.html",
         "paper_comparison.md",
     ]
+    shards = [
+        f"samples/{method}/scale{format_scale(scale)}/shard{shard:04d}.{ending}"
+        for method, scales in settings.sweep.items()
+        for scale in scales
+        for shard in range(settings.num_shards)
+        for ending in ("npy", "json")
+    ]
     figures = [f"figures/{figure}.{ending}" for figure in FIGURES for ending in ("png", "svg")]
-    return [f"results/{experiment}/{name}" for name in tables + figures]
+    arrays = ["train/images", "train/labels", "train/mean", "val/images", "val/labels"]
+    return [
+        f"{data}/dataset.json",
+        *(f"{data}/{array}.npy" for array in arrays),
+        f"{models}/ddpm/training.json",
+        f"{models}/ddpm/unet/diffusion_pytorch_model.safetensors",
+        *(f"{models}/classifiers/{role}/{name}" for role in ROLES for name in ("config.json", "model.safetensors")),
+        *(f"{results}/{name}" for name in tables + shards + figures),
+    ]
 
 
 def settings_file(step, part=None):
