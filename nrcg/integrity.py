@@ -1,13 +1,14 @@
-"""What damage the workflow finds before it starts. Imports neither numpy nor torch: the Snakefile asks.
+"""Damage that is found before anything runs. Imports neither numpy nor torch: the Snakefile asks.
 
-Shards, weights and arrays stand beside a record that holds their SHA-256. A file that no longer is what its record says
-is set aside as NAME.damaged; then Snakemake misses it and makes it anew.
+A shard stands beside a record that holds its SHA-256. One that is no longer what its record says is set aside as
+NAME.damaged; then Snakemake misses it and makes it anew. Data and weights are compared with their records by the verbs
+that read them, which refuse what is damaged: making them anew may take days, and imported ones cannot be.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from nrcg.files import SEAL, atomic_write_text, read_record, sha256_file
@@ -15,11 +16,6 @@ from nrcg.files import SEAL, atomic_write_text, read_record, sha256_file
 ENDING = ".damaged"
 CACHE = ".nrcg/sums.jsonl"
 """Where checksums are kept with the files' size and times; safe to delete."""
-WEIGHTS = {
-    "ddpm": ("training.json", "unet/diffusion_pytorch_model.safetensors"),
-    "classifiers/*": ("config.json", "model.safetensors"),
-}
-"""Folders of an experiment's models -> record, weights."""
 
 
 class Sums:
@@ -64,76 +60,29 @@ class Sums:
         return digest
 
 
-def damaged_files(root: Path, drawn: Collection[str] = (), sums: Sums | None = None) -> Iterator[tuple[Path, str]]:
-    """Files that are not what was written, each with the reason.
-
-    Left out is what the workflow could not make anew by itself: imported models, and data sets made of somebody's
-    images. The verbs that read those refuse them.
-
-    Args:
-        root: the folder that holds data, models and results.
-        drawn: names of the data sets that are drawn.
-        sums: where checksums come from.
-    """
+def damaged_shards(root: Path, sums: Sums | None = None) -> Iterator[tuple[Path, str]]:
+    """Arrays and records of shards below `root`/results that are not what was written, each with the reason."""
     sums = sums or Sums(root / CACHE)
-    for path in sorted(root.glob("results/*/samples/*/scale*/shard*.json")):
-        yield from _against(path, {path.with_suffix(".npy"): ("sha256",)}, sums, sealed=True)
-    for folder, (name, weights) in WEIGHTS.items():
-        for path in sorted(root.glob(f"models/*/{folder}/{name}")):
-            try:
-                if "imported" in read_record(path):
-                    continue
-            except (OSError, ValueError):
-                continue
-            yield from _against(path, {path.parent / weights: ("sha256",)}, sums)
-    for name in drawn:
-        path = root / "data" / name / "dataset.json"
-        arrays = (("train", "images"), ("train", "labels"), ("train", "mean"), ("val", "images"), ("val", "labels"))
-        keys = {path.parent / split / f"{array}.npy": ("splits", split, "sha256", array) for split, array in arrays}
-        yield from _against(path, keys, sums)
+    for record in sorted(root.glob("results/*/samples/*/scale*/shard*.json")):
+        images = record.with_suffix(".npy")
+        try:
+            content = read_record(record)
+            if not content.keys() >= {SEAL, "sha256"}:
+                raise ValueError("a key is missing")
+        except (OSError, ValueError) as error:
+            yield record, f"is damaged ({error})"
+            continue
+        if images.exists() and sums.sha256(images) != content["sha256"]:
+            yield images, f"is not what {record.name} says (checksum)"
 
 
-def _against(
-    record: Path, files: dict[Path, tuple[str, ...]], sums: Sums, *, sealed: bool = False
-) -> Iterator[tuple[Path, str]]:
-    """Files against their record; the keys lead to the checksum."""
-    if not record.exists():
-        return
-    try:
-        content = read_record(record)
-        if sealed and SEAL not in content:
-            raise ValueError(f"{SEAL} is missing")
-        expected = {}
-        for path, keys in files.items():
-            value = content
-            for key in keys:
-                value = value[key]
-            expected[path] = value
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield record, f"is damaged ({error})"
-        return
-    for path, digest in expected.items():
-        if path.exists() and sums.sha256(path) != digest:
-            yield path, f"is not what {record.name} says (checksum)"
-
-
-def set_aside_damaged(root: Path, drawn: Collection[str] = ()) -> list[str]:
+def set_aside_damaged(root: Path) -> list[str]:
     """Rename damaged files to NAME.damaged, and remove those that have been made anew; a line about each new one."""
-    for path in files_set_aside(root):
-        if path.exists():
-            _aside(path).unlink()
+    for old in root.glob(f"results/*/samples/*/scale*/*{ENDING}"):
+        if old.with_suffix("").exists():
+            old.unlink()
     lines = []
-    for path, reason in damaged_files(root, drawn):
-        path.replace(_aside(path))
-        lines.append(f"{path}: {reason}; set aside as {_aside(path).name}, to be made anew")
+    for path, reason in damaged_shards(root):
+        path.replace(path.with_name(f"{path.name}{ENDING}"))
+        lines.append(f"{path}: {reason}; set aside as {path.name}{ENDING}, to be made anew")
     return lines
-
-
-def files_set_aside(root: Path) -> list[Path]:
-    """Files that lie set aside as damaged, under the names that they had."""
-    patterns = ("data/*/**/*", "models/*/*/**/*", "results/*/samples/*/scale*/*")
-    return sorted(path.with_suffix("") for pattern in patterns for path in root.glob(f"{pattern}{ENDING}"))
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}{ENDING}")
