@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nrcg.errors import DataError
-from nrcg.files import atomic_write_text, sha256_file
+from nrcg.files import naming, read_record, sha256_file, temporary_name, write_record
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -289,18 +288,23 @@ def save_classifier(folder: str | Path, module: nn.Module, config: Mapping[str, 
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{WEIGHTS_FILE}.tmp"
-    # save_model, not save_file: some networks hold one tensor under two names. Contiguous: safetensors asks for it.
-    save_model(copy.deepcopy(module).to("cpu", memory_format=torch.contiguous_format), str(temporary))
-    atomic_write_text(folder / CONFIG_FILE, json.dumps({**config, "sha256": sha256_file(temporary)}, indent=2) + "\n")
-    temporary.replace(folder / WEIGHTS_FILE)
+    temporary = temporary_name(folder / WEIGHTS_FILE)
+    try:
+        with naming(folder / WEIGHTS_FILE):
+            # save_model, not save_file: some networks hold one tensor under two names. Contiguous: safetensors asks.
+            save_model(copy.deepcopy(module).to("cpu", memory_format=torch.contiguous_format), str(temporary))
+            digest = sha256_file(temporary)
+            temporary.replace(folder / WEIGHTS_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_record(folder / CONFIG_FILE, {**config, "sha256": digest})
 
 
 def read_classifier_config(folder: str | Path) -> dict:
     """config.json of a saved classifier. Raises DataError when it is missing or damaged."""
     path = Path(folder) / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        config = read_record(path)
         if not {"architecture", "classes", "image_size"} <= config.keys():
             raise ValueError("a key is missing")
         return config

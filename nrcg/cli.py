@@ -7,6 +7,7 @@ needs them, so that `--help` and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ from nrcg.config import (
     write_schema,
 )
 from nrcg.errors import ConfigError, DataError, NrcgError
+from nrcg.processes import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,13 @@ if TYPE_CHECKING:
 
 GRID_SAMPLES = 256
 """Samples in grid.png of `nrcg sample`, as many as the paper's fig. 9 shows."""
+DISK_ERRORS = {
+    errno.ENOSPC: "free some space there and run it again",
+    errno.EDQUOT: "free some space there and run it again",
+    errno.EROFS: "nothing can be written there",
+    errno.EACCES: "give yourself the right to it",
+}
+"""Errors of the disk -> their remedy."""
 REFERENCE_CACHE = ".nrcg/references"
 """Where features of reference images are kept; safe to delete."""
 
@@ -71,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe such as `nrcg table | head` has left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"nrcg: {error.filename or 'a file'}: {error.strerror}; {DISK_ERRORS[error.errno]}", file=sys.stderr)
+        return 1
 
 
 def _die_with_parent() -> None:
@@ -81,15 +95,8 @@ def _die_with_parent() -> None:
     """
     torchrun = str(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
     parent = os.environ.get("NRCG_LAUNCHER") or torchrun or os.environ.get("NRCG_WORKFLOW")
-    if not parent or not sys.platform.startswith("linux"):
-        return
-    import ctypes
-    import signal
-
-    parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
-    if str(os.getppid()) != parent:  # it died before the call
-        os._exit(1)
+    if parent:
+        end_with_parent(int(parent))
 
 
 # --- The verbs --------------------------------------------------------------------------------------------------
@@ -216,12 +223,12 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
     import contextlib
 
     from nrcg import distributed, tracking, training
-    from nrcg.datasets import load_manifest, mean_image, open_split
+    from nrcg.datasets import mean_image, open_split
     from nrcg.diffusion import build_scheduler, resolve_device
     from nrcg.progress import Progress
 
     settings: TrainDDPMStep = _settings(arguments, "train_ddpm")
-    config, manifest = settings.ddpm, load_manifest(arguments.data)
+    config, manifest = settings.ddpm, _checked_data(arguments.data)
     if config.pretrained is not None:
         return _import_ddpm(arguments, settings, manifest)
     if not distributed.launched():
@@ -345,13 +352,13 @@ def train_classifier(arguments: argparse.Namespace) -> None:
 
     from nrcg import tracking, training
     from nrcg.classifiers import save_classifier
-    from nrcg.datasets import load_manifest, open_split
+    from nrcg.datasets import open_split
     from nrcg.diffusion import Schedule
     from nrcg.progress import Progress
     from nrcg.results import write_csv
 
     settings = _settings(arguments, "train_classifier", arguments.role)
-    config, manifest = settings.classifier, load_manifest(arguments.data)
+    config, manifest = settings.classifier, _checked_data(arguments.data)
     if config.pretrained is not None:
         _import_classifier(arguments, settings, manifest)
         return
@@ -471,6 +478,7 @@ def forward(arguments: argparse.Namespace) -> None:
     pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device)
     schedule = pipe.schedule()
     models = {role: load_classifier(Path(arguments.classifiers) / role) for role in ("robust", "non_robust")}
+    _checked_data(arguments.data)
     images, labels = open_split(arguments.data, "val")
     count = min(config.num_images, len(images))
     smoothing = {
@@ -515,6 +523,7 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
     from nrcg import tracking
     from nrcg.classifiers import load_classifier
+    from nrcg.shards import weights_hash
 
     for flag in ("method", "scale", "shard"):
         if getattr(arguments, flag) is None:
@@ -527,12 +536,12 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--shard: {arguments.shard} is past the last of {config.num_samples} samples")
     pipe, device, precision = _pipeline(arguments, settings)
     pipe.use_sampler(method.sampler.name)
-    guidance, weights = None, {"ddpm": _weights_hash(arguments.ddpm)}
+    guidance, weights = None, {"ddpm": weights_hash(arguments.ddpm)}
     if method.classifier is not None:
         if arguments.classifier is None:
             raise ConfigError(f"--classifier: missing; method {settings.method} is guided by {method.classifier}")
         guidance = _method_guidance(settings, load_classifier(arguments.classifier), arguments.scale, pipe)
-        weights["classifier"] = _weights_hash(arguments.classifier)
+        weights["classifier"] = weights_hash(arguments.classifier)
     label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
     with tracking.run(
         settings.experiment,
@@ -681,14 +690,15 @@ def _own_guidance(arguments: argparse.Namespace) -> Any:
 def reference(arguments: argparse.Namespace) -> None:
     """What every method is compared with: features of the training images, and how good the classifiers are."""
     from nrcg.evaluation import describe_reference
-    from nrcg.files import atomic_write_text
+    from nrcg.files import write_record
 
     settings: ReferenceStep = _settings(arguments, "reference")
+    _checked_data(arguments.data)
     device, _ = _device(arguments, settings)
     record = describe_reference(
         settings, Path(arguments.data), Path(arguments.classifiers), Path(arguments.cache), device
     )
-    atomic_write_text(arguments.out, json.dumps(record, indent=2) + "\n")
+    write_record(arguments.out, record)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -700,7 +710,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
             raise ConfigError(" ".join(str(error).split())) from error
         return
     from nrcg import tracking
-    from nrcg.datasets import load_manifest
     from nrcg.evaluation import evaluate_method, read_reference_record
     from nrcg.results import write_csv
 
@@ -708,8 +717,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if getattr(arguments, flag) is None and (flag != "method" or arguments.experiment):
             raise ConfigError(f"--{flag}: missing; with --config it is needed")
     settings: EvaluateStep = _settings(arguments, "evaluate", arguments.method)
+    data, manifest = Path(arguments.data), _checked_data(arguments.data)
     device, _ = _device(arguments, settings)
-    data, manifest = Path(arguments.data), load_manifest(arguments.data)
     tags = {"method": settings.method, "dataset": manifest["name"], "nrcg.step": "1000 x scale"}
     with tracking.run(
         settings.experiment, settings.method, kind=tracking.KIND_METHOD, params=settings.model_dump(), tags=tags
@@ -724,6 +733,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             device,
             record=read_reference_record(Path(arguments.reference)),
             cache=Path(arguments.cache),
+            ddpm=None if arguments.ddpm is None else Path(arguments.ddpm),
         )
         tracking.log_method_over_scales(run, rows)
         write_csv(arguments.out, rows, columns)
@@ -742,7 +752,7 @@ def _evaluate_own(arguments: argparse.Namespace) -> None:
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None and out.suffix not in (".json", ".csv"):
         raise ConfigError(f"--out: {out}: must end in .json or .csv")
-    for flag in ("method", "experiment", "scales", "data", "classifiers"):
+    for flag in ("method", "experiment", "scales", "data", "classifiers", "ddpm"):
         if getattr(arguments, flag) is not None:
             raise ConfigError(f"--{flag}: belongs to an experiment; give its --config")
     samples = open_side(arguments.samples, image_size=arguments.image_size)
@@ -846,6 +856,7 @@ def _tune_method(
     from nrcg.config import fingerprint
     from nrcg.datasets import load_manifest
     from nrcg.evaluation import evaluate_images, open_references
+    from nrcg.shards import weights_hash
     from nrcg.tune import search
 
     classifiers, method, sampling = models / "classifiers", sampled.guidance, sampled.sampling
@@ -860,7 +871,7 @@ def _tune_method(
     key = {
         "sample": sampled.fingerprint(),
         "evaluate": evaluated.fingerprint(),
-        "weights": [_weights_hash(models / "ddpm"), *(_weights_hash(classifiers / role) for role in roles)],
+        "weights": [weights_hash(models / "ddpm"), *(weights_hash(classifiers / role) for role in roles)],
         "precision": str(precision),
         "references": [reference.identity for reference in references],
     }
@@ -1228,6 +1239,15 @@ def _settings(arguments: argparse.Namespace, step: str, part: str | None = None)
     return read_step_settings(arguments.config, step, arguments.experiment, part)
 
 
+def _checked_data(folder: str) -> dict:
+    """A data set's manifest, after its arrays were compared with its checksums. Unchanged files are not read again."""
+    from nrcg.datasets import load_manifest, verify
+    from nrcg.integrity import Sums
+
+    verify(folder, sha256=Sums().sha256)
+    return load_manifest(folder)
+
+
 def _device(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[torch.device, torch.dtype]:
     """Device and precision: the flags', else the settings'. Also sets the number of threads."""
     import torch
@@ -1296,7 +1316,7 @@ def _draw_samples(
     import torch
 
     from nrcg.datasets import to_uint8
-    from nrcg.files import atomic_save_array, atomic_write_text, sha256_file
+    from nrcg.files import atomic_save_array, sha256_file, write_record
     from nrcg.progress import Progress
 
     path = Path(path)
@@ -1334,7 +1354,7 @@ def _draw_samples(
         "sha256": sha256_file(path),
         "versions": _versions(),
     }
-    atomic_write_text(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    write_record(path.with_suffix(".json"), record)
     return images
 
 
@@ -1407,15 +1427,6 @@ def _record(settings: StepSettings, manifest: dict, device: torch.device, precis
         "precision": str(precision).removeprefix("torch."),
         "versions": _versions(),
     }
-
-
-def _weights_hash(folder: str | Path) -> str | None:
-    """SHA-256 of a model's weights as its own record states it."""
-    for name in ("training.json", "config.json"):
-        path = Path(folder) / name
-        if path.exists():
-            return json.loads(path.read_text()).get("sha256")
-    return None
 
 
 def _versions() -> dict[str, str]:
@@ -1646,6 +1657,7 @@ def _add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     step.add_argument("--scales", type=_scale, nargs="+", help="the method's scales")
     step.add_argument("--data", help="data/<dataset>")
     step.add_argument("--classifiers", help="models/<experiment>/classifiers")
+    step.add_argument("--ddpm", help="models/<experiment>/ddpm: refuse samples of other weights")
     step.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,10 +150,15 @@ def markdown(experiment: str, rows: Sequence[Row], lines: Sequence[ComparedNumbe
         "",
         f"| {' | '.join(TITLES)} |",
         f"|{'---|' * len(TITLES)}",
-        *(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells(line))} |" for line in lines),
+        *(f"| {' | '.join(_markdown(cell) for cell in cells(line))} |" for line in lines),
         "",
     ]
     for column, words in (("protocols", "Protocols"), ("reference", "Compared with")):
         if rows[0].get(column):
-            text += [f"{words}: {rows[0][column]}", ""]
+            text += [f"{words}: {_markdown(str(rows[0][column]))}", ""]
     return "\n".join(text)
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown takes neither for HTML nor for a table's edge."""
+    return html.escape(text, quote=False).replace("|", "&#124;")

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nrcg.errors import ConfigError
+from nrcg.files import atomic_write_text
 
 PUBLISHED_STEPS = 400
 """T of the paper: the number of steps for which `config.yaml` states a stabilizer's betas."""
@@ -1053,10 +1054,7 @@ def write_step_settings(
     path = Path(folder) / experiment / f"{name}.json"
     text = json.dumps({"step": step, "settings": settings.model_dump(mode="json")}, indent=1) + "\n"
     if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        atomic_write_text(path, text)
     return path.as_posix()
 
 

@@ -13,7 +13,6 @@ data set: a lock file beside its folder sees to that.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import zlib
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 from nrcg import sportballs
 from nrcg.errors import DataError, NrcgError
-from nrcg.files import atomic_save_array, atomic_write_text, exclusive, sha256_file
+from nrcg.files import atomic_save_array, exclusive, naming, read_record, sha256_file, write_record
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +77,8 @@ class SplitWriter:
             with self._path.open("wb") as file:
                 file.truncate(size)  # sparse: nothing is written yet
         self._file = os.open(self._path, os.O_RDWR)
-        os.pwrite(self._file, header, 0)
+        with naming(self._path):
+            os.pwrite(self._file, header, 0)
 
     def write_piece(
         self, place: int | NDArray[np.integer], images: NDArray[np.uint8], labels: NDArray[np.int64]
@@ -135,9 +135,10 @@ class SplitWriter:
 
     def _write(self, place: int, images: NDArray[np.uint8]) -> None:
         data, offset = memoryview(np.ascontiguousarray(images)).cast("B"), self._offset + place * self._row
-        while data:  # one call writes 2 GiB at most
-            done = os.pwrite(self._file, data, offset)
-            data, offset = data[done:], offset + done
+        with naming(self._path):
+            while data:  # one call writes 2 GiB at most
+                done = os.pwrite(self._file, data, offset)
+                data, offset = data[done:], offset + done
 
     def _read(self, place: int, count: int) -> NDArray[np.uint8]:
         data = os.pread(self._file, count * self._row, self._offset + place * self._row)
@@ -265,7 +266,7 @@ def new_dataset(
             "splits": splits,
             "generation": dict(generation),
         }
-        atomic_write_text(folder / "dataset.json", json.dumps(manifest, indent=2) + "\n")
+        write_record(folder / "dataset.json", manifest)
 
 
 def write_sportballs(
@@ -403,13 +404,11 @@ def load_manifest(folder: Path | str, *, remake: str | None = None) -> dict[str,
     folder = Path(folder)
     path = folder / "dataset.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_record(path)
     except FileNotFoundError:
         raise _damaged(path, "no such file, the data set is missing or unfinished", folder, remake) from None
     except (OSError, ValueError) as error:
         raise _damaged(path, f"cannot be read ({error})", folder, remake) from None
-    if not isinstance(manifest, dict):
-        raise _damaged(path, "is no manifest of a data set", folder, remake)
     needed = ("name", "source", "classes", "image_size", "channels", "splits", "generation")
     absent = [key for key in needed if key not in manifest]
     absent += [f"splits.{split}" for split in SPLITS if split not in manifest.get("splits", ())]
@@ -456,8 +455,11 @@ def mean_image(folder: Path | str, *, remake: str | None = None) -> NDArray[np.f
     return np.ascontiguousarray(mean.transpose(2, 0, 1))
 
 
-def verify(folder: Path | str, *, remake: str | None = None) -> None:
+def verify(folder: Path | str, *, remake: str | None = None, sha256: Callable[[Path], str] = sha256_file) -> None:
     """Read every file of the data set and compare its SHA-256 with the manifest's.
+
+    Args:
+        sha256: gives a file's checksum.
 
     Raises:
         DataError: naming the first file that is not what was written.
@@ -470,7 +472,7 @@ def verify(folder: Path | str, *, remake: str | None = None) -> None:
             path = folder / split / f"{name}.npy"
             if not path.is_file():
                 raise _damaged(path, "no such file", folder, remake)
-            if sha256_file(path) != expected:
+            if sha256(path) != expected:
                 raise _damaged(path, "has changed since it was written (SHA-256 differs)", folder, remake)
 
 

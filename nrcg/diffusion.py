@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nrcg.errors import DataError
+from nrcg.files import read_record, sha256_file
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 DATA_MEAN_FILE = "data_mean.npy"
 """Mean training image beside a pipeline's weights: (C, H, W) float32 in [-1, 1], for the start `data_mean`."""
+
+
+RECORD_FILE = "training.json"
+"""What made a pipeline's folder, with the checksums of its files."""
+WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
 class Schedule:
@@ -207,6 +213,29 @@ def read_data_mean(folder: str | Path) -> Tensor | None:
         raise DataError(
             f"{path}: cannot be read ({error}); train the diffusion model anew or delete the file"
         ) from None
+
+
+def check_pipeline_files(folder: Path) -> None:
+    """Compare a pipeline folder with the checksums of its training.json; one without that file passes.
+
+    Raises:
+        DataError: a file has changed, or training.json is damaged.
+    """
+    record_path = folder / RECORD_FILE
+    if not record_path.exists():
+        return
+    remedy = "delete the folder and run snakemake again"
+    try:
+        record = read_record(record_path)
+        sums = dict(record.get("files") or {WEIGHTS_FILE: record["sha256"]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{record_path}: damaged ({error}); {remedy}") from None
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: not found; {remedy}")
+        if sha256_file(path) != expected:
+            raise DataError(f"{path}: is not what {RECORD_FILE} says (checksum); {remedy}")
 
 
 def resolve_device(device: str) -> torch.device:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ import torch
 
 from nrcg import metrics, tracking
 from nrcg.classifiers import Classifier, class_index, load_classifier, read_classifier_config
-from nrcg.config import ROLES, EvaluateStep, ReferenceStep, format_scale
+from nrcg.config import ROLES, EvaluateStep, ReferenceStep, SampleStep, format_scale
 from nrcg.datasets import load_manifest, open_split, to_unit
 from nrcg.errors import DataError
 from nrcg.features import Extractor, extract, load_extractor, resolve_features
 from nrcg.figures import sample_grid, save_png, save_trace_figure
-from nrcg.files import sha256_file
+from nrcg.files import read_record
 from nrcg.intervals import Estimate, bootstrap_intervals, share, share_difference
 from nrcg.pairwise import (
     across,
@@ -34,11 +33,11 @@ from nrcg.pairwise import (
 from nrcg.progress import Progress
 from nrcg.references import Reference, ReferenceSet, cached_reference, make_reference
 from nrcg.results import check_comparable
+from nrcg.shards import read_shard, weights_hash
 from nrcg.trace import Trace
 
 GRID_SAMPLES = 64
 BATCH = 256
-RECORD_KEYS = {"first_sample", "nonfinite", "seconds", "peak_memory_mib", "sha256"}
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,15 @@ def setting_folder(samples: Path, method: str, scale: float) -> Path:
     return samples / method / f"scale{format_scale(scale)}"
 
 
-def read_samples(folder: Path, num_samples: int) -> SampleSet:
+def read_samples(folder: Path, num_samples: int, expected: Mapping[str, object] | None = None) -> SampleSet:
     """Join the shards of a setting, checked against their records.
 
     Args:
         num_samples: expected; shards past them, left by an earlier and larger run, are not read.
+        expected: what must have made them (`nrcg.shards.read_shard`).
 
     Raises:
-        DataError: a shard or its record is missing, damaged or does not belong to the other.
+        DataError: a shard or its record is missing, damaged, does not belong to the other, or something else made it.
     """
     paths = sorted(folder.glob("shard*.npy"))
     if not paths:
@@ -78,16 +78,7 @@ def read_samples(folder: Path, num_samples: int) -> SampleSet:
     for path in paths:
         if sum(map(len, parts)) >= num_samples:
             break
-        remedy = f"delete it, then run: snakemake --cores all --resources gpu=1 {path}"
-        try:
-            record = json.loads(path.with_suffix(".json").read_text())
-            if not isinstance(record, dict) or not record.keys() >= RECORD_KEYS:
-                raise ValueError("a key is missing")
-            images = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path}: damaged or without its .json ({error}); {remedy}") from None
-        if record["sha256"] != sha256_file(path):
-            raise DataError(f"{path}: is not what its .json says (checksum); {remedy}")
+        images, record = read_shard(path, expected)
         parts.append(images)
         records.append(record)
     firsts = [record["first_sample"] for record in records]
@@ -388,7 +379,7 @@ def describe_reference(
 def read_reference_record(path: Path) -> dict:
     """reference.json as `describe_reference` made it. Raises DataError when it is missing or damaged."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path)
         for role in ROLES:
             if len(record["classifiers"][role]["ece"]) != 3 or len(record["classifiers"][role]["clean_accuracy"]) != 3:
                 raise ValueError("not [value, lo, hi]")
@@ -415,6 +406,7 @@ def evaluate_method(
     *,
     record: Mapping,
     cache: Path,
+    ddpm: Path | None = None,
 ) -> tuple[list[dict], list[str]]:
     """Metrics of a method's samples at each scale, logged as one tracking run per scale.
 
@@ -427,9 +419,13 @@ def evaluate_method(
         classifiers: models/<experiment>/classifiers.
         record: of `describe_reference`: how good the classifiers are on clean images.
         cache: folder of the references, made anew where they are missing.
+        ddpm: models/<experiment>/ddpm; None does not ask which weights drew the samples.
 
     Returns:
         A row per scale and the columns' names.
+
+    Raises:
+        DataError: samples are damaged, or not what these settings and weights draw.
     """
     judge = load_classifier(classifiers / "judge").to(device)
     guide_role = settings.guidance.classifier or "non_robust"
@@ -437,6 +433,11 @@ def evaluate_method(
     target = class_index(read_classifier_config(classifiers / "judge")["classes"], settings.target)
     manifest = load_manifest(data)
     extractors, references = open_references(settings, data, classifiers, cache, device)
+    made_by = {"method": settings.method, "settings": sample_settings(settings).fingerprint()}
+    if ddpm is not None:
+        made_by["weights_sha256"] = {"ddpm": weights_hash(ddpm)}
+        if settings.guidance.classifier is not None:
+            made_by["weights_sha256"]["classifier"] = weights_hash(classifiers / guide_role)
     quality = {}
     for name, role in (("judge", "judge"), ("guide", guide_role)):
         for measure, (value, *interval) in (
@@ -446,7 +447,8 @@ def evaluate_method(
     rows = []
     with Progress(f"evaluate {settings.method}", settings.sampling.num_samples * len(scales), "image") as bar:
         for number, scale in enumerate(scales):
-            drawn = read_samples(setting_folder(samples, settings.method, scale), settings.sampling.num_samples)
+            folder = setting_folder(samples, settings.method, scale)
+            drawn = read_samples(folder, settings.sampling.num_samples, made_by | {"scale": scale})
             before = number * len(drawn.images)
             row = {"experiment": settings.experiment, "method": settings.method, "scale": scale}
             row |= evaluate_images(
@@ -472,6 +474,11 @@ def evaluate_method(
     for extractor in extractors:
         _warn_of_rank(extractor.name, min(row["num_samples"] for row in rows), extractor.dim)
     return rows, list(rows[0])
+
+
+def sample_settings(settings: EvaluateStep) -> SampleStep:
+    """What the samples that are evaluated must have been drawn by."""
+    return SampleStep(**{name: getattr(settings, name) for name in SampleStep.model_fields})
 
 
 def _read_trace(folder: Path, settings: EvaluateStep) -> Trace | None:

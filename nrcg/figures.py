@@ -52,6 +52,7 @@ from nrcg.results import (
     read_metrics,
     sort_methods,
 )
+from nrcg.shards import read_shard
 
 if TYPE_CHECKING:
     from nrcg.trace import Trace
@@ -502,10 +503,14 @@ def load_samples(samples_dir: str | os.PathLike, method: str, scale: float, coun
 
 
 def _load_shard(path: Path) -> np.ndarray:
-    try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: no array of samples ({error}); delete it and run snakemake again") from None
+    """A shard's images, checked against its record where it has one."""
+    if path.with_suffix(".json").exists():
+        images, _ = read_shard(path)
+    else:
+        try:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path}: no array of samples ({error}); delete it and run snakemake again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise DataError(
             f"{path}: {images.dtype} {images.shape} where uint8 (n, H, W, 1 or 3) is expected; "

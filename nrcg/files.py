@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import io
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nrcg.errors import DataError
 
@@ -18,19 +22,60 @@ from nrcg.errors import DataError
 def temporary_name(path: str | Path) -> Path:
     """A name beside `path` (so that the move is atomic) that no other process uses."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what processes of this machine that were killed have left under their temporary names."""
+    ending = re.compile(rf"\.{re.escape(os.uname().nodename)}\.(\d+)\.(tmp|old)$")
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            match = ending.search(name)
+            if match is None or not name.startswith(".") or Path("/proc", match[1]).exists():
+                continue
+            path = Path(parent, name)
+            if name in folders:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A failure to write becomes an OSError that names the file, whichever library writes.
+
+    They report a full disk in many ways, some without its name, some without the file's.
+    """
+    path = Path(path)
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+    except Exception as error:
+        if not _disk_is_full(path, error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+def _disk_is_full(path: Path, error: Exception) -> bool:
+    if os.strerror(errno.ENOSPC) in str(error):
+        return True
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    return shutil.disk_usage(folder).free < 2**16
 
 
 def atomic_write(path: str | Path, content: bytes) -> None:
-    """Write a file as a whole; makes its folder."""
+    """Write a file as a whole; makes its folder. Raises OSError that names it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -47,11 +92,40 @@ def atomic_save_array(path: str | Path, array) -> None:
     atomic_write(path, content.getvalue())
 
 
+SEAL = "record_sha256"
+"""Key of a JSON record's own checksum: of all its other keys."""
+
+
+def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON file that says what made something, with a checksum of itself."""
+    plain = json.loads(json.dumps(record))
+    atomic_write_text(path, json.dumps(plain | {SEAL: _seal(plain)}, indent=2) + "\n")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read what `write_record` wrote; a record without its checksum, of an earlier version, is taken as it is.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is cut off or has changed since it was written.
+    """
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError("no record")
+    if SEAL in record and record[SEAL] != _seal({key: value for key, value in record.items() if key != SEAL}):
+        raise ValueError("has changed since it was written")
+    return record
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def replace_folder(new: str | Path, final: str | Path) -> None:
     """Put the folder `new` in the place of `final`, which may exist."""
     new, final = Path(new), Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
+    old = final.with_name(f".{final.name}.{os.uname().nodename}.{os.getpid()}.old")
     if final.exists():
         final.replace(old)
     try:
@@ -101,10 +175,13 @@ def exclusive(path: str | Path, message: str) -> Iterator[None]:
         yield
 
 
-def join_group(path: str | Path) -> bool:
+def join_group(path: str | Path, alone: Callable[[], object] = lambda: None) -> bool:
     """Become one of the processes that share a lock file, until this process ends; True where it was the first.
 
     As with `try_lock`, a process that was killed is no longer one of them.
+
+    Args:
+        alone: called where this process is the first; until it returns, no other can join.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +192,8 @@ def join_group(path: str | Path) -> bool:
         first = True
     except BlockingIOError:
         first = False
+    if first:
+        alone()
     fcntl.flock(file, fcntl.LOCK_SH)
     return first
 

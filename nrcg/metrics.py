@@ -6,6 +6,7 @@ A metric is named after its protocol: `fid`, `cfid`, `kid` and `ckid` use clean-
 alone" (cFID in the paper). docs/evaluation.md defines every column.
 """
 
+import io
 import re
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nrcg.errors import DataError
+from nrcg.files import atomic_write
 from nrcg.intervals import Estimate
 
 _ROWS = 4096  # rows turned to float64 at a time
@@ -117,10 +119,9 @@ class FeatureStatistics:
     def save(self, path: str | Path) -> None:
         """Write an .npz of plain arrays (n, total, outer), at once: a reader never sees half a file."""
         path = Path(path)
-        part = path.with_name(path.name + ".part")
-        with open(part, "wb") as file:
-            np.savez(file, n=np.int64(self.n), total=self.total, outer=self.outer)
-        part.replace(path)
+        content = io.BytesIO()
+        np.savez(content, n=np.int64(self.n), total=self.total, outer=self.outer)
+        atomic_write(path, content.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":

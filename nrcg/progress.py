@@ -6,6 +6,7 @@ Jobs write where they are into small files of the folder NRCG_PROGRESS_DIR; `wat
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, TextIO
 
 from nrcg.errors import NrcgError
 from nrcg.files import atomic_write_text
+from nrcg.processes import end_with_parent
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -286,7 +288,11 @@ def watch(
         with log.open("wb") as file:
             try:
                 child = subprocess.Popen(
-                    list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+                    list(command),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    preexec_fn=functools.partial(end_with_parent, os.getpid()),
                 )
             except OSError as error:
                 raise NrcgError(f"{command[0]}: cannot be started: {error.strerror or error}") from None

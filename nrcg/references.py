@@ -18,7 +18,7 @@ import torch
 
 from nrcg.errors import DataError
 from nrcg.features import Extractor, extract
-from nrcg.files import temporary_name
+from nrcg.files import naming, temporary_name
 from nrcg.metrics import FeatureStatistics, covariance_root
 from nrcg.pairwise import Within, mean_pair_distance, within
 
@@ -194,14 +194,15 @@ def save_reference(path: str | Path, reference: Reference) -> None:
                 f"{part}.kernel": one.pairs.kernel,
                 f"{part}.distance": one.pairs.distance,
             }
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_reference(path: str | Path) -> Reference:

@@ -102,8 +102,7 @@ def read_csv(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Row]:
             names the file and the command that makes it anew.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            text = file.read()
+        text = Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {_remedy(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -129,6 +128,8 @@ def _parse_csv(text: str, path: str | os.PathLike, columns: Sequence[str]) -> li
         raise DataError(f"{path}: lacks the column {', '.join(missing)}; {remedy}")
     if not lines:
         raise DataError(f"{path}: empty; {remedy}")
+    if not text.endswith("\n"):  # a number may have lost its last digits
+        raise DataError(f"{path}: cut off within its last line; {remedy}")
     rows: list[Row] = []
     for number, line in lines:
         if len(line) != len(header):
@@ -144,8 +145,16 @@ def _parse_csv(text: str, path: str | os.PathLike, columns: Sequence[str]) -> li
 
 
 def read_forward(path: str | os.PathLike) -> list[Row]:
-    """Read a forward.csv: one row per method and t = 1..T. Raises DataError."""
-    return read_csv(path, FORWARD_COLUMNS)
+    """Read a forward.csv: one row per method and t = 1..T. Raises DataError, also where a method lacks a step."""
+    rows = read_csv(path, FORWARD_COLUMNS)
+    steps: dict[str, set[float]] = {}
+    for row in rows:
+        steps.setdefault(str(row["method"]), set()).add(float(row["t"]))
+    short = [method for method, own in steps.items() if own != set.union(*steps.values())]
+    if short:
+        remedy = f"make it anew: snakemake --cores all --force {Path(path).as_posix()}"
+        raise DataError(f"{path}: {short[0]} lacks steps that other methods have; {remedy}")
+    return rows
 
 
 def read_metrics(path: str | os.PathLike) -> list[Row]:

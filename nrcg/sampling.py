@@ -23,6 +23,7 @@ from nrcg.diffusion import (
     Schedule,
     as_prediction,
     autocast,
+    check_pipeline_files,
     freeze,
     read_data_mean,
     to_eps,
@@ -166,6 +167,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() and not (folder / "model_index.json").exists():
             raise DataError(f"{folder / 'model_index.json'}: not found; {_remake(folder)}")
+        check_pipeline_files(folder)
         try:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:

@@ -8,7 +8,7 @@ the number of processes nor the size of the micro-batches changes the diffusion 
 from __future__ import annotations
 
 import contextlib
-import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +22,19 @@ from torch.nn import functional as F
 
 from nrcg.classifiers import Classifier, build_module, predicted_class
 from nrcg.config import ClassifierConfig, DDPMConfig, OptimizerConfig
-from nrcg.diffusion import DATA_MEAN_FILE, Schedule, autocast, build_unet, freeze, to_eps
+from nrcg.diffusion import (
+    DATA_MEAN_FILE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    Schedule,
+    autocast,
+    build_unet,
+    freeze,
+    to_eps,
+)
 from nrcg.distributed import Ranks
 from nrcg.errors import ConfigError, DataError
-from nrcg.files import atomic_save_array, atomic_write_text, replace_folder, sha256_file, temporary_name
+from nrcg.files import atomic_save_array, naming, replace_folder, sha256_file, temporary_name, write_record
 from nrcg.loading import Images, batches_from, steps_per_epoch
 from nrcg.noise import spawn_seed
 
@@ -127,10 +136,11 @@ class Checkpoint:
         return time.monotonic() - self._saved >= self.seconds
 
     def save(self, state: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.save(state | {"identity": self.identity}, self._temporary)
-            self._temporary.replace(self.path)
+            with naming(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(state | {"identity": self.identity}, self._temporary)
+                self._temporary.replace(self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
         self._saved = time.monotonic()
@@ -362,19 +372,23 @@ def save_pipeline(
 
     Args:
         data_mean: (C, H, W) in [-1, 1].
-        record: settings, data and versions; the weights' SHA-256 is added.
+        record: settings, data and versions; the weights' SHA-256 is added, and under `files` that of every file.
     """
     from diffusers import DDPMPipeline
 
     from nrcg.results import write_csv
 
     new = temporary_name(folder)
-    DDPMPipeline(unet, scheduler).save_pretrained(new)
-    atomic_save_array(new / DATA_MEAN_FILE, data_mean.astype(np.float32))
-    write_csv(new / "training.csv", log, list(log[0]))
-    weights = new / "unet" / "diffusion_pytorch_model.safetensors"
-    atomic_write_text(new / "training.json", json.dumps(record | {"sha256": sha256_file(weights)}, indent=2) + "\n")
-    replace_folder(new, folder)
+    try:
+        with naming(folder):
+            DDPMPipeline(unet, scheduler).save_pretrained(new)
+            atomic_save_array(new / DATA_MEAN_FILE, data_mean.astype(np.float32))
+            sums = {path.relative_to(new).as_posix(): sha256_file(path) for path in new.rglob("*") if path.is_file()}
+            write_csv(new / "training.csv", log, list(log[0]))
+            write_record(new / RECORD_FILE, record | {"sha256": sums[WEIGHTS_FILE], "files": sums})
+            replace_folder(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 # --- Classifiers ------------------------------------------------------------------------------------------------

@@ -407,3 +407,68 @@ def test_a_pretrained_classifier_takes_the_place_of_a_trained_one(tiny, tmp_path
     p = theirs((((seen + 1) / 2) - mean.reshape(1, 3, 1, 1)) / std.reshape(1, 3, 1, 1)).softmax(dim=1)
     expected = torch.stack([p[:, 0] + p[:, 3], p[:, 1], p[:, 2]], dim=1)
     torch.testing.assert_close(classifier(x).softmax(dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Faults -----------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_is_the_same_after_the_memory_ran_out(tiny, tmp_path, monkeypatch, caplog):
+    """Out of memory within the third step of the first batch, as a GPU says it."""
+    ddpm = tmp_path / "ddpm"
+    shutil.copytree(tiny / "ddpm", ddpm)
+    np.save(ddpm / "data_mean.npy", np.zeros((3, TINY_SIZE, TINY_SIZE), np.float32))
+    guided = ["--method", "non_robust_x0_ema99", "--scale", 1, "--classifier", tiny / "classifier"]
+    command = [*SHARD.format(tiny=tiny).split(), *guided, "--ddpm", ddpm, "--shard", 0]
+    assert nrcg(*command, "--out", tmp_path / "undisturbed.npy") == 0
+    from diffusers import UNet2DModel
+
+    forward, batches = UNet2DModel.forward, []
+
+    def once(self, x, *arguments, **settings):
+        batches.append(len(x))
+        if len(batches) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, x, *arguments, **settings)
+
+    monkeypatch.setattr(UNet2DModel, "forward", once)
+    assert nrcg(*command, "--out", tmp_path / "disturbed.npy") == 0
+    assert "out of memory with batches of 5; going on with 2" in caplog.text
+    assert batches[:4] == [5, 5, 5, 2]
+    # Convolutions of another batch size may sum in another order, which may turn a rounding.
+    undisturbed, disturbed = (np.load(tmp_path / f"{name}.npy").astype(int) for name in ("undisturbed", "disturbed"))
+    assert undisturbed.shape == (8, TINY_SIZE, TINY_SIZE, 3)
+    assert np.abs(disturbed - undisturbed).max() <= 1
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("undisturbed", "disturbed")]
+    for key in ("first_sample", "num_samples", "seed", "settings", "weights_sha256", "nonfinite"):
+        assert records[0][key] == records[1][key]
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "data_mean.npy", "training.json"])
+def test_a_flipped_byte_of_a_diffusion_model_is_refused(tmp_path, capsys, name):
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    from nrcg.training import save_pipeline
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+    unet = UNet2DModel(sample_size=TINY_SIZE, block_out_channels=(8,), layers_per_block=1, **blocks)
+    ddpm, row = tmp_path / "ddpm", {"epoch": 1, "train_loss": 0.5}
+    save_pipeline(ddpm, unet, DDPMScheduler(4), np.zeros((3, TINY_SIZE, TINY_SIZE)), {"seconds": 12.5}, [row])
+    command = ["sample", "--ddpm", ddpm, "--num-samples", 1, "--out", tmp_path / "out"]
+    assert nrcg(*command) == 0
+    content = bytearray((ddpm / name).read_bytes())
+    content[content.find(b"12.5") if name == "training.json" else -2] ^= 1
+    (ddpm / name).write_bytes(content)
+    capsys.readouterr()
+    assert nrcg(*command) == 1
+    assert_one_line(capsys, f"nrcg: {ddpm / name}: ")
+
+
+def test_a_flipped_byte_of_the_data_is_refused(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "copy")
+    path = tmp_path / "copy/data/train/images.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert nrcg(*CLASSIFIER.format(tiny=tiny).split(), "--data", tmp_path / "copy/data") == 1
+    assert_one_line(capsys, f"nrcg: {path}: has changed since it was written (SHA-256 differs); run: nrcg dataset ")

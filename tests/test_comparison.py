@@ -59,3 +59,11 @@ def test_markdown_is_a_table():
     assert len(cells(lines()[0])) == len(TITLES)
     assert "arXiv 2507.00687, table 1" in text
     assert "has no numbers for it" in markdown("mine", metric_rows(), compare("mine", metric_rows()))
+
+
+def test_markdown_escapes_html_and_table_edges():
+    """A class may be called anything, and reference names it."""
+    rows = [row | {"reference": "images, class <script>alert(1)</script> | b"} for row in metric_rows("sportballs")]
+    text = markdown("sportballs", rows, compare("sportballs", rows))
+    assert "<script>" not in text
+    assert "Compared with: images, class &lt;script&gt;alert(1)&lt;/script&gt; &#124; b" in text

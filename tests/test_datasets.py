@@ -149,7 +149,7 @@ DAMAGE = {
     "no manifest": ("dataset.json", lambda p: p.unlink(), "missing or unfinished"),
     "manifest cut": ("dataset.json", lambda p: p.write_text(p.read_text()[:90]), "cannot be read"),
     "manifest empty": ("dataset.json", lambda p: p.write_text("{}"), "lacks name, source"),
-    "manifest a list": ("dataset.json", lambda p: p.write_text("[]"), "no manifest"),
+    "manifest a list": ("dataset.json", lambda p: p.write_text("[]"), "no record"),
     "images gone": ("train/images.npy", lambda p: p.unlink(), "no such file"),
     "images cut": ("train/images.npy", cut, "cut off"),
     "images empty": ("train/images.npy", lambda p: p.write_bytes(b""), "cut off"),

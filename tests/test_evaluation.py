@@ -1,6 +1,5 @@
 """Evaluation of samples: shards are joined and checked, rows hold every metric with its interval, references."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from nrcg import config
 from nrcg.classifiers import Classifier
 from nrcg.errors import DataError
 from nrcg.evaluation import (
@@ -16,9 +16,10 @@ from nrcg.evaluation import (
     predict,
     read_reference_record,
     read_samples,
+    sample_settings,
     setting_folder,
 )
-from nrcg.files import sha256_file
+from nrcg.files import sha256_file, write_record
 from nrcg.intervals import wilson_interval
 from nrcg.metrics import FeatureStatistics, calibration_error, frechet_distance, target_share
 from nrcg.references import cached_reference, make_reference
@@ -40,7 +41,7 @@ def write_shard(folder: Path, number: int, count: int = SHARD, **changes) -> Pat
         "peak_memory_mib": 100.0 + number,
         "sha256": sha256_file(path),
     }
-    path.with_suffix(".json").write_text(json.dumps(record | changes))
+    write_record(path.with_suffix(".json"), record | changes)
     return path
 
 
@@ -100,6 +101,40 @@ def test_damage_is_refused_in_one_line_that_names_the_file(folder, damage):
     assert message.startswith(str(folder))
     assert text in message
     assert "\n" not in message
+
+
+MADE_BY = {"method": "robust", "scale": 2.5, "settings": "0123", "weights_sha256": {"ddpm": "ab", "classifier": "cd"}}
+
+
+@pytest.mark.parametrize(
+    "key, other, words",
+    [
+        ("settings", "4567", "was made by other settings"),
+        ("weights_sha256", {"ddpm": "ab", "classifier": "ce"}, "was made by other weights"),
+        ("weights_sha256", {"ddpm": "ab"}, "was made by other weights"),
+        ("method", "non_robust", "was made by another method"),
+        ("scale", 5.0, "was made by another scale"),
+    ],
+)
+def test_a_shard_of_another_run_is_refused(tmp_path, key, other, words):
+    """It is whole, and belongs elsewhere: copied here, or left by other models."""
+    for number in range(3):
+        write_shard(tmp_path, number, count=2 if number == 2 else SHARD, **MADE_BY)
+    assert len(read_samples(tmp_path, 10, MADE_BY).images) == 10
+    path = write_shard(tmp_path, 1, **MADE_BY | {key: other})
+    with pytest.raises(DataError) as caught:
+        read_samples(tmp_path, 10, MADE_BY)
+    assert str(caught.value).startswith(f"{path}: {words}")
+    assert f"delete it, then run: snakemake --cores all --resources gpu=1 {path}" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["unconditional", "non_robust_x0_ema99"])
+def test_an_evaluation_knows_the_fingerprint_of_its_samples(method):
+    """The settings that draw the samples, found from those that evaluate them."""
+    whole = config.load(Path(__file__).parent.parent / "config.yaml")
+    drawn = config.step_settings(whole, "quickstart", "sample", method)
+    evaluated = config.step_settings(whole, "quickstart", "evaluate", method)
+    assert sample_settings(evaluated).fingerprint() == drawn.fingerprint()
 
 
 @pytest.mark.parametrize(("scale", "name"), [(10.0, "scale10"), (2.5, "scale2.5"), (0.0, "scale0")])

@@ -1,12 +1,29 @@
 """Files are whole or not there, also when the writing fails half way."""
 
+import errno
 import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 from nrcg import files
-from nrcg.files import atomic_save_array, atomic_write_text, replace_folder, sha256_file, temporary_name
+from nrcg.files import (
+    atomic_save_array,
+    atomic_write_text,
+    join_group,
+    naming,
+    read_record,
+    remove_leftovers,
+    replace_folder,
+    sha256_file,
+    temporary_name,
+    write_record,
+)
 
 
 def read(folder):
@@ -101,3 +118,93 @@ def test_a_failed_replacement_keeps_the_old_folder(tmp_path):
 def test_sha256(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     assert sha256_file(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+# --- What a kill leaves -----------------------------------------------------------------------------------------
+
+
+def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here = os.uname().nodename
+    dead = [f".x.npy.{here}.{gone.pid}.tmp", f"a/.ddpm.{here}.{gone.pid}.tmp/unet/w", f".ddpm.{here}.{gone.pid}.old/w"]
+    kept = [
+        f".x.npy.{here}.{os.getpid()}.tmp",  # at work
+        f".x.npy.elsewhere.{gone.pid}.tmp",  # another machine's
+        f"x.npy.{here}.{gone.pid}.tmp",
+        ".hidden.tmp",
+        "a/x.npy",
+    ]
+    for name in (*dead, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    assert set(read(tmp_path)) == set(kept)
+    assert not any(path.name.endswith((".tmp", ".old")) for path in tmp_path.rglob("*") if path.is_dir())
+    remove_leftovers(tmp_path / "missing")
+
+
+def test_the_first_of_a_group_is_alone_while_it_clears_up(tmp_path):
+    """The second may neither join meanwhile nor clear up; a lock of its own would be taken for a leftover."""
+    lock, said = tmp_path / "lock", tmp_path / "said"
+    code = (
+        "import sys; from pathlib import Path; from nrcg.files import join_group\n"
+        "first = join_group(sys.argv[1], alone=lambda: Path(sys.argv[2]).write_text('cleared'))\n"
+        "print(first, flush=True); sys.stdin.read()"
+    )
+
+    def start():
+        words = [sys.executable, "-c", code, str(lock), str(said)]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    others = []
+
+    def clear_up():
+        others.append(start())
+        time.sleep(1.5)
+        assert others[0].poll() is None
+        assert not said.exists()
+
+    assert join_group(lock, alone=clear_up)
+    assert others[0].stdout.readline() == "False\n"
+    others[0].communicate("")
+    files._locks.pop().close()
+    alone = start()
+    assert alone.stdout.readline() == "True\n"
+    alone.kill()
+    alone.communicate()
+    assert said.read_text() == "cleared"
+
+
+# --- Records and full disks -------------------------------------------------------------------------------------
+
+
+def test_a_record_is_read_back_and_a_changed_one_refused(tmp_path):
+    path, record = tmp_path / "record.json", {"a": 1.5, "b": {"c": [None, "ü"]}, "1": True}
+    write_record(path, record)
+    found = read_record(path)
+    assert {key: found[key] for key in record} == record
+    path.write_text(path.read_text().replace("1.5", "1.6"))
+    with pytest.raises(ValueError, match="has changed since it was written"):
+        read_record(path)
+    path.write_text(json.dumps(record))  # an earlier version's
+    assert read_record(path) == record
+
+
+@pytest.mark.parametrize(
+    "error, number",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),
+        (OSError(errno.EACCES, "Permission denied", "/tmp/other"), errno.EACCES),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),  # as safetensors says it
+    ],
+)
+def test_a_failed_write_names_the_file(tmp_path, error, number):
+    with pytest.raises(OSError) as caught, naming(tmp_path / "a" / "x.npy"):
+        raise error
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "a" / "x.npy"))
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), naming(tmp_path / "x"):
+        raise RuntimeError("shapes do not match")

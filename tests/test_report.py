@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -107,6 +108,20 @@ def test_text_is_escaped(paths, tmp_path, key):
     page = Page(text)
     assert hostile in page.text
     assert all(address.startswith("data:image/") for address in page.loads)
+
+
+def test_what_the_files_say_is_escaped(tmp_path):
+    """Class names, an architecture, protocols and a method, each of which somebody else may have written."""
+    hostile = "<script>alert(1)</script><b title=\"'>&amp;"
+    paths = write_results(tmp_path)
+    rows = [row | {"protocols": hostile, "reference": hostile} for row in metric_rows()]
+    rows.append(rows[-1] | {"method": hostile})
+    write_csv(paths["metrics_csv"], rows, [*COLUMNS, "protocols", "reference"])
+    config = paths["models_dir"] / "classifiers/judge/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architecture": hostile}))
+    text = report(tmp_path / "report.html", paths, classes=[hostile, "baseball"], target=hostile)
+    assert "<script" not in text and "<b title" not in text
+    assert Page(text).text.count(hostile) > 5
 
 
 def test_settings_and_versions_are_escaped(paths, tmp_path):

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from synthetic import COLUMNS, NAN, inception_rows, metric_rows
+from synthetic import COLUMNS, NAN, forward_rows, inception_rows, metric_rows
 
 from nrcg import paper
 from nrcg.errors import DataError
@@ -317,3 +317,21 @@ def test_pareto_front():
     points = [(0.2, 5.0), (0.5, 9.0), (0.6, 7.0), (0.9, 8.0), (0.9, 8.5), (1.0, NAN)]
     rows = [{"method": str(i), "accuracy_judge": a, "fd_judge": 1.0, "cfd_judge": d} for i, (a, d) in enumerate(points)]
     assert [row["method"] for row in pareto_front(rows)] == ["0", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "keep, message",
+    [
+        (lambda text: text[:-1], "cut off within its last line"),  # the last number may have lost digits
+        (lambda text: text[: len(text) // 2], "(cut off within its last line|fields|is no number)"),
+        (lambda text: text[: text.rindex("\n", 0, -1) + 1], "non_robust_x0_adam lacks steps that other methods have"),
+    ],
+    ids=["last newline", "half", "last row"],
+)
+def test_a_forward_table_that_was_cut_off_is_refused(tmp_path, keep, message):
+    path = tmp_path / "forward.csv"
+    write_csv(path, forward_rows(steps=5), FORWARD_COLUMNS)
+    assert len(read_forward(path)) == 6 * 5
+    path.write_text(keep(path.read_text()))
+    with pytest.raises(DataError, match=f"{path}: .*{message}.*; make it anew: snakemake .* --force {path}"):
+        read_forward(path)

@@ -308,6 +308,13 @@ def test_a_methods_change_reruns_that_methods_jobs(finished):
         ("figures/stabilizers.svg", {"figures": 1, "report": 1}),
         ("forward.csv", {"forward": 1, "figures": 1, "report": 1}),
         ("summary.json", END),
+        ("metrics/unconditional.csv", {"evaluate": 1} | END),
+        ("samples/unconditional/scale0/shard0001.npy", {"sample": 1, "evaluate": 1} | END),
+        ("reference.json", {"reference": 1, "evaluate": 2} | END),
+        (
+            "../../models/toy/classifiers/judge/model.safetensors",
+            {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
+        ),
     ],
 )
 def test_a_lost_result_is_made_anew(finished, name, expected):

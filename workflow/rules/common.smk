@@ -9,7 +9,8 @@ from nrcg.config import ROLES, format_scale
 from nrcg.devices import count_nvidia_gpus, has_nvidia_gpu
 from nrcg.errors import ConfigError
 from nrcg.features import resolve_features
-from nrcg.files import join_group
+from nrcg.files import join_group, remove_leftovers
+from nrcg.integrity import set_aside_damaged
 from nrcg.tracking import new_invocation
 
 try:
@@ -20,11 +21,20 @@ try:
 except ConfigError as error:
     sys.exit(f"nrcg: {error}")
 
-# Snakemake's lock outlives a kill -9 and then wants `snakemake --unlock`. Where no other snakemake is alive in this
-# folder, a lock that lies there is such a leftover.
-if workflow.is_main_process and join_group(".nrcg/snakemake.lock"):
+
+def clear_up():
+    """Undo what a kill leaves, while no other snakemake is alive in this folder: Snakemake's lock, which would want
+    `snakemake --unlock`, and half-written files. Damaged shards are set aside, so that they are made anew."""
     for leftover in Path(".snakemake/locks").glob("*.lock"):
         leftover.unlink(missing_ok=True)
+    for name in ("data", "models", "results", ".nrcg"):
+        remove_leftovers(name)
+    for line in set_aside_damaged(Path()):
+        print(f"nrcg: {line}", file=sys.stderr)
+
+
+if workflow.is_main_process:
+    join_group(".nrcg/snakemake.lock", alone=clear_up)
 
 # The jobs' tracking runs are children of one run per experiment and invocation (nrcg/tracking.py).
 if workflow.is_main_process or "NRCG_INVOCATION" not in os.environ:
@@ -70,17 +80,37 @@ shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH" NRCG_WORKFLOW=$
 
 
 def experiment_results(experiment):
-    """What an experiment's target asks for: every result, so that a lost one is made anew."""
+    """What an experiment's target asks for: every file that a job makes and another reads, so that a lost one is made
+    anew. Snakemake does not miss an intermediate file while what was made of it earlier is there; without these a job
+    that failed in a rerun would leave the results of the run before as if they were up to date."""
+    settings = CONFIG.experiments[experiment]
+    data, models, results = f"data/{settings.dataset.name}", f"models/{experiment}", f"results/{experiment}"
     tables = [
         "forward.csv",
         "reference.json",
+        *(f"metrics/{method}.csv" for method in settings.sweep),
         "metrics.csv",
         "summary.json",
         "report.html",
         "paper_comparison.md",
     ]
+    shards = [
+        f"samples/{method}/scale{format_scale(scale)}/shard{shard:04d}.{ending}"
+        for method, scales in settings.sweep.items()
+        for scale in scales
+        for shard in range(settings.num_shards)
+        for ending in ("npy", "json")
+    ]
     figures = [f"figures/{figure}.{ending}" for figure in FIGURES for ending in ("png", "svg")]
-    return [f"results/{experiment}/{name}" for name in tables + figures]
+    arrays = ["train/images", "train/labels", "train/mean", "val/images", "val/labels"]
+    return [
+        f"{data}/dataset.json",
+        *(f"{data}/{array}.npy" for array in arrays),
+        f"{models}/ddpm/training.json",
+        f"{models}/ddpm/unet/diffusion_pytorch_model.safetensors",
+        *(f"{models}/classifiers/{role}/{name}" for role in ROLES for name in ("config.json", "model.safetensors")),
+        *(f"{results}/{name}" for name in tables + shards + figures),
+    ]
 
 
 def settings_file(step, part=None):

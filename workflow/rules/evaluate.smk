@@ -31,6 +31,7 @@ rule evaluate:
     input:
         dataset_files,
         classifier_files("judge", "robust", "non_robust"),
+        ddpm_files,
         shard_files,
         reference="results/{experiment}/reference.json",
     output:
@@ -50,13 +51,14 @@ rule evaluate:
         config=settings_file("evaluate", "method"),
         data=data_folder,
         classifiers=folder("models/{experiment}/classifiers"),
+        ddpm=folder("models/{experiment}/ddpm"),
         samples=folder("results/{experiment}/samples"),
         scales=scales,
         features=features,
     shell:
         "nrcg evaluate --config {params.config} --method {wildcards.method} --scales {params.scales}"
         " --samples {params.samples} --data {params.data} --classifiers {params.classifiers}"
-        " --reference {input.reference} --threads {threads} --out {output} > {log} 2>&1"
+        " --ddpm {params.ddpm} --reference {input.reference} --threads {threads} --out {output} > {log} 2>&1"
 
 
 rule collect:
