@@ -81,9 +81,9 @@ def largest_batch(trial: Callable[[int], object], most: int, device: torch.devic
         most = min(most, MOST_ON_CPU)
     if most <= _TRIALS[0]:
         return most
-    peaks = [_peak(trial, size, device) for size in (1, *_TRIALS)][1:]  # the first run also loads libraries
+    peaks = _cuda_peaks(trial, device) if device.type == "cuda" else _cpu_peaks(trial)
     free = _free_bytes(device)
-    if free is None or None in peaks:
+    if free is None or peaks is None:
         return most
     per_image = (peaks[1] - peaks[0]) / (_TRIALS[1] - _TRIALS[0])
     if per_image <= 0:
@@ -91,19 +91,30 @@ def largest_batch(trial: Callable[[int], object], most: int, device: torch.devic
     return int(min(max((free - (peaks[0] - _TRIALS[0] * per_image)) / per_image, 1), most))
 
 
-def _peak(trial: Callable[[int], object], size: int, device: torch.device) -> float | None:
-    """Bytes that a trial takes at its peak beyond what is held anyway."""
-    if device.type == "cuda":
+def _cuda_peaks(trial: Callable[[int], object], device: torch.device) -> list[int]:
+    """Bytes that the trials take at their peak beyond what is held anyway."""
+    peaks = []
+    for size in (1, *_TRIALS):  # the first also loads libraries
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         trial(size)
-        return torch.cuda.max_memory_allocated(device) - before
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    return peaks[1:]
+
+
+def _cpu_peaks(trial: Callable[[int], object]) -> list[int] | None:
+    """The same of the process; None where the system does not tell. Sizes rise, and the peak counts from before the
+    first: what a trial has freed stays with the process, so that only the growth of the peak is known."""
     try:
+        trial(1)  # loads libraries
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak starts anew
         before = _status_bytes("VmRSS")
-        trial(size)
-        return _status_bytes("VmHWM") - before
+        peaks = []
+        for size in _TRIALS:
+            trial(size)
+            peaks.append(_status_bytes("VmHWM") - before)
+        return peaks
     except OSError:  # no Linux
         return None
 
