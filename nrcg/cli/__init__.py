@@ -1690,7 +1690,3 @@ def _scale(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
     return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
