@@ -31,7 +31,7 @@ def unsafe_lines(source: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_unguarded_load(path):
     assert unsafe_lines(path.read_text()) == []
 

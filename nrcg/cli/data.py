@@ -1,0 +1,182 @@
+"""Verbs that bring data and models in: data sets, the paper's released files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nrcg.cli.shared import Verbs, add_verb, choose_device, log_dataset, positive, print_table, read_settings, versions
+from nrcg.config import load
+from nrcg.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from nrcg.config import ImageData, SportBallsData
+    from nrcg.sources import Listing
+
+
+def add_dataset(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "dataset", dataset, step=True)
+    sub.add_argument("--out", required=True, help="data/<dataset>")
+    sub.add_argument("--threads", type=positive, help="CPU threads")
+
+
+def dataset(arguments: argparse.Namespace) -> None:
+    """Make a data set: draw it, or read, check and convert raw images."""
+    from nrcg import tracking
+    from nrcg.datasets import load_manifest
+
+    settings = read_settings(arguments, "dataset")
+    name = f"dataset {settings.dataset.name}"
+    with tracking.run(settings.experiment, name, kind="dataset", params=settings.model_dump(), deferred=True) as run:
+        if settings.dataset.source == "sportballs":
+            _draw_dataset(arguments, settings.dataset)
+        else:
+            _convert_dataset(arguments, settings.dataset)
+        manifest = load_manifest(arguments.out)
+        for split in manifest["splits"]:
+            log_dataset(run, manifest, arguments.out, split, "made")
+
+
+def _draw_dataset(arguments: argparse.Namespace, data: SportBallsData) -> None:
+    from nrcg.datasets import write_sportballs
+    from nrcg.progress import Progress
+
+    with Progress(f"dataset {data.name}", data.num_train + data.num_val, "image") as bar:
+        write_sportballs(
+            arguments.out,
+            image_size=data.image_size,
+            classes=data.classes,
+            num_train=data.num_train,
+            num_val=data.num_val,
+            diameter=tuple(data.diameter),
+            seed=data.seed,
+            name=data.name,
+            workers=arguments.threads,
+            progress=lambda done, _: bar.set(done),
+        )
+
+
+def _convert_dataset(arguments: argparse.Namespace, data: ImageData) -> None:
+    from nrcg.conversion import convert
+    from nrcg.progress import Progress
+
+    try:
+        listing = _list_images(data)
+    except OSError as error:  # a folder that may not be read
+        raise DataError(f"{data.path}: {error}") from error
+    for note in listing.notes:
+        print(f"{data.path}: {note}", file=sys.stderr, flush=True)
+    total = sum(len(split.labels) for split in listing.splits.values())
+    try:
+        with Progress(f"dataset {data.name}", total, "image") as bar:
+            manifest = convert(
+                arguments.out,
+                listing,
+                name=data.name,
+                classes=data.classes,
+                image_size=data.image_size,
+                preprocessing=data.preprocessing,
+                max_unreadable=data.max_unreadable,
+                settings=data.model_dump(exclude={"name", "classes", "image_size", "preprocessing", "download"}),
+                workers=arguments.threads,
+                on_resume=bar.resume,
+                on_images=bar.set,
+            )
+    except OSError as error:  # a full disk
+        raise DataError(f"{arguments.out}: {error}; what is converted is kept, run it again") from error
+    for split, entry in manifest["splits"].items():
+        counts = ", ".join(f"{name} {count:,}" for name, count in entry["class_counts"].items())
+        print(f"{split}: {entry['num_images']:,} images: {counts}")
+    if count := manifest["generation"]["unreadable"]["count"]:
+        print(f"{count:,} unreadable files were left out: {Path(arguments.out) / 'unreadable.csv'}")
+
+
+def _list_images(data: ImageData) -> Listing:
+    """The raw images that the configuration names."""
+    from nrcg.celeba import list_celeba
+    from nrcg.folders import list_folders, list_labelled
+    from nrcg.parquet import list_parquet
+
+    limits = {"num_train": data.num_train, "num_val": data.num_val}
+    if data.source == "celeba":
+        return list_celeba(data.path, attribute=data.attribute, download=data.download, **limits)
+    split = {"classes": data.classes, "val_share": data.val_share, "seed": data.seed, **limits}
+    if data.source == "huggingface":
+        return list_parquet(
+            data.path,
+            hub_id=data.hub_id,
+            revision=data.revision,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            train_split=data.train_split,
+            val_split=data.val_split,
+            **split,
+        )
+    if data.labels is None:
+        return list_folders(data.path, **split)
+    return list_labelled(
+        data.path,
+        labels=data.labels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split_column=data.split_column,
+        image_suffix=data.image_suffix,
+        **split,
+    )
+
+
+def add_import_released(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "import-released", import_released, compute=True)
+    sub.add_argument("path", metavar="PATH", help="a clone of the paper's repository, or any folder with such files")
+    sub.add_argument("--models", default="models", help="folder to write to; default: models")
+    sub.add_argument("--data", default="data", help="folder of the data sets; default: data")
+    sub.add_argument("--config", default="config.yaml", help="whose experiments' data and schedule are compared")
+    sub.add_argument(
+        "--assign", action="append", default=[], metavar="FILE=EXPERIMENT/ROLE", help="what a file is, or FILE=ignore"
+    )
+    sub.add_argument(
+        "--classes", action="append", default=[], metavar="EXPERIMENT=NAME,NAME", help="class names in their order"
+    )
+    sub.add_argument("--replace", action="store_true", help="also models that were trained here")
+    sub.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
+
+
+def import_released(arguments: argparse.Namespace) -> None:
+    """Check and convert the paper's released models and reference statistics."""
+    from diffusers.utils import logging
+
+    from nrcg import released
+
+    logging.disable_progress_bar()
+    device, _ = choose_device(arguments, None)
+    done = released.import_released(
+        Path(arguments.path),
+        Path(arguments.models),
+        data=Path(arguments.data),
+        experiments=load(arguments.config).experiments if Path(arguments.config).exists() else {},
+        assign=arguments.assign,
+        classes=dict(map(_class_list, arguments.classes)),
+        device=device,
+        versions=versions(),
+        replace=arguments.replace,
+        dry_run=arguments.dry_run,
+    )
+    print_table([("what", "from", "to", "found"), *done.rows])
+    if done.ignored:
+        print()
+        print_table([("ignored", "why"), *done.ignored])
+    for note in done.notes:
+        print(f"\n{note}")
+    if arguments.dry_run:
+        print("\nNothing was written (--dry-run).")
+
+
+def _class_list(text: str) -> tuple[str, list[str]]:
+    """celeba=female,male"""
+    experiment, _, names = text.partition("=")
+    listed = names.split(",")
+    if not experiment or len(listed) < 2 or not all(listed) or len(set(listed)) < len(listed):
+        raise ConfigError(f"--classes {text}: expected EXPERIMENT=NAME,NAME with different names")
+    return experiment, listed

@@ -1,0 +1,160 @@
+"""Verbs that show results: figures, the report, tables of experiments, MLflow."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from nrcg.cli.shared import Verbs, add_verb, read_settings, versions
+from nrcg.config import ReportStep
+from nrcg.errors import DataError, NrcgError
+
+
+def add_figures(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "figures", figures, step=True)
+    _add_report_arguments(sub)
+
+
+def figures(arguments: argparse.Namespace) -> None:
+    """Draw the figures."""
+    from nrcg.figures import make_figures
+
+    settings: ReportStep = read_settings(arguments, "report")
+    make_figures(
+        arguments.forward,
+        arguments.metrics,
+        arguments.samples,
+        arguments.out,
+        target=settings.target,
+        num_classes=len(settings.classes),
+    )
+
+
+def add_report(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "report", report, step=True)
+    _add_report_arguments(sub)
+    sub.add_argument("--figures", required=True, help="results/<experiment>/figures")
+    sub.add_argument("--models", required=True, help="models/<experiment>")
+    sub.add_argument("--reference", help="results/<experiment>/reference.json")
+    sub.add_argument("--comparison", help="results/<experiment>/paper_comparison.md")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the self-contained HTML report."""
+    from nrcg import tracking
+    from nrcg.report import write_report
+
+    settings: ReportStep = read_settings(arguments, "report")
+    write_report(
+        arguments.out,
+        context={
+            "experiment": settings.experiment,
+            "description": settings.description,
+            "target": settings.target,
+            "classes": settings.classes,
+            "T": settings.ddpm.schedule.num_train_timesteps,
+            "num_samples": settings.sampling.num_samples,
+            "start": settings.sampling.start,
+            "dataset": settings.dataset.name,
+            "source": settings.dataset.source,
+            "commit": tracking.git_commit(),
+            "versions": versions(),
+            "settings": settings.model_dump(mode="json"),
+        },
+        forward_csv=arguments.forward,
+        metrics_csv=arguments.metrics,
+        figures_dir=arguments.figures,
+        samples_dir=arguments.samples,
+        models_dir=arguments.models,
+        reference_json=arguments.reference,
+        comparison_md=arguments.comparison,
+    )
+    with tracking.run(settings.experiment, "report", kind="report", params=settings.model_dump(), deferred=True) as run:
+        for path in (arguments.out, arguments.forward, arguments.metrics):
+            run.log_artifact(path)
+        for path in sorted(Path(arguments.figures).glob("*.png")):
+            run.log_artifact(path, "figures")
+
+
+def _add_report_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--forward", required=True, help="results/<experiment>/forward.csv")
+    sub.add_argument("--metrics", required=True, help="results/<experiment>/metrics.csv")
+    sub.add_argument("--samples", required=True, help="results/<experiment>/samples")
+    sub.add_argument("--out", required=True)
+
+
+def add_compare(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "compare", compare)
+    sub.add_argument(
+        "experiments", nargs="*", metavar="EXPERIMENT", help="default: quickstart; REVISION:EXPERIMENT: of a git branch"
+    )
+    sub.add_argument("--files", action="store_true", help="from metrics.csv, without MLflow")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the comparison table of experiments, from MLflow or from metrics.csv."""
+    from nrcg.results import format_comparison, format_table
+
+    sources = arguments.experiments or ["quickstart"]
+    tables, notes = {}, []
+    for source in sources:
+        tables[source], note = _read_source(source, files=arguments.files)
+        notes.append(f"{source}: {note}")
+    print(format_table(tables[sources[0]]) if len(tables) == 1 else format_comparison(tables))
+    print("", *notes, sep="\n")
+
+
+def _read_source(source: str, files: bool) -> tuple[list[dict], str]:
+    """Rows of EXPERIMENT or REVISION:EXPERIMENT and where they come from: MLflow's newest runs of that branch, else
+    the metrics.csv of the working tree or revision."""
+    from nrcg import tracking
+    from nrcg.results import frechet_columns, parse_metrics, read_metrics
+
+    revision, _, experiment = source.rpartition(":")
+    path = f"results/{experiment}/metrics.csv"
+    if not files:
+        branch = revision or tracking.git_branch()
+        try:
+            rows = tracking.read_rows(experiment, branch)
+            if rows and frechet_columns(rows):
+                note = f"newest runs of branch {branch} in MLflow; charts: {tracking.charts_url(experiment)}"
+                if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+                    note += "\n  (after: mlflow ui --backend-store-uri sqlite:///mlflow.db)"
+                return rows, note
+        except NrcgError as error:
+            print(f"nrcg: {error}; reading {path}", file=sys.stderr)
+    if not revision:
+        return read_metrics(path), path
+    text = tracking.git_file(revision, path)
+    if text is None:
+        raise DataError(f"{source}: git has no {path} at {revision}, and MLflow no finished runs of it")
+    return parse_metrics(text, f"{revision}:{path}"), f"{path} of git revision {revision}"
+
+
+def add_track(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "track", track)
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sync", action="store_true", help="send what is missing")
+    what.add_argument("--finish", metavar="INVOCATION", help="end the parent run; the workflow's last step")
+    sub.add_argument("--status", choices=("FINISHED", "FAILED", "KILLED"), default="FINISHED", help="with --finish")
+
+
+def track(arguments: argparse.Namespace) -> int:
+    """Send to MLflow what is missing there, after the store was down or a job was killed."""
+    from nrcg import tracking
+
+    if arguments.finish:
+        # At a workflow's end, which must not fail by its tracking.
+        try:
+            done = tracking.finish_invocation(arguments.finish, arguments.status)
+        except NrcgError as error:
+            print(f"nrcg: warning: {error}", file=sys.stderr)
+            return 0
+    else:
+        done = tracking.sync()
+        print(f"{done.runs} run{'' if done.runs == 1 else 's'} sent" if done.runs else "nothing is missing")
+    for line in done.failed:
+        print(f"nrcg: not sent: {line}", file=sys.stderr)
+    return int(bool(done.failed) and not arguments.finish)

@@ -1,0 +1,167 @@
+"""The workflow from outside: its configuration, its cost, running it and taking over its files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nrcg.cli.shared import Verbs, add_verb, device_flag, device_name, print_table
+from nrcg.config import get_experiment, load, write_schema
+from nrcg.errors import DataError
+
+if TYPE_CHECKING:
+    from nrcg.config import ExperimentConfig
+    from nrcg.plan import Estimate, Step
+
+
+def add_run(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "run", run)
+    sub.add_argument("experiment", nargs="?", default="quickstart")
+    sub.add_argument("snakemake", nargs=argparse.REMAINDER, help="further arguments for Snakemake")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run Snakemake with bars instead of pages of log."""
+    from nrcg.plan import job_weights
+    from nrcg.progress import watch
+
+    weights = job_weights(load("config.yaml"), arguments.experiment)
+    _use_this_environment()
+    # The target stands first: --resources takes every word after it.
+    command = ["snakemake", arguments.experiment, "--cores", "all", "--resources", "gpu=1", *arguments.snakemake]
+    log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    code = watch(command, log, weights=weights)
+    if code == 0 and not {"-n", "--dry-run"} & set(arguments.snakemake):
+        _print_results(arguments.experiment)
+    return code
+
+
+def _print_results(experiment: str) -> None:
+    from nrcg.results import format_table, read_metrics
+
+    folder = Path("results") / experiment
+    print(format_table(read_metrics(folder / "metrics.csv")))
+    if (folder / "report.html").exists():
+        print(f"\nReport: {(folder / 'report.html').resolve()}")
+
+
+def add_plan(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "plan", plan)
+    sub.add_argument("experiment", nargs="?", default="quickstart")
+    sub.add_argument("--config", default="config.yaml")
+    sub.add_argument("--device", type=device_flag, help="auto, cpu, cuda, cuda:N; default: the config's")
+    sub.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="only count: answers at once, without hours"
+    )
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Estimate an experiment before it starts: jobs, images, U-Net passes, hours, disk."""
+    from nrcg.plan import image_counts, make_plan, plan_notes, plan_rows
+
+    config = load(arguments.config)
+    settings = get_experiment(config, arguments.experiment)
+    steps = make_plan(config, arguments.experiment)
+    estimate = _measured(arguments, settings, steps) if arguments.measure else None
+    print_table(plan_rows(steps, estimate))
+    print()
+    counts = image_counts(settings.dataset, Path("data") / settings.dataset.name)
+    for note in plan_notes(settings, steps, estimate, counts):
+        print(note)
+
+
+def _measured(arguments: argparse.Namespace, settings: ExperimentConfig, steps: Sequence[Step]) -> Estimate:
+    """What the steps' operations cost on the device at hand."""
+    from nrcg.plan import Estimate, find_unet
+
+    print("measuring ...", file=sys.stderr, flush=True)
+    began, busy = time.perf_counter(), time.process_time()
+    import diffusers.models  # noqa: F401  what a job imports
+    import torch
+    import torchvision.models  # noqa: F401
+
+    from nrcg import timing
+    from nrcg.diffusion import resolve_device, resolve_precision
+
+    start = time.process_time() - busy
+    device = resolve_device(arguments.device or settings.device)
+    precision = resolve_precision(settings.precision, device)
+    on_cpu = device.type == "cpu"
+    costs, notes = timing.measure(
+        settings,
+        sorted({operation for step in steps for operation in step.work}),
+        unet=find_unet(settings.ddpm, Path("models") / arguments.experiment / "ddpm"),
+        device=device,
+        precision=precision,
+        classifier_precision=torch.float32 if on_cpu and settings.precision == "auto" else precision,
+    )
+    cores = timing.processors() if on_cpu else None
+    name = f"{cores} CPU cores" if on_cpu else f"one {device_name(device)}"
+    seconds = time.perf_counter() - began
+    how = f"hours: measured in {seconds:.0f} s on {name}, U-Net in {str(precision).removeprefix('torch.')}"
+    return Estimate(costs | {"start": start}, name, cores, [how, *notes])
+
+
+def add_validate(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "validate", validate)
+    sub.add_argument("--config", default="config.yaml")
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """Check config.yaml."""
+    config = load(arguments.config)
+    print(f"{arguments.config}: valid; experiments: {', '.join(config.experiments)}")
+
+
+def add_schema(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "schema", schema)
+    sub.add_argument("--out", default="config.schema.json")
+
+
+def schema(arguments: argparse.Namespace) -> None:
+    """Write config.schema.json."""
+    write_schema(arguments.out)
+
+
+def add_adopt(verbs: Verbs) -> None:
+    add_verb(verbs, "adopt", adopt)
+
+
+def adopt(arguments: argparse.Namespace) -> None:
+    """Take over the files that `dvc pull` brought: checks their checksums and settings against dvc.lock, then tells
+    Snakemake that they are up to date."""
+    from nrcg.config import read_yaml
+
+    _use_this_environment()
+    status = subprocess.run(["dvc", "status", "--json"], capture_output=True, text=True)
+    try:
+        stale = json.loads(status.stdout)
+    except ValueError:
+        raise DataError(f"dvc status fails: {' '.join((status.stderr or status.stdout).split())[-500:]}") from None
+    if stale:
+        raise DataError(
+            f"files or settings are not those of dvc.lock, in the stages {', '.join(stale)}; nothing was taken over. "
+            "See `dvc status`; `dvc pull` brings missing files, `dvc repro` makes them anew"
+        )
+    experiments = [name for entry in read_yaml("dvc.yaml")["vars"] for name in entry.get("experiments", ())]
+    touched = subprocess.run(
+        # The workflow's own profile prints every command.
+        ["snakemake", *experiments, "--touch", "--forceall", "--cores", "1", "--quiet", "all"],
+        capture_output=True,
+        text=True,
+    )
+    if touched.returncode:
+        raise DataError(f"snakemake --touch fails: {' '.join((touched.stdout + touched.stderr).split())[-500:]}")
+    print(f"up to date: {', '.join(experiments)}")
+
+
+def _use_this_environment() -> None:
+    """Snakemake and DVC of this environment, also where it is not activated."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
