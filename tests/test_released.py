@@ -24,6 +24,7 @@ from nrcg.errors import ConfigError, DataError
 from nrcg.foreign import read_ddpm, read_torcheval_state
 from nrcg.metrics import FeatureStatistics
 from nrcg.released import Item, find_released, import_released, parse_assignment
+from nrcg.shards import weights_hash
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -189,7 +190,7 @@ def test_diffusers_opens_the_imported_model_and_it_predicts_the_same_noise(impor
         "path": str(clone / "pretrained_models" / experiment),
         "sha256": released.sha256_file(source),
     }
-    assert cli._weights_hash(folder) == released.sha256_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    assert weights_hash(folder) == released.sha256_file(folder / "unet/diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize(
