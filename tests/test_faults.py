@@ -49,6 +49,10 @@ STAGES = (
 """Prefixes of the results, each stage made of those before it."""
 
 
+WEIGHTS = (1, 2, 8, 5, 2, 2, 2)
+"""How often a stage's results are lost, so that each has its share of the kills: what is lost early takes long."""
+
+
 def configure(tree: Path, methods: dict | None = None) -> None:
     change = {"experiments": {"toy": TOY}} | ({"methods": methods} if methods else {})
     (tree / "change.json").write_text(json.dumps(change))
@@ -189,7 +193,8 @@ def test_thirty_kills_at_random_moments(finished, undisturbed):
     while len(kills) < KILLS:
         now = whole(tree)
         if now and (code == 0 or rng.random() < 0.3):
-            level = rng.choice(sorted({stage(name) for name in now}))
+            levels = sorted({stage(name) for name in now})
+            (level,) = rng.choices(levels, [WEIGHTS[level] for level in levels])
             lost = group(rng.choice(sorted(name for name in now if stage(name) == level)))
             for name in [name for name in now if name.startswith(lost)]:
                 (tree / name).unlink()
