@@ -240,9 +240,18 @@ def overwrite_with_other_weights(path):
     save_file(build_module("small_cnn", 3, 0.1).state_dict(), path)
 
 
+def flip_image_size(path):
+    text = path.read_text()
+    position = text.index('"image_size": ') + len('"image_size": ')
+    path.write_text(text[:position] + chr(ord(text[position]) ^ 1) + text[position + 1 :])
+
+
 def change_config(**changes):
+    """As somebody would write it who gives no checksum of the record."""
+
     def change(path):
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if key != "record_sha256"}))
 
     return change
 
@@ -261,6 +270,7 @@ def change_config(**changes):
         pytest.param(CONFIG_FILE, lambda path: path.write_text("{}"), "damaged .a key is missing", id="config {}"),
         pytest.param(CONFIG_FILE, lambda path: path.write_bytes(b"\xff\xfe\x00"), "damaged", id="config no text"),
         pytest.param(CONFIG_FILE, lambda path: path.unlink(), "not found", id="no config"),
+        pytest.param(CONFIG_FILE, flip_image_size, "has changed since it was written", id="config, a flipped bit"),
         pytest.param(CONFIG_FILE, change_config(classes=["a", "b"]), "damaged", id="another number of classes"),
         pytest.param(CONFIG_FILE, change_config(architecture="resnet18"), "damaged", id="another architecture"),
         pytest.param(CONFIG_FILE, change_config(architecture="nonsense"), "nonsense", id="unknown architecture"),
@@ -280,7 +290,7 @@ def test_damaged_files_are_one_line_with_the_remedy(saved, name, damage, words):
 def test_an_interrupted_save_is_noticed(saved, monkeypatch):
     """Config and weights are moved one after the other; between the two they do not belong together."""
     folder, _ = saved
-    monkeypatch.setattr("pathlib.Path.replace", interrupt_before(WEIGHTS_FILE))
+    monkeypatch.setattr("pathlib.Path.replace", interrupt_before(CONFIG_FILE))
     torch.manual_seed(1)
     with pytest.raises(KeyboardInterrupt):
         save_classifier(
