@@ -16,7 +16,7 @@ from torch import nn
 from nrcg.classifiers import load_classifier, read_classifier_config, save_classifier
 from nrcg.diffusion import DATA_MEAN_FILE
 from nrcg.errors import DataError
-from nrcg.files import atomic_write_text, replace_folder, sha256_file, temporary_name
+from nrcg.files import atomic_write_text, replace_folder, sha256_file, temporary_name, write_record
 
 MAX_SHARD_BYTES = 16_000_000
 """Hosts of code refuse or warn of larger files."""
@@ -69,8 +69,9 @@ def export_ddpm(
         record = _read_record(folder / "training.json")
         weights = sorted((new / "unet").glob("*.safetensors"))
         exported = {"dtype": str(dtype).removeprefix("torch."), "from_sha256": record.get("sha256")}
-        record |= {"sha256": _joint_sha256(weights), "exported": exported}
-        atomic_write_text(new / "training.json", json.dumps(record, indent=2) + "\n")
+        sums = {path.relative_to(new).as_posix(): sha256_file(path) for path in new.rglob("*") if path.is_file()}
+        record |= {"sha256": _joint_sha256(weights), "exported": exported, "files": sums}
+        write_record(new / "training.json", record)
         title = name or record.get("settings", {}).get("experiment") or folder.name
         atomic_write_text(new / "README.md", model_card(title, record, unet))
         replace_folder(new, out)

@@ -98,7 +98,7 @@ SEAL = "record_sha256"
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Write a JSON file that says what made something, with a checksum of itself."""
-    plain = json.loads(json.dumps(record))
+    plain = {key: value for key, value in json.loads(json.dumps(record)).items() if key != SEAL}  # of a record read
     atomic_write_text(path, json.dumps(plain | {SEAL: _seal(plain)}, indent=2) + "\n")
 
 

@@ -26,14 +26,14 @@ RECORD = {
         },
     },
     "dataset": {"dataset": "toyballs"},
-    "sha256": "of the original",
 }
 
 
 @pytest.fixture
 def ddpm(tmp_path):
     folder = write_tiny_pipeline(tmp_path / "ddpm")
-    (folder / "training.json").write_text(json.dumps(RECORD))
+    weights = sha256_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    (folder / "training.json").write_text(json.dumps(RECORD | {"sha256": weights}))
     (folder / "training.csv").write_text("epoch,step\n7,70\n")
     return folder
 
@@ -85,7 +85,10 @@ def test_diffusers_own_pipeline_opens_it_and_samples_are_close(ddpm, tmp_path):
 def test_the_record_and_the_card_say_what_it_is(ddpm, tmp_path):
     out = export_ddpm(ddpm, tmp_path / "small", max_shard_bytes=SHARD)
     record = json.loads((out / "training.json").read_text())
-    assert record["exported"] == {"dtype": "bfloat16", "from_sha256": "of the original"}
+    assert record["exported"] == {
+        "dtype": "bfloat16",
+        "from_sha256": sha256_file(ddpm / "unet" / "diffusion_pytorch_model.safetensors"),
+    }
     assert record["settings"] == RECORD["settings"]
     assert len(record["sha256"]) == 64
     assert (out / "training.csv").read_text() == (ddpm / "training.csv").read_text()
