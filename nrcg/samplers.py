@@ -56,11 +56,17 @@ class Sampler(ABC):
         """eq. 5, clipped where asked."""
         return self.schedule.pred_x0(x, eps, t, clip=self.clip_pred_x0)
 
-    def guided_eps(self, eps: Tensor, shift: Tensor | None, t: int) -> Tensor:
-        """Dhariwal and Nichol 2021, algorithm 2: eps - sqrt(1 - abar_t) * s * g_t."""
+    def guided(self, x: Tensor, eps: Tensor, shift: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
+        """Dhariwal and Nichol 2021, algorithm 2: eps - sqrt(1 - abar_t) * s * g_t, and the x0hat that goes with it.
+
+        What is clipped is the U-Net's x0hat, as in the DDPM's mean. Clipped after the guidance, a saturated pixel would
+        lose its shift in x0hat and keep the one in eps, which points the other way.
+        """
+        x0 = self.pred_x0(x, eps, t)
         if shift is None:
-            return eps
-        return eps - math.sqrt(1.0 - float(self.schedule.abar[t])) * shift
+            return eps, x0
+        abar = float(self.schedule.abar[t])
+        return eps - math.sqrt(1.0 - abar) * shift, x0 + (1.0 - abar) / math.sqrt(abar) * shift
 
 
 class DDPM(Sampler):
@@ -130,8 +136,7 @@ class DDIM(Sampler):
     def step(
         self, x: Tensor, t: int, t_prev: int, prediction: Prediction, shift: Tensor | None, noise: Tensor | None
     ) -> Tensor:
-        eps = self.guided_eps(prediction.eps, shift, t)
-        x0 = self.pred_x0(x, eps, t)
+        eps, x0 = self.guided(x, prediction.eps, shift, t)
         abar_prev = float(self.schedule.abar[t_prev])
         std = self.eta * math.sqrt(self.schedule.posterior(t, t_prev)[2])
         direction = math.sqrt(max(1.0 - abar_prev - std**2, 0.0)) * eps
@@ -154,7 +159,7 @@ class DPMSolverPP(Sampler):
     def step(
         self, x: Tensor, t: int, t_prev: int, prediction: Prediction, shift: Tensor | None, noise: Tensor | None
     ) -> Tensor:
-        x0 = self.pred_x0(x, self.guided_eps(prediction.eps, shift, t), t)
+        _, x0 = self.guided(x, prediction.eps, shift, t)
         if t_prev == 0:
             return x0
         now, then = self._half_log_snr(t), self._half_log_snr(t_prev)
