@@ -56,8 +56,8 @@ KNOBS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "sampler": [
         ("DDPM, all 100 steps", {}),
         ("DDPM, 25 steps, scale 4", {"share": 0.25, "scale": 4.0}),
-        ("DDIM, 25 steps, scale 4", {"sampler": "ddim", "share": 0.25, "scale": 4.0}),
-        ("DPM-Solver++, 12 steps, scale 4", {"sampler": "dpmpp", "share": 0.12, "scale": 4.0}),
+        ("DDIM, 25 steps, scale 2", {"sampler": "ddim", "share": 0.25}),
+        ("DPM-Solver++, 12 steps, scale 1", {"sampler": "dpmpp", "share": 0.12, "scale": 1.0}),
     ],
     "start": [
         ("data_mean", {"start": "data_mean"}),

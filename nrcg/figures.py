@@ -182,6 +182,7 @@ def trace_figure(trace: Trace) -> Figure:
     cosines.set(ylabel="cosine with the step before", ylim=(-1.05, 1.05))
     log_prob.set(ylabel="log p(target)", xlabel="diffusion step $t$")
     log_prob.set_yscale("symlog", linthresh=1.0)
+    log_prob.set_ylim(top=0.2)
     clipped.set(ylabel=r"pixels of $\hat{x}_0$ outside [-1, 1], %", xlabel="diffusion step $t$")
     if len(trace.t) > 1:
         log_prob.set_xlim(trace.t[0], trace.t[-1])  # as sampling goes, from T down
