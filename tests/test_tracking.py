@@ -286,7 +286,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {"judge": folder / "judge", "ddpm": folder / "ddpm"}
 
 
-@pytest.mark.parametrize("name", ["judge", "ddpm"])
+@pytest.mark.parametrize("name", ["judge", pytest.param("ddpm", marks=pytest.mark.slow)])
 def test_mlflow_opens_a_logged_model(client, store, models, name):
     """At another batch size than it was exported with; no file of it is a pickle."""
     import mlflow
@@ -481,6 +481,7 @@ def test_a_server_that_dies_under_way_loses_nothing(server, tmp_path, monkeypatc
     assert list((tmp_path / ".nrcg/tracking").glob("*")) == []
 
 
+@pytest.mark.slow
 def test_models_and_rows_go_through_a_server(server, models, tmp_path, monkeypatch):
     import mlflow
     import torch

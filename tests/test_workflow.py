@@ -91,7 +91,12 @@ def finished(tree) -> Path:
 # --- Before anything runs ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIG.experiments)
+def some_slow(values, fast):
+    """Parameters of which some alone belong to the fast tests: a dry run takes seconds."""
+    return [pytest.param(value, marks=[] if value in fast else pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("name", some_slow(CONFIG.experiments, ("quickstart", "celebahq")))
 def test_every_experiment_plans_the_whole_chain(tree, name):
     experiment = CONFIG.experiments[name]
     run = snakemake(tree, "--dry-run", name, "--quiet", "rules")
@@ -289,7 +294,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", some_slow(CHANGES, ("batch size", "a scale more", "more samples", "judge", "ddpm")))
 def test_a_change_reruns_only_what_depends_on_it(finished, change):
     toy, expected = CHANGES[change]
     run = snakemake(finished, "--dry-run", "toy", "--quiet", "rules", toy=toy)
@@ -306,11 +311,11 @@ def test_a_methods_change_reruns_that_methods_jobs(finished):
     ("name", "expected"),
     [
         ("figures/stabilizers.svg", {"figures": 1, "report": 1}),
-        ("forward.csv", {"forward": 1, "figures": 1, "report": 1}),
-        ("summary.json", END),
-        ("metrics/unconditional.csv", {"evaluate": 1} | END),
+        pytest.param("forward.csv", {"forward": 1, "figures": 1, "report": 1}, marks=pytest.mark.slow),
+        pytest.param("summary.json", END, marks=pytest.mark.slow),
+        pytest.param("metrics/unconditional.csv", {"evaluate": 1} | END, marks=pytest.mark.slow),
         ("samples/unconditional/scale0/shard0001.npy", {"sample": 1, "evaluate": 1} | END),
-        ("reference.json", {"reference": 1, "evaluate": 2} | END),
+        pytest.param("reference.json", {"reference": 1, "evaluate": 2} | END, marks=pytest.mark.slow),
         (
             "../../models/toy/classifiers/judge/model.safetensors",
             {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
@@ -329,6 +334,7 @@ def test_a_lost_result_is_made_anew(finished, name, expected):
 # --- Kills ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
 def test_a_killed_run_leaves_no_process_and_a_plain_rerun_goes_on(tmp_path):
     """kill -9 of Snakemake within the DDPM's training; the rerun takes up the checkpoint. Tracked by MLflow."""
