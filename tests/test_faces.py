@@ -13,6 +13,7 @@ from diffusers import DDPMPipeline
 from raw_images import write_celeba, write_celebahq
 
 from nrcg import config, datasets
+from nrcg.trace import Trace
 
 ROOT = Path(__file__).parent.parent
 TOY = config.read_yaml(ROOT / "tests/data/toy.yaml")["experiments"]["toy"]
@@ -102,6 +103,7 @@ def test_the_whole_chain_at_toy_size(tree, name):
     toy |= {"dataset": {"image_size": 16}, "evaluation": {"features": "judge"}}
     if name == "celebahq":  # nothing is trained but the robust classifier and the judge
         toy |= pretrained_models(tree, toy)
+    toy["sampling"] = TOY["sampling"] | {"trace": True}
     toy["sweep"] = TOY["sweep"] | {"non_robust_x0_ema99": [1]}
     (tree / "toy.json").write_text(json.dumps({"experiments": {name: toy}}))
     run = snakemake(tree, name, "--cores", "2", "--configfile", "toy.json")
@@ -114,6 +116,9 @@ def test_the_whole_chain_at_toy_size(tree, name):
     assert "female" in (results / "report.html").read_text()
     summary = json.loads((results / "summary.json").read_text())
     assert set(summary) == {"unconditional", "non_robust_x0_ema99"}
-    shard = np.load(results / "samples/non_robust_x0_ema99/scale1/shard0000.npy")
+    setting = results / "samples/non_robust_x0_ema99/scale1"
+    shard = np.load(setting / "shard0000.npy")
+    assert Trace.load(setting / "shard0000.trace.npz").grad_norm.shape == (8, 5)  # T - 1 guided steps
+    assert (setting / "trace.png").exists()
     assert shard.shape == (8, 16, 16, 3)
     assert "Nothing to be done" in snakemake(tree, name, "-n", "--configfile", "toy.json").stdout
