@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from nrcg import sportballs
 from nrcg.errors import DataError, NrcgError
 from nrcg.files import atomic_save_array, exclusive, naming, read_record, sha256_file, write_record
+from nrcg.processes import processors
 
 if TYPE_CHECKING:
     import torch
@@ -340,11 +341,6 @@ def write_sportballs(
     return load_manifest(folder)
 
 
-def _processors() -> int:
-    """Processors this process may use; not every system can tell them from all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def _one_torch_thread_each() -> Iterator[Callable[[], None]]:
     """Yield what a thread calls at its start to use one torch thread; afterwards torch is as it was."""
@@ -370,7 +366,7 @@ def in_threads(
         workers: threads; None is one per processor this process may use.
         initializer: called at the start of each thread.
     """
-    workers = workers or _processors()
+    workers = workers or processors()
     waiting: deque[Any] = deque()
     with ThreadPoolExecutor(workers, initializer=initializer) as pool:
         try:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nrcg import metrics, tracking
-from nrcg.classifiers import Classifier, class_index, load_classifier, read_classifier_config
+from nrcg.classifiers import Classifier, class_index, load_classifier
 from nrcg.config import ROLES, EvaluateStep, ReferenceStep, SampleStep, format_scale
 from nrcg.datasets import load_manifest, open_split, to_unit
 from nrcg.errors import DataError
@@ -314,7 +314,7 @@ def open_references(
     """
     config = settings.evaluation
     judge = load_classifier(classifiers / "judge").to(device)
-    target = class_index(read_classifier_config(classifiers / "judge")["classes"], settings.target)
+    target = class_index(judge.classes, settings.target)
     manifest = load_manifest(data)
     images, labels = open_split(data, "train")
     held_out, held_out_labels = open_split(data, "val")
@@ -430,7 +430,7 @@ def evaluate_method(
     judge = load_classifier(classifiers / "judge").to(device)
     guide_role = settings.guidance.classifier or "non_robust"
     guide = load_classifier(classifiers / guide_role).to(device)
-    target = class_index(read_classifier_config(classifiers / "judge")["classes"], settings.target)
+    target = class_index(judge.classes, settings.target)
     manifest = load_manifest(data)
     extractors, references = open_references(settings, data, classifiers, cache, device)
     made_by = {"method": settings.method, "settings": sample_settings(settings).fingerprint()}
@@ -467,7 +467,7 @@ def evaluate_method(
                 "images_per_second": drawn.images_per_second,
                 "peak_memory_mib": drawn.peak_memory_mib,
             }
-            trace = _read_trace(setting_folder(samples, settings.method, scale), settings)
+            trace = _read_trace(folder, settings)
             row["mlflow_run_id"] = _log(settings, row, drawn.images, manifest, trace)
             rows.append(row)
     check_comparable(rows)

@@ -6,7 +6,6 @@ Half precision halves the files, not the arithmetic: an exported model opens in 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import nn
 from nrcg.classifiers import load_classifier, read_classifier_config, save_classifier
 from nrcg.diffusion import DATA_MEAN_FILE
 from nrcg.errors import DataError
-from nrcg.files import atomic_write_text, replace_folder, sha256_file, temporary_name, write_record
+from nrcg.files import atomic_write_text, read_record, replace_folder, sha256_file, temporary_name, write_record
 
 MAX_SHARD_BYTES = 16_000_000
 """Hosts of code refuse or warn of larger files."""
@@ -156,12 +155,11 @@ Made to study guidance, on one small data set: it draws nothing else, and nobody
 def _read_record(path: Path) -> dict:
     """training.json, or nothing where somebody else trained the model."""
     try:
-        record = json.loads(path.read_text())
+        return read_record(path)
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error})") from None
-    return record if isinstance(record, dict) else {}
 
 
 def _joint_sha256(paths: list[Path]) -> str:

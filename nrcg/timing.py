@@ -5,7 +5,6 @@ Random weights take as long as trained ones.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection
 
@@ -28,11 +27,6 @@ SLOW_SECONDS = 4.0
 """A U-Net whose forward pass of one image takes longer is not measured further."""
 SLOW_RATIOS = {"unet_gradient": 3.0, "unet_checkpoint": 4.0, "unet_train": 4.0}
 """What is taken for it instead, in forward passes: a backward pass costs about two, the weights' gradients one more."""
-
-
-def processors() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seconds_per_image(

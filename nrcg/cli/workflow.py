@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from nrcg.cli.shared import Verbs, add_verb, device_flag, device_name, print_table
 from nrcg.config import get_experiment, load, write_schema
 from nrcg.errors import DataError
+from nrcg.processes import processors
 
 if TYPE_CHECKING:
     from nrcg.config import ExperimentConfig
@@ -102,7 +103,7 @@ def _measured(arguments: argparse.Namespace, settings: ExperimentConfig, steps: 
         precision=precision,
         classifier_precision=torch.float32 if on_cpu and settings.precision == "auto" else precision,
     )
-    cores = timing.processors() if on_cpu else None
+    cores = processors() if on_cpu else None
     name = f"{cores} CPU cores" if on_cpu else f"one {device_name(device)}"
     seconds = time.perf_counter() - began
     how = f"hours: measured in {seconds:.0f} s on {name}, U-Net in {str(precision).removeprefix('torch.')}"
