@@ -1,13 +1,13 @@
 """Speed of the feature metrics: 10,000 x 2,048 features to every number, against the reference packages.
 
-Ours: Fréchet distance, KID over all pairs, precision, recall, density, coverage, diversity and all their intervals, the
-reference's share included. Theirs on the same features: clean-fid's Fréchet and kernel distance, torch-fidelity's
-FID, KID and precision and recall (its default, which holds all distances in memory, and its blockwise one).
+Ours: Fréchet distance, KID over all pairs, precision, recall, density, coverage and diversity, with all their intervals
+and without. Theirs on the same features: clean-fid's Fréchet and kernel distance, torch-fidelity's FID, KID and
+precision and recall, prdc's four numbers.
 
     python benchmarks/metrics_speed.py [--num 10000] [--dim 2048] [--threads 2]
 
-Needs torch-fidelity beside the pipeline's packages (`--ours` does without). The limit is that of the matrix products
-that the metrics need, at the measured speed of a large product.
+Needs torch-fidelity and prdc beside the pipeline's packages (`--ours` does without). The limit is that of the matrix
+products that the metrics need, at the measured speed of a large product.
 """
 
 import argparse
@@ -32,6 +32,16 @@ def timed(name: str, run) -> float:
     return seconds
 
 
+def product_speed(rows) -> float:
+    """Floating point operations a second of a large product, the best of three."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        rows @ rows.T
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows.shape[0] ** 2 * rows.shape[1] / min(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num", type=int, default=10_000)
@@ -46,23 +56,25 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     from nrcg.evaluation import feature_estimates
     from nrcg.intervals import bootstrap_intervals
-    from nrcg.metrics import FeatureStatistics
-    from nrcg.pairwise import mean_pair_distance
+    from nrcg.metrics import FeatureStatistics, frechet_distance
+    from nrcg.pairwise import across, kernel_estimate, mean_pair_distance, neighbour_estimates, within
     from nrcg.references import Reference, ReferenceSet
 
     num, dim = arguments.num, arguments.dim
     real, samples = features(num, dim, 0), features(num, dim, 1)
-    a, b = torch.from_numpy(real[:4096]), torch.from_numpy(samples[:4096])
-    a @ b.T
-    start = time.perf_counter()
-    a @ b.T
-    speed = 2 * len(a) * len(b) * dim / (time.perf_counter() - start)
-    products = (num * num * (1 + 1 / 2) * 2 * dim, num * num / 2 * 2 * dim)
+    speeds = {
+        dtype: product_speed(torch.from_numpy(samples[:4096]).to(dtype)) for dtype in (torch.float32, torch.float64)
+    }
+    single, double = speeds.values()
+    pairs = num * num * dim / single, 2 * num * num * dim / single  # of one set, of two
+    sums, square, turned = num * dim * dim / double, 2 * dim**3 / double, 2 * num * dim * dim / single
     print(
-        f"{num:,} x {dim:,} features, {torch.get_num_threads()} threads, float32 products at {speed / 1e9:.0f} GFLOP/s"
+        f"{num:,} x {dim:,} features, {torch.get_num_threads()} threads, products at {single / 1e9:.0f} GFLOP/s in "
+        f"float32, {double / 1e9:.0f} in float64"
     )
     print(
-        f"limit: {products[0] / speed:.1f} s of products a set of samples, {products[1] / speed:.1f} s for a reference"
+        f"limit: {pairs[0] + pairs[1] + sums + 3 * square + turned:.1f} s of products a set of samples, "
+        f"{pairs[0] + pairs[1] + sums + 2 * square:.1f} s without intervals, {pairs[0] + sums:.1f} s for a reference"
     )
 
     kept = {}
@@ -79,12 +91,27 @@ def main() -> None:
             f"{name} {found[name].value:.5g} ({bounds[name][0]:.5g}..{bounds[name][1]:.5g})" for name in found
         )
 
+    def plain() -> str:
+        """The reference packages' numbers and no more."""
+        one = kept["reference"].everything
+        pairs = within(samples)
+        between = across(samples, one.features, pairs, one.pairs)
+        near = neighbour_estimates(one.pairs, between)
+        values = {
+            "fid": frechet_distance(one.statistics, FeatureStatistics.from_features(samples)),
+            "kid": kernel_estimate(pairs, one.pairs, between).value,
+            **{name: near[name].value for name in ("precision", "recall", "density", "coverage")},
+        }
+        return ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+
     once = timed("nrcg: reference", reference)
     own = timed("nrcg: all metrics with intervals", ours)
+    bare = timed("nrcg: the packages' metrics, no intervals", plain)
     if arguments.ours:
         return
 
     import cleanfid.fid
+    from prdc import compute_prdc
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -102,12 +129,16 @@ def main() -> None:
     )
     fidelity += timed("torch-fidelity: kid", lambda: kid_features_to_metric(x, y, **options))
     fidelity += timed("torch-fidelity: precision and recall", lambda: prc_features_to_metric(x, y, **options))
-    print(
-        f"clean-fid, fid and kid: {clean:.1f} s, {clean / own:.1f} times ours "
-        f"({clean / (own + once):.1f} with reference)"
-    )
-    print(f"torch-fidelity, fid, kid, prc: {fidelity:.1f} s, {fidelity / own:.1f} times ours", end=" ")
-    print(f"({fidelity / (own + once):.1f} with reference)")
+    prdc = timed("prdc: precision, recall, density, coverage", lambda: compute_prdc(real, samples, nearest_k=5))
+    for name, seconds in (
+        ("clean-fid, fid and kid", clean),
+        ("torch-fidelity, fid, kid, precision and recall", fidelity),
+        ("clean-fid, and prdc for the rest", clean + prdc),
+    ):
+        print(
+            f"{name}: {seconds:.1f} s, {seconds / bare:.1f} times our time for the same numbers, "
+            f"{seconds / own:.1f} times that with intervals ({seconds / (own + once):.1f} with the reference)"
+        )
 
 
 if __name__ == "__main__":

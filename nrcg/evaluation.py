@@ -249,7 +249,7 @@ def feature_estimates(
 
     def compare(real: ReferenceSet, frechet: str, kernel: str, ending: str, keep: Sequence[str]) -> None:
         require_neighbours(len(few), len(real.features))
-        found[frechet] = metrics.frechet_estimate(features, statistics, real.statistics, real.root)
+        found[frechet] = metrics.frechet_estimate(features, statistics, real.statistics, real.factor)
         between = across(few, real.features, pairs, real.pairs, device=device)
         found[kernel] = kernel_estimate(pairs, real.pairs, between)
         near = neighbour_estimates(real.pairs, between)

@@ -19,7 +19,9 @@ from nrcg.errors import DataError
 from nrcg.files import atomic_write
 from nrcg.intervals import Estimate
 
-_ROWS = 4096  # rows turned to float64 at a time
+EXACT_PRODUCTS = 2**30
+"""Multiplications up to which the influences on a Fréchet distance are float64."""
+_ROWS = 2048  # rows turned to float64 at a time
 
 
 class MetricNames(NamedTuple):
@@ -98,6 +100,11 @@ class FeatureStatistics:
         mean = self.mean
         return (self.outer - self.n * np.outer(mean, mean)) / (self.n - 1)
 
+    @property
+    def cov_trace(self) -> float:
+        """Trace of `cov`, the sum of the variances."""
+        return float((self.outer.trace() - self.n * self.mean @ self.mean) / (self.n - 1))
+
     def update(self, features: np.ndarray) -> None:
         """Add (N, dim) features. Raises ValueError for another shape, DataError for non-finite values."""
         _check_features(features, self.dim)
@@ -140,64 +147,75 @@ class FeatureStatistics:
         return statistics
 
 
-def covariance_root(cov: np.ndarray) -> np.ndarray:
-    """Symmetric (dim, dim) square root of a covariance; eigenvalues that rounding made negative count as zero."""
-    values, vectors = np.linalg.eigh(cov)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+def covariance_factor(cov: np.ndarray) -> np.ndarray:
+    """A (dim, dim) matrix F with F F' = cov: Cholesky's, or, where cov is singular, its symmetric root.
+
+    Eigenvalues that rounding made negative count as zero.
+    """
+    try:
+        return np.linalg.cholesky(cov)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(cov)
+        return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
 def frechet_distance(stats_a: FeatureStatistics, stats_b: FeatureStatistics) -> float:
     """Squared Fréchet distance of two Gaussians, |mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    Heusel et al. 2017 (arXiv 1706.08500, eq. 6). The trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), which has the
+    Heusel et al. 2017 (arXiv 1706.08500, eq. 6). The trace is that of (F' C_b F)^(1/2) with C_a = F F', which has the
     same eigenvalues, is symmetric and so needs no matrix square root: real for any covariances, singular ones too,
-    and several times faster than `scipy.linalg.sqrtm`. Rounding may leave a value near zero slightly negative. Raises
+    and many times faster than `scipy.linalg.sqrtm`. Rounding may leave a value near zero slightly negative. Raises
     ValueError if the dimensions differ, DataError if a side has fewer than 2 feature vectors.
     """
     if stats_a.dim != stats_b.dim:
         raise ValueError(f"cannot compare features of dimensions {stats_a.dim} and {stats_b.dim}")
-    root = covariance_root(stats_a.cov)
-    trace = _positive(np.linalg.eigvalsh(root @ stats_b.cov @ root)).sum()
+    factor = covariance_factor(stats_a.cov)
+    trace = _positive(np.linalg.eigvalsh(factor.T @ stats_b.cov @ factor)).sum()
     return _moments_distance(stats_a, stats_b, trace)
 
 
 def _moments_distance(a: FeatureStatistics, b: FeatureStatistics, trace: float) -> float:
-    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.cov) + np.trace(b.cov) - 2 * trace)
+    return float(((a.mean - b.mean) ** 2).sum() + a.cov_trace + b.cov_trace - 2 * trace)
 
 
 def frechet_estimate(
-    features: np.ndarray, statistics: FeatureStatistics, reference: FeatureStatistics, root: np.ndarray
+    features: np.ndarray, statistics: FeatureStatistics, reference: FeatureStatistics, factor: np.ndarray
 ) -> Estimate:
     """Fréchet distance of samples to a reference, and each sample's influence on it.
 
-    features: (n, dim) of the samples. statistics: of the same samples. reference, root: the reference's statistics and
-    `covariance_root` of its covariance R, made once for many sets of samples.
+    features: (n, dim) of the samples. statistics: of the same samples. reference, factor: the reference's statistics
+    and `covariance_factor` of its covariance R = F F', made once for many sets of samples.
 
-    The derivative of Tr (R^(1/2) C R^(1/2))^(1/2) by C is A / 2 with A = R^(1/2) (R^(1/2) C R^(1/2))^(-1/2) R^(1/2),
-    the optimal transport from N(., C) to N(., R), so that sample z = x - mu moves the distance by
-    2 (mu - mu_R).z + |z|^2 - z'A z, up to its mean over the samples. With n <= dim the same is computed from the n x n
-    Gram matrix. Raises ValueError if shapes do not fit, DataError if a side has fewer than 2 feature vectors.
+    The derivative of Tr (F' C F)^(1/2) by C is A / 2 with A = F (F' C F)^(-1/2) F', the optimal transport from N(., C)
+    to N(., R), so that sample z = x - mu moves the distance by 2 (mu - mu_R).z + |z|^2 - z'A z, up to its mean over
+    the samples. With n <= dim the same is computed from the n x n Gram matrix. The distance is float64 throughout;
+    z'A z, which only the interval needs, is float32 for more than EXACT_PRODUCTS multiplications. Raises ValueError if
+    shapes do not fit, DataError if a side has fewer than 2 feature vectors.
     """
     _check_features(features, reference.dim)
     n, dim = features.shape
     if statistics.n != n or statistics.dim != dim:
         raise ValueError(f"{n} feature vectors of {dim}, but statistics of {statistics.n} of {statistics.dim}")
     mean, shift = statistics.mean, statistics.mean - reference.mean
-    cov = statistics.cov
+    turn = None
     if n > dim:
-        values, vectors = np.linalg.eigh(root @ cov @ root)
+        values, vectors = np.linalg.eigh(factor.T @ statistics.cov @ factor)
         power = _positive(values)
-        turn = root @ (vectors * np.where(power > 0, np.where(power > 0, power, 1) ** -0.5, 0))
-        # turn = R^(1/2) V w^(-1/4), so that |z turn|^2 = z'A z with w = power^2.
-        transported = _row_norms(features, mean, turn)
+        # turn = F V w^(-1/4), so that |z turn|^2 = z'A z with w = power^2.
+        turn = factor @ (vectors * np.where(power > 0, np.where(power > 0, power, 1) ** -0.5, 0))
+        turn = turn.astype(np.float32 if n * dim * dim > EXACT_PRODUCTS else np.float64)
+        transported = np.empty(n)
     else:
-        rows = (np.asarray(features, np.float64) - mean) @ root / np.sqrt(n - 1)
+        rows = (np.asarray(features, np.float64) - mean) @ factor / np.sqrt(n - 1)
         values, vectors = np.linalg.eigh(rows @ rows.T)
         power = _positive(values)
         transported = (n - 1) * (vectors**2 @ power)
-    influence = (_row_norms(features, mean, None) - transported) * (n / (n - 1))
+    influence = np.empty(n)
     for start, block in zip(range(0, n, _ROWS), _float64_blocks(features, _ROWS), strict=True):
-        influence[start : start + len(block)] += 2 * (block - mean) @ shift
+        rows, place = block - mean, slice(start, start + len(block))
+        if turn is not None:
+            transported[place] = _row_norms(rows.astype(turn.dtype) @ turn)
+        influence[place] = (_row_norms(rows) - transported[place]) * (n / (n - 1)) + rows @ (2 * shift)
     value = _moments_distance(statistics, reference, power.sum())
     return Estimate(value, influence - influence.mean(), low=0.0)
 
@@ -208,15 +226,9 @@ def _positive(eigenvalues: np.ndarray) -> np.ndarray:
     return np.sqrt(np.where(eigenvalues > floor, eigenvalues, 0.0))
 
 
-def _row_norms(features: np.ndarray, mean: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
-    """(n,) squared norms of the rows (x - mean) matrix."""
-    norms = []
-    for block in _float64_blocks(features, _ROWS):
-        rows = block - mean
-        if matrix is not None:
-            rows = rows @ matrix
-        norms.append(np.einsum("ij,ij->i", rows, rows))
-    return np.concatenate(norms)
+def _row_norms(rows: np.ndarray) -> np.ndarray:
+    """(n,) squared norms of (n, dim) rows."""
+    return np.einsum("ij,ij->i", rows, rows)
 
 
 def _float64_blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:

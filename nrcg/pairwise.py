@@ -8,6 +8,7 @@ for three times the speed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ import torch
 from nrcg.errors import DataError
 from nrcg.intervals import Estimate, mean, share
 
-BLOCK = 2048
+BLOCK = 1024
+"""Rows of a block: its distances to another one fit into a processor's cache."""
+WIDTH_MULTIPLE = 16
+GROUP = 16
 KEPT_BYTES = 2**30
 """Prepared features of a set are kept up to this size, beyond it each block is prepared anew for every other."""
 EXACT_PAIRS = 2**22
@@ -68,43 +72,91 @@ def _precision(pairs: int, device: torch.device) -> tuple[torch.dtype, float]:
     return torch.float64, 1e-14
 
 
-class _Blocks:
-    """Blocks of (n, dim) features on the device, centred, with their squared norms and kernel offsets.
+class _Block(NamedTuple):
+    """A block's place in its set; (b, width) rows [y, 1, |y|^2]; (b,) |y|^2; (b,) terms of the kernel."""
 
-    Centring leaves distances as they are and makes them exact in few digits; the kernel's inner products get back
-    x.y = (x - c).(y - c) + (x - c).c + (y - c).c + c.c.
+    place: slice
+    right: torch.Tensor
+    norms: torch.Tensor
+    terms: torch.Tensor
+
+    def left(self, dim: int) -> torch.Tensor:
+        """(b, width) rows [-2 y, |y|^2, 1]."""
+        rows = self.right * -2
+        rows[:, dim], rows[:, dim + 1] = self.norms, 1
+        return rows
+
+
+class _Blocks:
+    """Blocks of (n, dim) features on the device, centred, so that a product of a left and a right one is at once their
+    squared distances: [-2 x, |x|^2, 1] . [y, 1, |y|^2] = |x - y|^2.
+
+    Centring leaves distances as they are and makes them exact in few digits. The terms x.c + |x|^2 / 2 give back the
+    inner products of what was centred: (x + c).(y + c) = (x.c + |x|^2 / 2) + (y.c + |y|^2 / 2) + c.c - |x - y|^2 / 2.
     """
 
     def __init__(self, features: np.ndarray, centre: np.ndarray, device: torch.device, dtype: torch.dtype) -> None:
-        self.features, self.centre, self.device, self.dtype = features, centre, device, dtype
+        self.features, self.centre, self.device, self.dtype = features, torch.from_numpy(centre), device, dtype
         self._keep = features.size * dtype.itemsize <= KEPT_BYTES
-        self._kept: dict[int, tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[int, _Block] = {}
 
-    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[_Block]:
         return self.starting_at(0)
 
-    def starting_at(self, first: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def starting_at(self, first: int) -> Iterator[_Block]:
         for start in range(first, len(self.features), BLOCK):
             block = self._kept.get(start) or self._prepare(start)
             if self._keep:
                 self._kept[start] = block
             yield block
 
-    def _prepare(self, start: int) -> tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows = np.asarray(self.features[start : start + BLOCK], np.float64) - self.centre
-        norms, offsets = np.einsum("ij,ij->i", rows, rows), rows @ self.centre
-        x, norms, offsets = (torch.from_numpy(array).to(self.dtype).to(self.device) for array in (rows, norms, offsets))
-        return slice(start, start + len(rows)), x, norms, offsets
+    def _prepare(self, start: int) -> _Block:
+        rows = torch.from_numpy(np.asarray(self.features[start : start + BLOCK], np.float64)) - self.centre
+        norms = torch.linalg.vecdot(rows, rows)
+        terms = rows @ self.centre + norms / 2
+        count, dim = rows.shape
+        right = torch.zeros(count, -(-(dim + 2) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, dtype=self.dtype)
+        right[:, :dim], right[:, dim], right[:, dim + 1] = rows, 1, norms
+        tensors = (tensor.to(self.dtype).to(self.device) for tensor in (right, norms, terms))
+        return _Block(slice(start, start + count), *tensors)
 
 
-def _kernel(products: torch.Tensor, offsets_a: torch.Tensor, offsets_b: torch.Tensor, constant: float, dim: int):
-    """The KID kernel (x.y / dim + 1)^3 of Binkowski et al. 2018 (arXiv 1801.01401), from centred products."""
-    base = torch.add(products, (offsets_b + (constant + dim))[None]).add_(offsets_a[:, None])
-    return (base * base).mul_(base).mul_(dim**-3.0)
+def _squares(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Squared distances of the rows of two blocks, not below zero."""
+    return (left @ right.T).clamp_(min=0)
 
 
-def _sum(values: torch.Tensor, axis: int) -> np.ndarray:
-    return values.sum(dim=axis).cpu().numpy().astype(np.float64)
+def _kernel(squares: torch.Tensor, terms_a: torch.Tensor, terms_b: torch.Tensor, constant: float) -> torch.Tensor:
+    """(x.y + dim)^3, given constant = c.c + dim: the KID kernel (x.y / dim + 1)^3 of Binkowski et al. 2018 (arXiv
+    1801.01401) times dim^3."""
+    base = torch.add((terms_a + constant)[:, None], squares, alpha=-0.5).add_(terms_b[None])
+    return (base * base).mul_(base)
+
+
+def _smallest(squares: torch.Tensor, k: int) -> torch.Tensor:
+    """(n, k) smallest of each row of (n, m), ascending; all of them where m < k.
+
+    The k smallest lie in the k groups with the smallest minima, so that only those are looked through: several times
+    faster than to sort out all m.
+    """
+    n, m = squares.shape
+    if m % GROUP or m < GROUP * k:
+        return torch.topk(squares, min(k, m), largest=False).values
+    groups = squares.view(n, GROUP, m // GROUP)  # the members of a group lie apart, so that minima are of vectors
+    places = torch.topk(groups.amin(dim=1), k, largest=False).indices
+    members = groups.gather(2, places[:, None].expand(n, GROUP, k))
+    return torch.topk(members.reshape(n, GROUP * k), k, largest=False).values
+
+
+def _smallest_in_columns(squares: torch.Tensor, k: int) -> torch.Tensor:
+    """`_smallest` of the transpose, without turning all of it."""
+    n, m = squares.shape
+    if n % GROUP or n < GROUP * k:
+        return torch.topk(squares.T, min(k, n), largest=False).values
+    groups = squares.view(GROUP, n // GROUP, m)
+    places = torch.topk(groups.amin(dim=0).T.contiguous(), k, largest=False).indices
+    members = groups.gather(1, places.T[None].expand(GROUP, k, m))
+    return torch.topk(members.reshape(GROUP * k, m).T.contiguous(), k, largest=False).values
 
 
 def check_features(features: np.ndarray, dim: int | None = None) -> None:
@@ -134,36 +186,38 @@ def within(
     device = torch.device(device)
     dtype, _ = _precision(n * n, device)
     centre = _mean(features)
-    constant = float(centre @ centre)
+    constant = float(centre @ centre) + dim
     k = min(k, n - 1)
     weights = torch.from_numpy(np.ones(n) if chosen is None else np.asarray(chosen, np.float64)).to(dtype).to(device)
+    ones = torch.ones(n, dtype=dtype, device=device)
     nearest = torch.full((n, k), torch.inf, dtype=dtype, device=device)
     kernel, distance = np.zeros(n), np.zeros(n)
     blocks = _Blocks(features, centre, device, dtype)
 
-    def keep_nearest(rows: slice, distances: torch.Tensor) -> None:
-        few = torch.topk(distances, min(k, distances.shape[1]), largest=False).values
+    def keep_nearest(rows: slice, few: torch.Tensor) -> None:
         nearest[rows] = torch.topk(torch.cat([nearest[rows], few], dim=1), k, largest=False).values
 
-    for i, x, x_norms, x_offsets in blocks:
-        for j, y, y_norms, y_offsets in blocks.starting_at(i.start):
-            products = x @ y.T
-            values = _kernel(products, x_offsets, y_offsets, constant, dim)
-            squares = torch.add(x_norms[:, None], products, alpha=-2).add_(y_norms[None]).clamp_(min=0)
+    for x in blocks:
+        i, left = x.place, x.left(dim)
+        for y in blocks.starting_at(i.start):
+            j = y.place
+            squares = _squares(left, y.right)
+            values = _kernel(squares, x.terms, y.terms, constant)
             if i == j:
                 values.fill_diagonal_(0)
-                squares.fill_diagonal_(0)
-            roots = squares.sqrt()
-            kernel[i] += _sum(values, 1)
-            distance[i] += (roots @ weights[j]).cpu().numpy()
-            if i == j:
                 squares.fill_diagonal_(torch.inf)
+            keep_nearest(i, _smallest(squares, k))
+            kernel[i] += _numbers(values @ ones[j])
+            if i == j:
+                squares.fill_diagonal_(0)
             else:
-                kernel[j] += _sum(values, 0)
-                distance[j] += (weights[i] @ roots).cpu().numpy()
-                keep_nearest(j, squares.T)
-            keep_nearest(i, squares)
-    return Within(nearest.double().cpu().numpy(), kernel, distance * weights.double().cpu().numpy())
+                keep_nearest(j, _smallest_in_columns(squares, k))
+                kernel[j] += _numbers(ones[i] @ values)
+            roots = squares.sqrt_()
+            distance[i] += _numbers(roots @ weights[j])
+            if i != j:
+                distance[j] += _numbers(weights[i] @ roots)
+    return Within(_numbers(nearest), kernel / dim**3, distance * _numbers(weights))
 
 
 def across(
@@ -188,41 +242,55 @@ def across(
     device = torch.device(device)
     dtype, part = _precision(n * m, device)
     centre = _mean(reference)
-    constant = float(centre @ centre)
-    result = Across(*(np.zeros(size) for size in (n, n, n, m, m, m, m)), np.full(n, np.inf))
+    constant = float(centre @ centre) + dim
 
     def ball(nearest: np.ndarray, k: int, place: slice) -> torch.Tensor:
         """Squared radii to the k-th neighbour; infinite where a set is too small to have one."""
         radii = nearest[place, k - 1] if nearest.shape[1] >= k else np.full(place.stop - place.start, np.inf)
         return torch.from_numpy(radii).to(dtype).to(device)
 
-    for i, x, x_norms, x_offsets in _Blocks(samples, centre, device, dtype):
+    kernel, nearest = np.zeros(n), np.full(n, np.inf)
+    inside, dense = np.zeros(n), np.zeros(n)
+    recalled, recalled_by, covered, covered_by = (np.zeros(m) for _ in range(4))
+    reference_blocks = _Blocks(reference, centre, device, dtype)
+    for x in _Blocks(samples, centre, device, dtype):
+        i, left = x.place, x.left(dim)
         x_ball = ball(samples_within.nearest, precision_k, i)
-        x_edge = x_ball + part * (x_norms + x_ball)
-        counter = torch.stack([torch.ones(len(x)), torch.arange(len(x))], dim=1).to(torch.float32).to(device)
-        for j, y, y_norms, y_offsets in _Blocks(reference, centre, device, dtype):
-            products = x @ y.T
-            result.kernel[i] += _sum(_kernel(products, x_offsets, y_offsets, constant, dim), 1)
-            squares = torch.add(x_norms[:, None], products, alpha=-2).add_(y_norms[None]).clamp_(min=0)
-            y_ball, y_wide = (
-                ball(reference_within.nearest, precision_k, j),
-                ball(reference_within.nearest, density_k, j),
-            )
-            result.inside[i] += _sum(squares <= y_ball + part * (y_norms + y_ball), 1)
-            covers = squares < y_wide - part * (y_norms + y_wide)
-            result.dense[i] += _sum(covers, 1)
-            recalls = squares <= x_edge[:, None]
-            # Counts, and the sum of the numbers of those counted: where the count is 1, the sum is that one's number.
-            # Numbers are counted from the block's start, so float32 holds them exactly.
+        x_edge = x_ball + part * (x.norms + x_ball)
+        for y in reference_blocks:
+            j = y.place
+            squares = _squares(left, y.right)
+            kernel[i] += _numbers(_kernel(squares, x.terms, y.terms, constant) @ torch.ones_like(y.norms))
+            nearest[i] = np.minimum(nearest[i], _numbers(squares.amin(dim=1)))
+            y_ball = ball(reference_within.nearest, precision_k, j)
+            y_wide = ball(reference_within.nearest, density_k, j)
+            y_edge, y_wide = y_ball + part * (y.norms + y_ball), y_wide - part * (y.norms + y_wide)
+            # Few pairs are in any ball, and only those are looked at further.
+            near = squares <= torch.maximum(y_edge, y_wide)
+            near |= squares <= x_edge[:, None]
+            rows, columns = near.nonzero(as_tuple=True)
+            apart = squares[rows, columns]
+            inside[i] += _counts(rows[apart <= y_edge[columns]], x)
+            covers = apart < y_wide[columns]
+            dense[i] += _counts(rows[covers], x)
+            # Counts, and the sum of the samples' numbers: where the count is 1, the sum is that one's number.
             for hits, count, owner in (
-                (recalls, result.recalled, result.recalled_by),
-                (covers, result.covered, result.covered_by),
+                (apart <= x_edge[rows], recalled, recalled_by),
+                (covers, covered, covered_by),
             ):
-                found = (hits.to(torch.float32).T @ counter).cpu().numpy().astype(np.float64)
-                count[j] += found[:, 0]
-                owner[j] += found[:, 1] + i.start * found[:, 0]
-            result.nearest[i] = np.minimum(result.nearest[i], squares.amin(dim=1).double().cpu().numpy())
-    return result
+                found = _counts(columns[hits], y)
+                count[j] += found
+                owner[j] += _counts(columns[hits], y, rows[hits]) + i.start * found
+    return Across(kernel / dim**3, inside, dense, recalled, recalled_by, covered, covered_by, nearest)
+
+
+def _counts(places: torch.Tensor, block: _Block, weights: torch.Tensor | None = None) -> np.ndarray:
+    """How often each place of a block is named, or the sum of the weights given to it."""
+    return _numbers(torch.bincount(places, weights, minlength=len(block.norms)))
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().double().numpy()
 
 
 def _mean(features: np.ndarray) -> np.ndarray:

@@ -19,10 +19,10 @@ import torch
 from nrcg.errors import DataError
 from nrcg.features import Extractor, extract
 from nrcg.files import naming, temporary_name
-from nrcg.metrics import FeatureStatistics, covariance_root
+from nrcg.metrics import FeatureStatistics, covariance_factor
 from nrcg.pairwise import Within, mean_pair_distance, within
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _IMAGES = 2048  # images extracted at a time
 
 
@@ -30,18 +30,18 @@ _IMAGES = 2048  # images extracted at a time
 class ReferenceSet:
     """One set of real images.
 
-    statistics: of all n. root: `covariance_root` of their covariance. features: (min(n, num_pairwise), dim) float32
+    statistics: of all n. factor: `covariance_factor` of their covariance. features: (min(n, num_pairwise), dim) float32
     of the first ones, for the pairwise metrics. pairs: what these say among themselves.
     """
 
     statistics: FeatureStatistics
-    root: np.ndarray
+    factor: np.ndarray
     features: np.ndarray
     pairs: Within
 
     @classmethod
     def make(cls, statistics: FeatureStatistics, features: np.ndarray, device: str | torch.device) -> ReferenceSet:
-        return cls(statistics, covariance_root(statistics.cov), features, within(features, device=device))
+        return cls(statistics, covariance_factor(statistics.cov), features, within(features, device=device))
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def save_reference(path: str | Path, reference: Reference) -> None:
                 f"{part}.n": np.int64(one.statistics.n),
                 f"{part}.total": one.statistics.total,
                 f"{part}.outer": one.statistics.outer,
-                f"{part}.root": one.root,
+                f"{part}.factor": one.factor,
                 f"{part}.features": one.features,
                 f"{part}.nearest": one.pairs.nearest,
                 f"{part}.kernel": one.pairs.kernel,
@@ -231,4 +231,4 @@ def _read_set(arrays: np.lib.npyio.NpzFile, part: str) -> ReferenceSet:
     statistics.n = int(arrays[f"{part}.n"])
     statistics.total, statistics.outer = arrays[f"{part}.total"], arrays[f"{part}.outer"]
     pairs = Within(*(arrays[f"{part}.{name}"] for name in ("nearest", "kernel", "distance")))
-    return ReferenceSet(statistics, arrays[f"{part}.root"], arrays[f"{part}.features"], pairs)
+    return ReferenceSet(statistics, arrays[f"{part}.factor"], arrays[f"{part}.features"], pairs)

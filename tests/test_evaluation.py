@@ -303,7 +303,7 @@ def test_a_reference_is_read_in_blocks_and_capped(real, monkeypatch):
         assert part.statistics.n == len(rows)
         np.testing.assert_allclose(part.statistics.cov, whole.cov, rtol=1e-9)
         np.testing.assert_array_equal(part.features, rows[:30])
-        np.testing.assert_allclose(part.root @ part.root, whole.cov, atol=1e-9 * whole.cov.max())
+        np.testing.assert_allclose(part.factor @ part.factor.T, whole.cov, atol=1e-9 * whole.cov.max())
     row = evaluate_images(striped(50, 1), [found], [Moments()])
     assert (row["num_pairwise"], row["num_samples"]) == (30, 50)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nrcg.intervals import Estimate, bootstrap_intervals, mean, share_difference, supported, wilson_interval
-from nrcg.metrics import FeatureStatistics, covariance_root, frechet_estimate
+from nrcg.metrics import FeatureStatistics, covariance_factor, frechet_estimate
 from nrcg.pairwise import across, kernel_estimate, mean_pair_distance, neighbour_estimates, within
 
 
@@ -110,12 +110,12 @@ def test_supported(a, b, expected):
 def estimates(samples: np.ndarray, reference: np.ndarray, cached: dict) -> dict[str, Estimate]:
     if not cached:
         statistics = FeatureStatistics.from_features(reference)
-        cached |= {"statistics": statistics, "root": covariance_root(statistics.cov), "pairs": within(reference)}
+        cached |= {"statistics": statistics, "factor": covariance_factor(statistics.cov), "pairs": within(reference)}
     own = within(samples)
     between = across(samples, reference, own, cached["pairs"])
     moments = FeatureStatistics.from_features(samples)
     return {
-        "frechet": frechet_estimate(samples, moments, cached["statistics"], cached["root"]),
+        "frechet": frechet_estimate(samples, moments, cached["statistics"], cached["factor"]),
         "kernel": kernel_estimate(own, cached["pairs"], between),
         "distance": mean_pair_distance(own),
         **neighbour_estimates(cached["pairs"], between),

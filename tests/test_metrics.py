@@ -13,7 +13,7 @@ from nrcg.errors import DataError
 from nrcg.metrics import (
     FeatureStatistics,
     calibration_error,
-    covariance_root,
+    covariance_factor,
     frechet_distance,
     frechet_estimate,
     metric_names,
@@ -201,7 +201,7 @@ def test_frechet_estimate_is_the_distance_and_its_derivative(n):
     real, samples = network_like(100, 16, 0), network_like(n, 16, 1, 0.3).astype(np.float64)
     reference = FeatureStatistics.from_features(real)
     statistics = FeatureStatistics.from_features(samples)
-    found = frechet_estimate(samples, statistics, reference, covariance_root(reference.cov))
+    found = frechet_estimate(samples, statistics, reference, covariance_factor(reference.cov))
     assert found.value == pytest.approx(frechet_distance(statistics, reference), rel=1e-9)
 
     def weighted(i: int, change: float) -> float:
@@ -216,6 +216,25 @@ def test_frechet_estimate_is_the_distance_and_its_derivative(n):
     slopes = [(weighted(i, step) - weighted(i, -step)) / (2 * step) * n for i in range(n)]
     # Roots of eigenvalues near zero are good to about 1e-7, which the step divides.
     np.testing.assert_allclose(found.influence, slopes, rtol=5e-3, atol=5e-3 * np.abs(slopes).max())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3], ids=["like the reference", "narrower"])
+def test_influences_on_a_frechet_distance_in_float32(scale, monkeypatch):
+    real, samples = network_like(400, 64, 0), scale * network_like(300, 64, 1, 0.1)
+    reference, statistics = (FeatureStatistics.from_features(one) for one in (real, samples))
+    factor = covariance_factor(reference.cov)
+    exact = frechet_estimate(samples, statistics, reference, factor)
+    monkeypatch.setattr(metrics, "EXACT_PRODUCTS", 0)
+    rough = frechet_estimate(samples, statistics, reference, factor)
+    assert rough.value == exact.value
+    np.testing.assert_allclose(rough.influence, exact.influence, atol=1e-4 * exact.influence.std())
+
+
+@pytest.mark.parametrize("n", [40, 10], ids=["full rank", "singular"])
+def test_covariance_factor(n):
+    cov = np.cov(gaussian(n, 16), rowvar=False)
+    factor = covariance_factor(cov)
+    np.testing.assert_allclose(factor @ factor.T, cov, atol=1e-12)
 
 
 @pytest.mark.parametrize("n, tolerance", [(200, 1e-9), (6, 1e-5)], ids=["full rank", "singular"])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -267,6 +268,38 @@ def test_blocks_and_types_change_nothing_but_rounding(monkeypatch):
     rough = across(samples, reference, own, real)
     for name in exact.__dataclass_fields__:
         np.testing.assert_allclose(getattr(rough, name), getattr(exact, name), rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_whole_blocks_equal_exact_pairs(offset, monkeypatch):
+    """Sizes at which blocks are full and the nearest are looked for in groups, in float32."""
+    reference, samples = gaussian(1500, 24, shift=offset), gaussian(1100, 24, seed=1, shift=offset, scale=1.1)
+    samples[:10] = reference[:10]
+    parts = []
+    for pairs in (0, 2**30):
+        monkeypatch.setattr(pairwise, "EXACT_PAIRS", pairs)
+        real, own = within(reference), within(samples)
+        parts.append((real, own, across(samples, reference, own, real)))
+    for rough, exact in zip(*parts, strict=True):
+        for name in exact.__dataclass_fields__:
+            found, wanted = getattr(rough, name), getattr(exact, name)
+            if name in ("kernel", "distance", "nearest"):
+                # A copy's distance of zero is zero up to the rounding of its norm.
+                np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4, err_msg=name)
+            else:  # few points lie so near to a ball's edge that rounding decides
+                assert np.mean(found != wanted) < 2e-3, name
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (33, 64), (64, 50), (16, 17), (128, 128), (5, 3)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_smallest_of_rows_and_columns(shape, ties):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 9, shape).astype(np.float32) if ties else rng.random(shape, np.float32)
+    for k in (1, 3, 5):
+        rows = pairwise._smallest(torch.from_numpy(values), k).numpy()
+        np.testing.assert_array_equal(rows, np.sort(values, axis=1)[:, :k])
+        columns = pairwise._smallest_in_columns(torch.from_numpy(values), k).numpy()
+        np.testing.assert_array_equal(columns, np.sort(values, axis=0)[:k].T)
 
 
 def test_memory_mapped_features_are_read_in_blocks(tmp_path, monkeypatch):
