@@ -264,6 +264,15 @@ def test_damaged_shards_are_made_anew_by_one_plain_rerun(finished, undisturbed):
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
+@pytest.mark.parametrize(
+    "name", ["reference.json", "forward.csv", "metrics/unconditional.csv", "metrics.csv", "summary.json", "report.html"]
+)
+def test_results_that_are_cut_off_are_made_anew_by_one_plain_rerun(finished, undisturbed, name):
+    cut(finished / "results/toy" / name)
+    assert rerun(finished).count("set aside as") == 1
+    assert results(finished) == results(undisturbed)
+
+
 def test_a_shard_of_another_method_is_refused_and_the_remedy_helps(finished, undisturbed):
     samples = finished / "results/toy/samples"
     stale = samples / "non_robust_x0_ema99/scale1/shard0001.npy"

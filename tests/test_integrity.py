@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from nrcg import integrity
@@ -57,6 +58,52 @@ def test_a_damaged_file_is_set_aside_until_it_is_made_anew(root, name, damage):
     (root / name).write_bytes(content)
     assert set_aside_damaged(root) == []
     assert names(root) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "metrics/robust.csv", "forward.csv", "reference.json", "report.html"])
+def test_a_result_that_is_cut_off_is_set_aside(tmp_path, name):
+    """Wherever it is cut, but for the very end of a row: a table of fewer rows is whole."""
+    text = {
+        ".csv": 'method,scale,accuracy\nrobust,1,0.25\n"a, b",2,0.5\n',
+        ".json": '{"images": 5, "judge": {"ece": 0.1}}\n',
+        ".html": "<!doctype html><html><body>5</body></html>\n",
+    }[Path(name).suffix]
+    path = tmp_path / "results/toy" / name
+    path.parent.mkdir(parents=True)
+    ends = {text.index("\nrobust") + 15, len(text)} if path.suffix == ".csv" else {len(text) - 1, len(text)}
+    for length in range(len(text) + 1):
+        path.write_text(text[:length])
+        found = set_aside_damaged(tmp_path)
+        assert bool(found) == (length not in ends), text[:length]
+        assert path.exists() == (not found)
+        if found:
+            assert found == [f"{path}: is cut off or damaged; set aside as {path.name}.damaged, to be made anew"]
+
+
+def test_figures_that_are_cut_off_are_set_aside(tmp_path):
+    folder = tmp_path / "results/toy/figures"
+    folder.mkdir(parents=True)
+    figure, axes = plt.subplots(figsize=(1, 1))
+    axes.plot([0, 1])
+    for name in ("a.png", "a.svg"):
+        figure.savefig(folder / name)
+    plt.close(figure)
+    assert set_aside_damaged(tmp_path) == []
+    for name in ("a.png", "a.svg"):
+        whole = (folder / name).read_bytes()
+        cut(folder / name)
+        assert len(set_aside_damaged(tmp_path)) == 1
+        assert names(tmp_path) >= {f"results/toy/figures/{name}.damaged"}
+        (folder / name).write_bytes(whole)
+        assert set_aside_damaged(tmp_path) == []
+        assert names(tmp_path) == {"results/toy/figures/a.png", "results/toy/figures/a.svg"}
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    path = tmp_path / "results/toy/my.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("a,b\n1")
+    assert set_aside_damaged(tmp_path) == []
 
 
 @pytest.mark.parametrize("position", range(0, 140, 3))

@@ -24,7 +24,7 @@ except ConfigError as error:
 
 def clear_up():
     """Undo what a kill leaves, while no other snakemake is alive in this folder: Snakemake's lock, which would want
-    `snakemake --unlock`, and half-written files. Damaged shards are set aside, so that they are made anew."""
+    `snakemake --unlock`, and half-written files. What is damaged is set aside, so that they are made anew."""
     for leftover in Path(".snakemake/locks").glob("*.lock"):
         leftover.unlink(missing_ok=True)
     for name in ("data", "models", "results", ".nrcg"):
