@@ -8,7 +8,6 @@ network, and anything else that satisfies `Extractor` works too.
 
 import hashlib
 import http.client
-import os
 import re
 import shutil
 import urllib.request
@@ -194,7 +193,6 @@ class InceptionExtractor:
             raise DataError(f"{path} is no Inception network: {str(error).strip().splitlines()[0]}") from error
         self._model = model.to(self.device).eval()
         self._resize = build_resizer("clean")
-        self._workers = min(8, os.cpu_count() or 1)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(n, H, W, 1 or 3) uint8 -> (n, 2048) float32."""
@@ -206,7 +204,7 @@ class InceptionExtractor:
         if images.shape[3] == 1:
             images = np.repeat(images, 3, axis=3)
         # PIL releases the interpreter's lock while it resizes, which takes longer than the network on a GPU.
-        with ThreadPoolExecutor(self._workers) as pool:
+        with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
             resized = np.stack(list(pool.map(self._resize, images)))
         with torch.no_grad():
             x = torch.from_numpy(resized).permute(0, 3, 1, 2).contiguous().to(self.device)

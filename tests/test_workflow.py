@@ -91,6 +91,13 @@ def finished(tree) -> Path:
 # --- Before anything runs ---------------------------------------------------------------------------------------
 
 
+def test_features_beside_a_gpu_get_threads_to_resize_with(tree):
+    """As many as there are cores where no other GPU shares them, 8 at most."""
+    output = snakemake(tree, "--dry-run", "toy", "--cores", "16", toy={"device": "cuda"}).stdout
+    blocks = re.findall(r"^rule (?:evaluate|reference):\n((?: +.+\n)+)", output, re.MULTILINE)
+    assert [re.findall(r"threads: (\d+)", block) for block in blocks] == [["8"]] * 3, output
+
+
 def some_slow(values, fast):
     """Parameters of which some alone belong to the fast tests: a dry run takes seconds."""
     return [pytest.param(value, marks=[] if value in fast else pytest.mark.slow) for value in values]

@@ -164,6 +164,17 @@ def training_gpus(wildcards):
     return max(count_nvidia_gpus(), 1) if asked == "auto" else asked
 
 
+def feature_threads(wildcards):
+    """Beside a GPU, the resizing for Inception takes longer than the network: a GPU's share of the cores, 8 at most. On
+    a CPU one, so that jobs share the cores."""
+    if not gpus(wildcards):
+        return 1
+    if workflow.non_local_exec:
+        return 8
+    cores = workflow.resource_settings.cores or 1  # a dry run may name none
+    return max(1, min(8, cores // max(count_nvidia_gpus(), 1)))
+
+
 # What a scheduler is asked for, from measured jobs with a margin (docs/scaling.md). A retry asks for `attempt` times it.
 SECONDS_PER_STEP = {"gpu": 1.25e-3, "cpu": 1.0}  # of a guided image of 64 x 64 pixels; grows with the pixels
 CPU_MB_PER_IMAGE = 160  # activations of such an image in a batch

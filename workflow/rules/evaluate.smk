@@ -11,7 +11,7 @@ rule reference:
         "logs/{experiment}/reference.tsv"
     conda:
         "../envs/nrcg.yaml"
-    threads: 1
+    threads: feature_threads
     resources:
         gpu=gpus,
         mem_mb=8000,
@@ -42,7 +42,7 @@ rule evaluate:
         "logs/{experiment}/evaluate_{method}.tsv"
     conda:
         "../envs/nrcg.yaml"
-    threads: 1
+    threads: feature_threads
     resources:
         gpu=gpus,
         mem_mb=memory(8000),
