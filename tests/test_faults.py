@@ -18,7 +18,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from test_workflow import command, copy_tree, planned, processes_in
+
+from nrcg import config
 
 pytestmark = [
     pytest.mark.slow,
@@ -288,6 +291,29 @@ def test_a_shard_of_another_method_is_refused_and_the_remedy_helps(finished, und
     stale.unlink()
     rerun(finished)
     assert results(finished) == results(undisturbed)
+
+
+def test_a_kill_of_nrcg_run_leaves_no_process_and_the_same_command_goes_on(undisturbed, tmp_path):
+    tree = copy_tree(tmp_path)
+    own = config.read_yaml(tree / "config.yaml")
+    for change in (config.read_yaml(tree / "toy.yaml"), {"experiments": {"toy": TOY}}):
+        own = config.merge(own, change)
+    (tree / "config.yaml").write_text(yaml.safe_dump(own))
+
+    def run() -> subprocess.Popen:
+        command = [sys.executable, "-m", "nrcg.cli", "run", "toy"]
+        environment = os.environ | {"NRCG_TRACKING": "off"}
+        with open(tree / "said.txt", "a") as said:
+            return subprocess.Popen(command, cwd=tree, env=environment, stdout=said, stderr=subprocess.STDOUT)
+
+    for word in (" train-ddpm ", " sample "):
+        running = run()
+        wait_for_job(tree, running, word)
+        running.kill()
+        running.wait()
+        alone(tree)
+    assert run().wait() == 0, (tree / "said.txt").read_text()[-3000:]
+    assert results(tree) == results(undisturbed)
 
 
 def wait_for_job(tree: Path, run: subprocess.Popen, word: str) -> None:
