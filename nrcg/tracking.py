@@ -248,13 +248,16 @@ def run(
         _enclosing.remove(active)
 
 
-def log_method_over_scales(method_run: NullRun, rows: Iterable[Mapping[str, Any]]) -> None:
+def log_method_over_scales(method_run: NullRun, rows: Iterable[Mapping[str, Any]], best: Mapping[str, float]) -> None:
     """Log a method's numbers over its guidance scales as one curve per metric.
 
     Args:
         method_run: the run of the method.
         rows: one mapping per scale, with `scale`; texts are left out.
+        best: numbers at the best scale, logged as `best/<name>`: MLflow's tables show the last step of a curve, which
+            is the highest scale.
     """
+    method_run.log_metrics({f"best/{name}": value for name, value in best.items()})
     for row in rows:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         method_run.log_metrics(numbers, step=scale_step(row["scale"]))

@@ -331,23 +331,29 @@ def log_method(experiment: str, method: str, accuracies: dict[float, float]) -> 
             ) as setting:
                 setting.log_metrics({"accuracy_judge": accuracy})
             rows.append({"method": method, "scale": scale, "accuracy_judge": accuracy, "mlflow_run_id": setting.id})
-        tracking.log_method_over_scales(method_run, rows)
+        best = max(rows, key=lambda row: row["accuracy_judge"])
+        tracking.log_method_over_scales(method_run, rows, {key: best[key] for key in ("scale", "accuracy_judge")})
 
 
 def test_a_methods_curve_and_the_rows_of_its_newest_run(client):
     log_method("curve", "robust", {1.0: 0.1, 5.0: 0.2})
     log_method("curve", "adam", {0.05: 0.3})
-    log_method("curve", "robust", {1.0: 0.4, 2.5: 0.5})
+    log_method("curve", "robust", {1.0: 0.4, 2.5: 0.5, 4.0: 0.2})
     newest = runs(client, "curve", "tags.`nrcg.kind` = 'evaluate' and tags.`nrcg.superseded_by` IS NULL")
     history = {
         run.info.run_name: [(entry.step, entry.value) for entry in client.get_metric_history(run.info.run_id, key)]
         for run in newest
         for key in ("accuracy_judge",)
     }
-    assert history == {"robust": [(1000, 0.4), (2500, 0.5)], "adam": [(50, 0.3)]}
+    assert history == {"robust": [(1000, 0.4), (2500, 0.5), (4000, 0.2)], "adam": [(50, 0.3)]}
+    numbers = {run.info.run_name: run.data.metrics for run in newest}
+    assert numbers["robust"]["accuracy_judge"] == 0.2
+    assert numbers["robust"]["best/scale"] == 2.5
+    assert numbers["robust"]["best/accuracy_judge"] == 0.5
     rows = tracking.read_rows("curve")
     found = {(row["method"], row["scale"]): row["accuracy_judge"] for row in rows}
-    assert found == {("robust", 1.0): 0.4, ("robust", 2.5): 0.5, ("adam", 0.05): 0.3}, "scale 5 is no longer swept"
+    robust = {("robust", 1.0): 0.4, ("robust", 2.5): 0.5, ("robust", 4.0): 0.2}
+    assert found == robust | {("adam", 0.05): 0.3}, "scale 5 is no longer swept"
     assert {client.get_run(row["mlflow_run_id"]).info.run_name for row in rows} >= {
         "robust scale 1.0",
         "adam scale 0.05",

@@ -116,7 +116,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         return
     from nrcg import tracking
     from nrcg.evaluation import evaluate_method, read_reference_record
-    from nrcg.results import write_csv
+    from nrcg.results import best_per_method, frechet_columns, write_csv
 
     for flag in ("method", "scales", "data", "classifiers", "out"):
         if getattr(arguments, flag) is None and (flag != "method" or arguments.experiment):
@@ -140,7 +140,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             cache=Path(arguments.cache),
             ddpm=None if arguments.ddpm is None else Path(arguments.ddpm),
         )
-        tracking.log_method_over_scales(run, rows)
+        best = best_per_method([row | {"best_by": settings.evaluation.best_by} for row in rows])[settings.method]
+        shown = ("scale", "accuracy_judge", "accuracy_guide", *frechet_columns(rows))
+        tracking.log_method_over_scales(run, rows, {name: best[name] for name in shown})
         write_csv(arguments.out, rows, columns)
 
 
