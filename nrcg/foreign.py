@@ -244,19 +244,18 @@ def read_torcheval_state(path: Path, dim: int = INCEPTION_DIM) -> FeatureStatist
             f"{path}: real_sum {tuple(total.shape)} and real_cov_sum {tuple(outer.shape)}; torcheval's Inception has "
             f"({dim},) and ({dim}, {dim})"
         )
-    statistics = FeatureStatistics(dim)
-    statistics.n = int(count)
-    statistics.total, outer = total.double().numpy().copy(), outer.double().numpy()
-    if statistics.n < 2:
-        raise DataError(f"{path}: made of {statistics.n} real images; at least 2 are needed")
-    if not (np.isfinite(statistics.total).all() and np.isfinite(outer).all()):
+    n, total, outer = int(count), total.double().numpy(), outer.double().numpy()
+    if n < 2:
+        raise DataError(f"{path}: made of {n} real images; at least 2 are needed")
+    if not (np.isfinite(total).all() and np.isfinite(outer).all()):
         raise DataError(f"{path}: holds values that are not finite")
     if np.abs(outer - outer.T).max() > ROUNDING * np.abs(outer).max():
         raise DataError(f"{path}: real_cov_sum is not symmetric")
-    statistics.outer = (outer + outer.T) / 2
-    scatter = statistics.cov * (statistics.n - 1)
+    outer = (outer + outer.T) / 2
+    statistics = FeatureStatistics.from_sums(n, total, outer)
+    scatter = statistics.scatter.copy()
     # A shifted matrix has a Cholesky factor where no eigenvalue lies below minus the shift; much cheaper than those.
-    scatter[np.diag_indices(dim)] += ROUNDING * np.trace(statistics.outer)
+    scatter[np.diag_indices(dim)] += ROUNDING * np.trace(outer)
     try:
         np.linalg.cholesky(scatter)
     except np.linalg.LinAlgError:

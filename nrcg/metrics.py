@@ -60,17 +60,17 @@ def rank_warning(n: int, dim: int) -> str | None:
 
 
 class FeatureStatistics:
-    """Mean and covariance of features, summed up so that shards can be computed apart and merged.
+    """Mean and covariance of features, summed up in float64 so that shards can be computed apart and merged.
 
-    n: number of feature vectors. total: (dim,) float64, their sum. outer: (dim, dim) float64, the sum of
-    their outer products. Float64 sums lose about (mean / std)^2 * 1e-16 of the covariance: nothing for
-    network features.
+    n: number of feature vectors. centre: (dim,) their mean, 0 without any. scatter: (dim, dim), the sum of the outer
+    products of their deviations from it. Merged by Chan, Golub and LeVeque 1983 (Am. Stat. 37, eq. 2.1), which keeps
+    its digits however far from 0 the features lie.
     """
 
     def __init__(self, dim: int) -> None:
         self.n = 0
-        self.total = np.zeros(dim)
-        self.outer = np.zeros((dim, dim))
+        self.centre = np.zeros(dim)
+        self.scatter = np.zeros((dim, dim))
 
     @classmethod
     def from_features(cls, features: np.ndarray) -> "FeatureStatistics":
@@ -80,30 +80,38 @@ class FeatureStatistics:
         statistics.update(features)
         return statistics
 
+    @classmethod
+    def from_sums(cls, n: int, total: np.ndarray, outer: np.ndarray) -> "FeatureStatistics":
+        """From (dim,) the sum of n >= 1 vectors and (dim, dim) the sum of their outer products."""
+        statistics = cls(len(total))
+        statistics.n = n
+        statistics.centre = np.asarray(total, np.float64) / n
+        statistics.scatter = outer - n * np.outer(statistics.centre, statistics.centre)
+        return statistics
+
     @property
     def dim(self) -> int:
         """Length of a feature vector."""
-        return len(self.total)
+        return len(self.centre)
 
     @property
     def mean(self) -> np.ndarray:
         """(dim,) float64. Raises DataError without any features."""
         if self.n < 1:
             raise DataError("a mean needs at least 1 feature vector, got 0")
-        return self.total / self.n
+        return self.centre
 
     @property
     def cov(self) -> np.ndarray:
         """(dim, dim) float64, unbiased (divided by n - 1, as np.cov). Raises DataError if n < 2."""
         if self.n < 2:
             raise DataError(f"a covariance needs at least 2 feature vectors, got {self.n}")
-        mean = self.mean
-        return (self.outer - self.n * np.outer(mean, mean)) / (self.n - 1)
+        return self.scatter / (self.n - 1)
 
     @property
     def cov_trace(self) -> float:
         """Trace of `cov`, the sum of the variances."""
-        return float((self.outer.trace() - self.n * self.mean @ self.mean) / (self.n - 1))
+        return float(self.scatter.trace() / (self.n - 1))
 
     def update(self, features: np.ndarray) -> None:
         """Add (N, dim) features. Raises ValueError for another shape, DataError for non-finite values."""
@@ -111,23 +119,31 @@ class FeatureStatistics:
         for block in _float64_blocks(features, _ROWS):
             if not np.isfinite(block).all():
                 raise DataError("features are not all finite")
-            self.n += len(block)
-            self.total += block.sum(axis=0)
-            self.outer += block.T @ block
+            centre = block.mean(axis=0)
+            deviations = block - centre
+            self._add(len(block), centre, deviations.T @ deviations)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add the features that `other` has seen. Raises ValueError if the dimensions differ."""
         if other.dim != self.dim:
             raise ValueError(f"cannot merge statistics of dimensions {self.dim} and {other.dim}")
-        self.n += other.n
-        self.total = self.total + other.total
-        self.outer = self.outer + other.outer
+        self._add(other.n, other.centre, other.scatter)
+
+    def _add(self, n: int, centre: np.ndarray, scatter: np.ndarray) -> None:
+        if n == 0:
+            return
+        apart, total = centre - self.centre, self.n + n
+        self.scatter = self.scatter + scatter
+        if self.n > 0:
+            self.scatter += np.outer(apart, apart * (self.n * n / total))
+        self.centre = self.centre + apart * (n / total)
+        self.n = total
 
     def save(self, path: str | Path) -> None:
-        """Write an .npz of plain arrays (n, total, outer), at once: a reader never sees half a file."""
+        """Write an .npz of plain arrays (n, mean, scatter), at once: a reader never sees half a file."""
         path = Path(path)
         content = io.BytesIO()
-        np.savez(content, n=np.int64(self.n), total=self.total, outer=self.outer)
+        np.savez(content, n=np.int64(self.n), mean=self.centre, scatter=self.scatter)
         atomic_write(path, content.getvalue())
 
     @classmethod
@@ -135,15 +151,15 @@ class FeatureStatistics:
         """Read what `save` wrote. Raises DataError for any other file; pickled arrays are refused."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                n, total, outer = int(arrays["n"]), arrays["total"], arrays["outer"]
+                n, mean, scatter = int(arrays["n"]), arrays["mean"], arrays["scatter"]
         except (OSError, EOFError, KeyError, ValueError, TypeError, IndexError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} holds no feature statistics: {error}") from error
-        if n < 0 or total.ndim != 1 or outer.shape != (len(total), len(total)):
-            raise DataError(f"{path} holds no feature statistics: shapes {total.shape}, {outer.shape}")
-        statistics = cls(len(total))
+        if n < 0 or mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
+            raise DataError(f"{path} holds no feature statistics: shapes {mean.shape}, {scatter.shape}")
+        statistics = cls(len(mean))
         statistics.n = n
-        statistics.total = total.astype(np.float64)
-        statistics.outer = outer.astype(np.float64)
+        statistics.centre = mean.astype(np.float64)
+        statistics.scatter = scatter.astype(np.float64)
         return statistics
 
 
@@ -170,7 +186,8 @@ def frechet_distance(stats_a: FeatureStatistics, stats_b: FeatureStatistics) -> 
     if stats_a.dim != stats_b.dim:
         raise ValueError(f"cannot compare features of dimensions {stats_a.dim} and {stats_b.dim}")
     factor = covariance_factor(stats_a.cov)
-    trace = _positive(np.linalg.eigvalsh(factor.T @ stats_b.cov @ factor)).sum()
+    values = np.linalg.eigvalsh(factor.T @ stats_b.cov @ factor)
+    trace = _roots(values, min(stats_a.n, stats_b.n) - 1).sum()
     return _moments_distance(stats_a, stats_b, trace)
 
 
@@ -200,15 +217,17 @@ def frechet_estimate(
     turn = None
     if n > dim:
         values, vectors = np.linalg.eigh(factor.T @ statistics.cov @ factor)
-        power = _positive(values)
-        # turn = F V w^(-1/4), so that |z turn|^2 = z'A z with w = power^2.
-        turn = factor @ (vectors * np.where(power > 0, np.where(power > 0, power, 1) ** -0.5, 0))
+        power = _roots(values, reference.n - 1)
+        # turn = F V w^(-1/4), so that |z turn|^2 = z'A z with w = power^2; without the smallest w, of which rounding
+        # has left too little to divide by and whose part of z'A z is as small.
+        large = power > power[-1] * np.sqrt(dim * np.finfo(float).eps)
+        turn = factor @ (vectors * np.where(large, np.where(large, power, 1) ** -0.5, 0))
         turn = turn.astype(np.float32 if n * dim * dim > EXACT_PRODUCTS else np.float64)
         transported = np.empty(n)
     else:
         rows = (np.asarray(features, np.float64) - mean) @ factor / np.sqrt(n - 1)
         values, vectors = np.linalg.eigh(rows @ rows.T)
-        power = _positive(values)
+        power = _roots(values, min(n, reference.n) - 1)
         transported = (n - 1) * (vectors**2 @ power)
     influence = np.empty(n)
     for start, block in zip(range(0, n, _ROWS), _float64_blocks(features, _ROWS), strict=True):
@@ -220,10 +239,13 @@ def frechet_estimate(
     return Estimate(value, influence - influence.mean(), low=0.0)
 
 
-def _positive(eigenvalues: np.ndarray) -> np.ndarray:
-    """Roots of eigenvalues; those that are rounding of zero become zero."""
-    floor = max(eigenvalues.max(), 0.0) * len(eigenvalues) * np.finfo(float).eps
-    return np.sqrt(np.where(eigenvalues > floor, eigenvalues, 0.0))
+def _roots(eigenvalues: np.ndarray, rank: int) -> np.ndarray:
+    """Roots of the `rank` largest of ascending eigenvalues, 0 for the others and where rounding made them negative.
+
+    No floor: Cholesky's factor keeps eigenvalues far below the largest one's rounding, and their roots add up.
+    """
+    kept = np.arange(len(eigenvalues)) >= len(eigenvalues) - rank
+    return np.sqrt(np.where(kept, np.maximum(eigenvalues, 0.0), 0.0))
 
 
 def _row_norms(rows: np.ndarray) -> np.ndarray:

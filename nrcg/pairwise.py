@@ -2,13 +2,13 @@
 
 All of them come from one blockwise pass over the inner products of two sets, so memory beyond the features is
 O(BLOCK * (BLOCK + dim)), and at most KEPT_BYTES a set, whatever their number. Products are float64 up to EXACT_PAIRS
-pairs, above that float32 of centred features with float64 sums: a relative error of about 1e-6 of a squared distance,
-for three times the speed.
+pairs, above that float32, for twice the speed: then every comparison that rounding could decide is made again in
+float64, and where these are many (tight clusters, an outlier far from all others) all products are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,14 @@ BLOCK = 1024
 """Rows of a block: its distances to another one fit into a processor's cache."""
 WIDTH_MULTIPLE = 16
 GROUP = 16
+SPARE = 3
+"""Neighbours kept beyond those that are asked for, to find the nearest in float64 among them."""
+SINGLE, DOUBLE = 3e-6, 1e-14
+"""Parts of the two squared norms that rounding changes of a squared distance at most, in float32 and float64."""
+MAX_SMALL = 30.0
+"""Largest part of x.y / dim beyond its mean whose cube float32 sums up without losing the distance of two sets."""
+MAX_UNSURE = 0.01
+"""Part of the pairs, or points, that may be looked at again in float64."""
 KEPT_BYTES = 2**30
 """Prepared features of a set are kept up to this size, beyond it each block is prepared anew for every other."""
 EXACT_PAIRS = 2**22
@@ -29,6 +37,8 @@ PRECISION_K = 3
 DENSITY_K = 5
 """Neighbours of density and coverage, as published."""
 OFF_MANIFOLD_QUANTILE = 0.999
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -65,25 +75,39 @@ class Across:
     nearest: np.ndarray
 
 
-def _precision(pairs: int, device: torch.device) -> tuple[torch.dtype, float]:
-    """Type of the products and the part of a squared norm that rounding may change."""
-    if device.type == "mps" or pairs > EXACT_PAIRS:  # mps has no float64
-        return torch.float32, 1.5e-6
-    return torch.float64, 1e-14
+class _Uncertain(Exception):
+    """Rounding decides too much: float64 is needed."""
+
+
+def _with_enough_digits(
+    compute: Callable[[torch.dtype, torch.device], _Result], pairs: int, device: str | torch.device
+) -> _Result:
+    """What `compute` finds in float32 where that is enough, else in float64."""
+    device = torch.device(device)
+    if pairs > EXACT_PAIRS:
+        try:
+            return compute(torch.float32, device)
+        except _Uncertain:
+            pass
+    return compute(torch.float64, torch.device("cpu") if device.type == "mps" else device)  # mps has no float64
 
 
 class _Block(NamedTuple):
-    """A block's place in its set; (b, width) rows [y, 1, |y|^2]; (b,) |y|^2; (b,) terms of the kernel."""
+    """A block of a set: its place and, on the device, (b, width) rows [y, 1, |y|^2] and (b,) y.c + |y|^2 / 2.
+
+    norms, linear: (b,) float64 of |y|^2 and y.c.
+    """
 
     place: slice
     right: torch.Tensor
-    norms: torch.Tensor
     terms: torch.Tensor
+    norms: np.ndarray
+    linear: np.ndarray
 
     def left(self, dim: int) -> torch.Tensor:
         """(b, width) rows [-2 y, |y|^2, 1]."""
         rows = self.right * -2
-        rows[:, dim], rows[:, dim + 1] = self.norms, 1
+        rows[:, dim], rows[:, dim + 1] = self.right[:, dim + 1], 1
         return rows
 
 
@@ -91,8 +115,8 @@ class _Blocks:
     """Blocks of (n, dim) features on the device, centred, so that a product of a left and a right one is at once their
     squared distances: [-2 x, |x|^2, 1] . [y, 1, |y|^2] = |x - y|^2.
 
-    Centring leaves distances as they are and makes them exact in few digits. The terms x.c + |x|^2 / 2 give back the
-    inner products of what was centred: (x + c).(y + c) = (x.c + |x|^2 / 2) + (y.c + |y|^2 / 2) + c.c - |x - y|^2 / 2.
+    Centring on c leaves distances as they are and makes them exact in few digits. The terms give back the inner
+    products of what was centred: (x + c).(y + c) = c.c + x.c + y.c + x.y, x.y = |x|^2 / 2 + |y|^2 / 2 - |x - y|^2 / 2.
     """
 
     def __init__(self, features: np.ndarray, centre: np.ndarray, device: torch.device, dtype: torch.dtype) -> None:
@@ -112,13 +136,14 @@ class _Blocks:
 
     def _prepare(self, start: int) -> _Block:
         rows = torch.from_numpy(np.asarray(self.features[start : start + BLOCK], np.float64)) - self.centre
-        norms = torch.linalg.vecdot(rows, rows)
-        terms = rows @ self.centre + norms / 2
+        norms, linear = torch.linalg.vecdot(rows, rows), rows @ self.centre
         count, dim = rows.shape
+        if self.dtype == torch.float32 and norms.max() + linear.abs().max() > MAX_SMALL * dim:
+            raise _Uncertain
         right = torch.zeros(count, -(-(dim + 2) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, dtype=self.dtype)
         right[:, :dim], right[:, dim], right[:, dim + 1] = rows, 1, norms
-        tensors = (tensor.to(self.dtype).to(self.device) for tensor in (right, norms, terms))
-        return _Block(slice(start, start + count), *tensors)
+        tensors = (tensor.to(self.dtype).to(self.device) for tensor in (right, linear + norms / 2))
+        return _Block(slice(start, start + count), *tensors, norms.numpy(), linear.numpy())
 
 
 def _squares(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -126,37 +151,61 @@ def _squares(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left @ right.T).clamp_(min=0)
 
 
-def _kernel(squares: torch.Tensor, terms_a: torch.Tensor, terms_b: torch.Tensor, constant: float) -> torch.Tensor:
-    """(x.y + dim)^3, given constant = c.c + dim: the KID kernel (x.y / dim + 1)^3 of Binkowski et al. 2018 (arXiv
-    1801.01401) times dim^3."""
-    base = torch.add((terms_a + constant)[:, None], squares, alpha=-0.5).add_(terms_b[None])
-    return (base * base).mul_(base)
+def _kernel_rest(squares: torch.Tensor, x: _Block, y: _Block, constant: float, dim: int) -> torch.Tensor:
+    """What the KID kernel (a + s)^3 has beyond a^3 + 3 a^2 s, with x.y / dim + 1 = a + s and a = c.c / dim + 1.
+
+    The first two terms are large, alike for all pairs or linear, and cancel in the distance: their sums are known in
+    float64 (`_kernel_sums`), and what is left keeps its digits. Binkowski et al. 2018 (arXiv 1801.01401).
+    """
+    small = torch.add((x.terms / dim)[:, None], squares, alpha=-0.5 / dim).add_((y.terms / dim)[None])
+    return (small + 3 * constant).mul_(small).mul_(small)
 
 
-def _smallest(squares: torch.Tensor, k: int) -> torch.Tensor:
-    """(n, k) smallest of each row of (n, m), ascending; all of them where m < k.
+def _kernel_sums(rest: np.ndarray, linear: np.ndarray, count: int, constant: float) -> np.ndarray:
+    """Sums of the kernel over `count` points whose mean is c, so that those of x.y and y.c are 0.
+
+    rest: (n,) sums of `_kernel_rest`. linear: (n,) x.c / dim.
+    """
+    return rest + count * (constant**3 + 3 * constant**2 * linear)
+
+
+def _smallest(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, k) smallest of each row of (n, m), ascending, and their columns; all of them where m < k.
 
     The k smallest lie in the k groups with the smallest minima, so that only those are looked through: several times
     faster than to sort out all m.
     """
     n, m = squares.shape
     if m % GROUP or m < GROUP * k:
-        return torch.topk(squares, min(k, m), largest=False).values
+        return torch.topk(squares, min(k, m), largest=False)
     groups = squares.view(n, GROUP, m // GROUP)  # the members of a group lie apart, so that minima are of vectors
     places = torch.topk(groups.amin(dim=1), k, largest=False).indices
-    members = groups.gather(2, places[:, None].expand(n, GROUP, k))
-    return torch.topk(members.reshape(n, GROUP * k), k, largest=False).values
+    members = groups.gather(2, places[:, None].expand(n, GROUP, k)).reshape(n, GROUP * k)
+    values, chosen = torch.topk(members, k, largest=False)
+    return values, chosen // k * (m // GROUP) + places.gather(1, chosen % k)
 
 
-def _smallest_in_columns(squares: torch.Tensor, k: int) -> torch.Tensor:
+def _smallest_in_columns(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`_smallest` of the transpose, without turning all of it."""
     n, m = squares.shape
     if n % GROUP or n < GROUP * k:
-        return torch.topk(squares.T, min(k, n), largest=False).values
+        return torch.topk(squares.T, min(k, n), largest=False)
     groups = squares.view(GROUP, n // GROUP, m)
     places = torch.topk(groups.amin(dim=0).T.contiguous(), k, largest=False).indices
-    members = groups.gather(1, places.T[None].expand(GROUP, k, m))
-    return torch.topk(members.reshape(GROUP * k, m).T.contiguous(), k, largest=False).values
+    members = groups.gather(1, places.T[None].expand(GROUP, k, m)).reshape(GROUP * k, m).T.contiguous()
+    values, chosen = torch.topk(members, k, largest=False)
+    return values, chosen // k * (n // GROUP) + places.gather(1, chosen % k)
+
+
+def _exact_squares(a: np.ndarray, rows: np.ndarray, b: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Squared distances of some pairs, in float64."""
+    found = np.empty(len(rows))
+    step = max(1, 2**22 // a.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        apart = torch.from_numpy(a[rows[part]]).double().sub_(torch.from_numpy(b[columns[part]]))
+        found[part] = torch.linalg.vecdot(apart, apart).numpy()
+    return found
 
 
 def check_features(features: np.ndarray, dim: int | None = None) -> None:
@@ -180,44 +229,89 @@ def within(
     features: (n, dim), n >= 2. k: neighbours kept. chosen: (n,) bool, points whose distances count; None: all.
     """
     check_features(features)
-    n, dim = features.shape
+    n = len(features)
     if n < 2:
         raise DataError(f"pairs need at least 2 images, got {n}")
-    device = torch.device(device)
-    dtype, _ = _precision(n * n, device)
+    chosen = np.ones(n) if chosen is None else np.asarray(chosen, np.float64)
+    return _with_enough_digits(
+        lambda dtype, device: _within(features, min(k, n - 1), chosen, dtype, device), n * n, device
+    )
+
+
+def _within(features: np.ndarray, k: int, chosen: np.ndarray, dtype: torch.dtype, device: torch.device) -> Within:
+    n, dim = features.shape
     centre = _mean(features)
-    constant = float(centre @ centre) + dim
-    k = min(k, n - 1)
-    weights = torch.from_numpy(np.ones(n) if chosen is None else np.asarray(chosen, np.float64)).to(dtype).to(device)
-    ones = torch.ones(n, dtype=dtype, device=device)
-    nearest = torch.full((n, k), torch.inf, dtype=dtype, device=device)
-    kernel, distance = np.zeros(n), np.zeros(n)
+    constant = float(centre @ centre) / dim + 1
+    weights, ones = (torch.from_numpy(array).to(dtype).to(device) for array in (chosen, np.ones(n)))
+    kept = min(k + SPARE, n - 1)
+    nearest = torch.full((n, kept), torch.inf, dtype=dtype, device=device)
+    others = torch.zeros((n, kept), dtype=torch.int64, device=device)
+    rest, distance, norms, linear = (np.zeros(n) for _ in range(4))
     blocks = _Blocks(features, centre, device, dtype)
 
-    def keep_nearest(rows: slice, few: torch.Tensor) -> None:
-        nearest[rows] = torch.topk(torch.cat([nearest[rows], few], dim=1), k, largest=False).values
+    def keep_nearest(rows: slice, few: torch.Tensor, columns: torch.Tensor) -> None:
+        values, places = torch.topk(torch.cat([nearest[rows], few], dim=1), kept, largest=False)
+        nearest[rows], others[rows] = values, torch.cat([others[rows], columns], dim=1).gather(1, places)
 
     for x in blocks:
         i, left = x.place, x.left(dim)
+        norms[i], linear[i] = x.norms, x.linear / dim
         for y in blocks.starting_at(i.start):
             j = y.place
             squares = _squares(left, y.right)
-            values = _kernel(squares, x.terms, y.terms, constant)
+            values = _kernel_rest(squares, x, y, constant, dim)
             if i == j:
                 values.fill_diagonal_(0)
                 squares.fill_diagonal_(torch.inf)
-            keep_nearest(i, _smallest(squares, k))
-            kernel[i] += _numbers(values @ ones[j])
+            few, columns = _smallest(squares, kept)
+            keep_nearest(i, few, columns + j.start)
+            rest[i] += _numbers(values @ ones[j])
             if i == j:
                 squares.fill_diagonal_(0)
             else:
-                keep_nearest(j, _smallest_in_columns(squares, k))
-                kernel[j] += _numbers(ones[i] @ values)
+                few, columns = _smallest_in_columns(squares, kept)
+                keep_nearest(j, few, columns + i.start)
+                rest[j] += _numbers(ones[i] @ values)
             roots = squares.sqrt_()
             distance[i] += _numbers(roots @ weights[j])
             if i != j:
                 distance[j] += _numbers(weights[i] @ roots)
-    return Within(_numbers(nearest), kernel / dim**3, distance * _numbers(weights))
+    # Over all others: without the point itself, whose rest was left out.
+    kernel = _kernel_sums(rest, linear, n, constant) - constant**3 - 3 * constant**2 * (2 * linear + norms / dim)
+    found = _numbers(nearest)
+    if dtype == torch.float32:
+        found = _exact_nearest(features, found, others.cpu().numpy(), norms, k)
+    return Within(found[:, :k], kernel, distance * chosen)
+
+
+def _exact_nearest(
+    features: np.ndarray, nearest: np.ndarray, others: np.ndarray, norms: np.ndarray, k: int
+) -> np.ndarray:
+    """(n, k) float64 squared distances to the nearest others, from a few more found in float32."""
+    n, kept = nearest.shape
+    exact = np.sort(_exact_squares(features, np.arange(n).repeat(kept), features, others.ravel()).reshape(n, kept))
+    if kept < n - 1:
+        # A point left out may be as near as the last one kept, less what rounding can have made of both.
+        error = SINGLE * (norms + norms.max())
+        (unsure,) = np.nonzero(nearest[:, -1] - 2 * error < exact[:, k - 1])
+        if len(unsure) > 100 + MAX_UNSURE * n:
+            raise _Uncertain
+        exact[unsure, :k] = _nearest_of(features, unsure, k)
+    return exact[:, :k]
+
+
+def _nearest_of(features: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
+    """(r, k) squared distances of some rows to their nearest others, by products in float64."""
+    centre = _mean(features)
+    x = features[rows].astype(np.float64) - centre
+    nearest = np.full((len(rows), 0), np.inf)
+    for start in range(0, len(features), BLOCK):
+        y = np.asarray(features[start : start + BLOCK], np.float64) - centre
+        squares = np.maximum((x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * x @ y.T, 0)
+        own = (rows >= start) & (rows < start + len(y))
+        squares[own.nonzero()[0], rows[own] - start] = np.inf
+        nearest = np.sort(np.concatenate([nearest, squares], axis=1), axis=1)[:, :k]
+    return nearest
 
 
 def across(
@@ -238,55 +332,74 @@ def across(
     """
     check_features(reference)
     check_features(samples, reference.shape[1])
+    n, m = len(samples), len(reference)
+
+    def radii(inner: Within, k: int) -> np.ndarray:
+        """(n,) squared radii to the k-th neighbour; infinite where a set is too small to have one."""
+        return inner.nearest[:, k - 1] if inner.nearest.shape[1] >= k else np.full(len(inner.nearest), np.inf)
+
+    balls = _Balls(
+        radii(samples_within, precision_k), radii(reference_within, precision_k), radii(reference_within, density_k)
+    )
+    return _with_enough_digits(lambda dtype, device: _across(samples, reference, balls, dtype, device), n * m, device)
+
+
+class _Balls(NamedTuple):
+    """Squared radii: (n,) of the samples' balls for recall, (m,) of the reference's for precision and for density."""
+
+    sample: np.ndarray
+    reference: np.ndarray
+    wide: np.ndarray
+
+
+def _across(
+    samples: np.ndarray, reference: np.ndarray, balls: _Balls, dtype: torch.dtype, device: torch.device
+) -> Across:
     n, m, dim = len(samples), len(reference), reference.shape[1]
-    device = torch.device(device)
-    dtype, part = _precision(n * m, device)
+    part = SINGLE if dtype == torch.float32 else DOUBLE
     centre = _mean(reference)
-    constant = float(centre @ centre) + dim
-
-    def ball(nearest: np.ndarray, k: int, place: slice) -> torch.Tensor:
-        """Squared radii to the k-th neighbour; infinite where a set is too small to have one."""
-        radii = nearest[place, k - 1] if nearest.shape[1] >= k else np.full(place.stop - place.start, np.inf)
-        return torch.from_numpy(radii).to(dtype).to(device)
-
-    kernel, nearest = np.zeros(n), np.full(n, np.inf)
+    constant = float(centre @ centre) / dim + 1
+    rest, linear, nearest = np.zeros(n), np.zeros(n), np.full(n, np.inf)
     inside, dense = np.zeros(n), np.zeros(n)
     recalled, recalled_by, covered, covered_by = (np.zeros(m) for _ in range(4))
     reference_blocks = _Blocks(reference, centre, device, dtype)
     for x in _Blocks(samples, centre, device, dtype):
         i, left = x.place, x.left(dim)
-        x_ball = ball(samples_within.nearest, precision_k, i)
-        x_edge = x_ball + part * (x.norms + x_ball)
+        linear[i] = x.linear / dim
         for y in reference_blocks:
             j = y.place
             squares = _squares(left, y.right)
-            kernel[i] += _numbers(_kernel(squares, x.terms, y.terms, constant) @ torch.ones_like(y.norms))
+            rest[i] += _numbers(_kernel_rest(squares, x, y, constant, dim) @ torch.ones_like(y.terms))
             nearest[i] = np.minimum(nearest[i], _numbers(squares.amin(dim=1)))
-            y_ball = ball(reference_within.nearest, precision_k, j)
-            y_wide = ball(reference_within.nearest, density_k, j)
-            y_edge, y_wide = y_ball + part * (y.norms + y_ball), y_wide - part * (y.norms + y_wide)
             # Few pairs are in any ball, and only those are looked at further.
-            near = squares <= torch.maximum(y_edge, y_wide)
-            near |= squares <= x_edge[:, None]
-            rows, columns = near.nonzero(as_tuple=True)
-            apart = squares[rows, columns]
-            inside[i] += _counts(rows[apart <= y_edge[columns]], x)
-            covers = apart < y_wide[columns]
-            dense[i] += _counts(rows[covers], x)
+            widest = np.maximum(balls.reference[j], balls.wide[j]) + part * (y.norms + x.norms.max())
+            recalling = balls.sample[i] + part * (x.norms + y.norms.max())
+            near = squares <= torch.from_numpy(widest).to(dtype).to(device)
+            near |= squares <= torch.from_numpy(recalling).to(dtype).to(device)[:, None]
+            places = near.nonzero(as_tuple=True)
+            apart = _numbers(squares[places])
+            rows, columns = (place.cpu().numpy() for place in places)
+            sample, ball, wide = balls.sample[i][rows], balls.reference[j][columns], balls.wide[j][columns]
+            error = part * (x.norms[rows] + y.norms[columns])
+            if dtype == torch.float32:
+                unsure = np.minimum.reduce([abs(apart - radius) for radius in (sample, ball, wide)]) <= error
+                if unsure.sum() > 100 + MAX_UNSURE * squares.numel():
+                    raise _Uncertain
+                again = unsure.nonzero()[0]
+                apart[again] = _exact_squares(samples, i.start + rows[again], reference, j.start + columns[again])
+                error = DOUBLE * (x.norms[rows] + y.norms[columns])
+            inside[i] += np.bincount(rows[apart <= ball + error], minlength=len(x.norms))
+            covers = apart < wide - error
+            dense[i] += np.bincount(rows[covers], minlength=len(x.norms))
             # Counts, and the sum of the samples' numbers: where the count is 1, the sum is that one's number.
             for hits, count, owner in (
-                (apart <= x_edge[rows], recalled, recalled_by),
+                (apart <= sample + error, recalled, recalled_by),
                 (covers, covered, covered_by),
             ):
-                found = _counts(columns[hits], y)
-                count[j] += found
-                owner[j] += _counts(columns[hits], y, rows[hits]) + i.start * found
-    return Across(kernel / dim**3, inside, dense, recalled, recalled_by, covered, covered_by, nearest)
-
-
-def _counts(places: torch.Tensor, block: _Block, weights: torch.Tensor | None = None) -> np.ndarray:
-    """How often each place of a block is named, or the sum of the weights given to it."""
-    return _numbers(torch.bincount(places, weights, minlength=len(block.norms)))
+                count[j] += np.bincount(columns[hits], minlength=len(y.norms))
+                owner[j] += np.bincount(columns[hits], i.start + rows[hits], minlength=len(y.norms))
+    kernel = _kernel_sums(rest, linear, m, constant)
+    return Across(kernel, inside, dense, recalled, recalled_by, covered, covered_by, nearest)
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:

@@ -186,8 +186,8 @@ def save_reference(path: str | Path, reference: Reference) -> None:
         if one is not None:
             arrays |= {
                 f"{part}.n": np.int64(one.statistics.n),
-                f"{part}.total": one.statistics.total,
-                f"{part}.outer": one.statistics.outer,
+                f"{part}.mean": one.statistics.mean,
+                f"{part}.scatter": one.statistics.scatter,
                 f"{part}.factor": one.factor,
                 f"{part}.features": one.features,
                 f"{part}.nearest": one.pairs.nearest,
@@ -227,8 +227,8 @@ def load_reference(path: str | Path) -> Reference:
 
 
 def _read_set(arrays: np.lib.npyio.NpzFile, part: str) -> ReferenceSet:
-    statistics = FeatureStatistics(arrays[f"{part}.total"].shape[0])
+    statistics = FeatureStatistics(arrays[f"{part}.mean"].shape[0])
     statistics.n = int(arrays[f"{part}.n"])
-    statistics.total, statistics.outer = arrays[f"{part}.total"], arrays[f"{part}.outer"]
+    statistics.centre, statistics.scatter = arrays[f"{part}.mean"], arrays[f"{part}.scatter"]
     pairs = Within(*(arrays[f"{part}.{name}"] for name in ("nearest", "kernel", "distance")))
     return ReferenceSet(statistics, arrays[f"{part}.factor"], arrays[f"{part}.features"], pairs)

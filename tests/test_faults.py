@@ -298,7 +298,7 @@ def test_a_kill_of_nrcg_run_leaves_no_process_and_the_same_command_goes_on(undis
     own = config.read_yaml(tree / "config.yaml")
     for change in (config.read_yaml(tree / "toy.yaml"), {"experiments": {"toy": TOY}}):
         own = config.merge(own, change)
-    (tree / "config.yaml").write_text(yaml.safe_dump(own))
+    (tree / "config.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
 
     def run() -> subprocess.Popen:
         command = [sys.executable, "-m", "nrcg.cli", "run", "toy"]

@@ -35,8 +35,7 @@ def exact_statistics(mean: np.ndarray, cov: np.ndarray, n: int = 10) -> FeatureS
     """Statistics of n vectors with exactly this mean and unbiased covariance."""
     statistics = FeatureStatistics(len(mean))
     statistics.n = n
-    statistics.total = n * np.asarray(mean, float)
-    statistics.outer = (n - 1) * np.asarray(cov, float) + n * np.outer(mean, mean)
+    statistics.centre, statistics.scatter = np.asarray(mean, float), (n - 1) * np.asarray(cov, float)
     return statistics
 
 
@@ -67,17 +66,17 @@ def test_merged_shards_equal_the_whole(cuts):
     whole = FeatureStatistics.from_features(features)
     assert merged.n == whole.n
     # Float64 sums in another order.
-    np.testing.assert_allclose(merged.total, whole.total, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(merged.cov, whole.cov, rtol=1e-12, atol=1e-12)
 
 
 def test_merge_leaves_the_other_alone():
     a, b = (FeatureStatistics.from_features(gaussian(5, seed=seed)) for seed in (0, 1))
-    before = b.outer.copy()
+    before = b.scatter.copy()
     a.merge(b)
     a.update(gaussian(5))
     assert b.n == 5
-    np.testing.assert_array_equal(b.outer, before)
+    np.testing.assert_array_equal(b.scatter, before)
 
 
 def test_save_and_load(tmp_path):
@@ -85,15 +84,15 @@ def test_save_and_load(tmp_path):
     statistics.save(tmp_path / "statistics.npz")
     loaded = FeatureStatistics.load(tmp_path / "statistics.npz")
     assert loaded.n == 9
-    np.testing.assert_array_equal(loaded.total, statistics.total)
-    np.testing.assert_array_equal(loaded.outer, statistics.outer)
+    np.testing.assert_array_equal(loaded.mean, statistics.mean)
+    np.testing.assert_array_equal(loaded.scatter, statistics.scatter)
     assert [path.name for path in tmp_path.iterdir()] == ["statistics.npz"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut off", "other keys", "shapes", "pickle", "npy"])
 def test_load_refuses_other_files(kind, tmp_path):
     path = tmp_path / "statistics.npz"
-    square = {"n": np.int64(2), "total": np.zeros(2), "outer": np.zeros((2, 2))}
+    square = {"n": np.int64(2), "mean": np.zeros(2), "scatter": np.zeros((2, 2))}
     if kind in ("empty", "text"):
         path.write_text("" if kind == "empty" else "no archive")
     elif kind == "cut off":
@@ -105,8 +104,8 @@ def test_load_refuses_other_files(kind, tmp_path):
     elif kind != "missing":
         changed = {
             "other keys": {"mu": np.zeros(2)},
-            "shapes": square | {"outer": np.zeros((2, 3))},
-            "pickle": square | {"total": np.array([{}, {}], dtype=object)},
+            "shapes": square | {"scatter": np.zeros((2, 3))},
+            "pickle": square | {"mean": np.array([{}, {}], dtype=object)},
         }
         np.savez(path, **changed[kind])
     with pytest.raises(DataError, match=r"statistics\.npz holds no feature statistics"):
@@ -210,7 +209,7 @@ def test_frechet_estimate_is_the_distance_and_its_derivative(n):
         weights *= n / weights.sum()
         mean = weights @ samples / n
         centred = samples - mean
-        return frechet_distance(exact_statistics(mean, (centred.T * weights) @ centred / (n - 1)), reference)
+        return frechet_distance(exact_statistics(mean, (centred.T * weights) @ centred / (n - 1), n), reference)
 
     step = 1e-3
     slopes = [(weighted(i, step) - weighted(i, -step)) / (2 * step) * n for i in range(n)]
@@ -228,6 +227,31 @@ def test_influences_on_a_frechet_distance_in_float32(scale, monkeypatch):
     rough = frechet_estimate(samples, statistics, reference, factor)
     assert rough.value == exact.value
     np.testing.assert_allclose(rough.influence, exact.influence, atol=1e-4 * exact.influence.std())
+
+
+@pytest.mark.parametrize("widest", [1.0, 1e3], ids=["a falling spectrum", "columns of many scales"])
+@pytest.mark.parametrize("n", [700, 400], ids=["full rank", "singular"])
+def test_small_eigenvalues_count(n, widest):
+    """Against the sum of the singular values of F_a' F_b, which are not squared: no digits are lost."""
+    dim = 512
+    scales = widest / (1 + np.arange(dim)) ** (1.0 if widest == 1 else 3.0)
+    mixing = np.random.default_rng(0).normal(size=(dim, dim)) / np.sqrt(dim) * scales[:, None]
+    hidden = (gaussian(n, dim, seed).astype(np.float64) * (1 + 0.05 * seed) for seed in (0, 1))
+    a, b = (np.maximum(0.3 + one @ mixing, 0) for one in hidden)
+    deviations = [(x - x.mean(axis=0)) / np.sqrt(n - 1) for x in (a, b)]
+    shift = a.mean(axis=0) - b.mean(axis=0)
+    trace = np.linalg.svd(deviations[0] @ deviations[1].T, compute_uv=False).sum()
+    expected = shift @ shift + sum((x**2).sum() for x in deviations) - 2 * trace
+    found = frechet_distance(*(FeatureStatistics.from_features(x) for x in (a, b)))
+    # A singular covariance has no Cholesky factor, and its eigenvectors keep fewer digits.
+    assert found == pytest.approx(expected, rel=1e-7 if n > dim else 1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_an_offset_costs_no_digits(offset):
+    a, b = (gaussian(3000, 8, seed, scale=1 + 0.1 * seed).astype(np.float64) for seed in (0, 1))
+    found = frechet_distance(*(FeatureStatistics.from_features(x + offset) for x in (a, b)))
+    assert found == pytest.approx(frechet_distance(*(FeatureStatistics.from_features(x) for x in (a, b))), rel=1e-7)
 
 
 @pytest.mark.parametrize("n", [40, 10], ids=["full rank", "singular"])

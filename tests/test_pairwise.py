@@ -270,24 +270,59 @@ def test_blocks_and_types_change_nothing_but_rounding(monkeypatch):
         np.testing.assert_allclose(getattr(rough, name), getattr(exact, name), rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_whole_blocks_equal_exact_pairs(offset, monkeypatch):
-    """Sizes at which blocks are full and the nearest are looked for in groups, in float32."""
-    reference, samples = gaussian(1500, 24, shift=offset), gaussian(1100, 24, seed=1, shift=offset, scale=1.1)
-    samples[:10] = reference[:10]
+def far_apart(n: int, dim: int, centre: float, scale: float, seed: int) -> np.ndarray:
+    """Two clusters whose distance is large against their width."""
+    points = gaussian(n, dim, seed, scale=scale)
+    points[::2] += centre
+    points[1::2] -= centre
+    return points
+
+
+def with_outlier(points: np.ndarray, value: float) -> np.ndarray:
+    points = points.copy()
+    points[3] = value
+    return points
+
+
+HARD = {
+    "plain": (gaussian(2300, 24), gaussian(2100, 24, 1, scale=1.1)),
+    "copies": (gaussian(4000, 16), gaussian(4000, 16)[:1000]),
+    "copies, one more": (gaussian(2300, 24), np.concatenate([gaussian(2300, 24)[::-1], gaussian(1, 24, 5)])),
+    "duplicates": (np.repeat(gaussian(1200, 8), 2, axis=0), np.repeat(gaussian(1100, 8, 1), 2, axis=0)),
+    "one value": (np.ones((2100, 4), np.float32), np.ones((2200, 4), np.float32)),
+    "offset": (gaussian(2300, 24, shift=100), gaussian(2100, 24, 1, shift=100)),
+    "tight clusters": (far_apart(2200, 64, 10, 0.01, 0), far_apart(2100, 64, 10, 0.01, 1)),
+    "clusters": (far_apart(2200, 64, 100, 1, 0), far_apart(2100, 64, 100, 1, 1)),
+    "an outlier": (with_outlier(gaussian(2200, 64), 1e5), gaussian(2100, 64, 1)),
+    "an outlying sample": (gaussian(2200, 64), with_outlier(gaussian(2100, 64, 1), 1e5)),
+    "few samples": (gaussian(20000, 4), gaussian(220, 4, 1)),
+    "large": (gaussian(2200, 24, scale=3e12), gaussian(2100, 24, 1, scale=3e12)),
+    "small": (gaussian(2200, 24, scale=1e-6), gaussian(2100, 24, 1, scale=1e-6)),
+    "few dimensions": (gaussian(2200, 1), gaussian(2100, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_many_pairs_give_what_float64_gives(name, monkeypatch):
+    """Where float32 is not enough, as for clusters that are tight against their distance, and for ties."""
+    reference, samples = HARD[name]
     parts = []
-    for pairs in (0, 2**30):
+    for pairs in (pairwise.EXACT_PAIRS, 2**40):
         monkeypatch.setattr(pairwise, "EXACT_PAIRS", pairs)
         real, own = within(reference), within(samples)
         parts.append((real, own, across(samples, reference, own, real)))
-    for rough, exact in zip(*parts, strict=True):
-        for name in exact.__dataclass_fields__:
-            found, wanted = getattr(rough, name), getattr(exact, name)
-            if name in ("kernel", "distance", "nearest"):
-                # A copy's distance of zero is zero up to the rounding of its norm.
-                np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4, err_msg=name)
-            else:  # few points lie so near to a ball's edge that rounding decides
-                assert np.mean(found != wanted) < 2e-3, name
+    (real, own, between), (exact_real, exact_own, exact) = parts
+    for counts in ("inside", "dense", "recalled", "covered", "recalled_by", "covered_by"):
+        np.testing.assert_array_equal(getattr(between, counts), getattr(exact, counts), err_msg=counts)
+    for found, wanted in ((real, exact_real), (own, exact_own)):
+        scale = np.square(reference.astype(np.float64) - reference.mean(axis=0, dtype=np.float64)).sum(axis=1).mean()
+        np.testing.assert_allclose(found.nearest, wanted.nearest, rtol=1e-9, atol=1e-12 * scale)
+        np.testing.assert_allclose(found.distance, wanted.distance, rtol=1e-5)
+    kid, exact_kid = kernel_estimate(own, real, between), kernel_estimate(exact_own, exact_real, exact)
+    # Each side's kernel has its own spread, of which float32 keeps six digits.
+    spread = np.std(exact_own.kernel / (len(samples) - 1)) + np.std(exact_real.kernel / (len(reference) - 1))
+    assert kid.value == pytest.approx(exact_kid.value, rel=1e-4, abs=1e-5 * spread)
+    np.testing.assert_allclose(kid.influence, exact_kid.influence, atol=1e-4 * np.std(exact_kid.influence) + 1e-300)
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (33, 64), (64, 50), (16, 17), (128, 128), (5, 3)])
@@ -296,10 +331,14 @@ def test_the_smallest_of_rows_and_columns(shape, ties):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 9, shape).astype(np.float32) if ties else rng.random(shape, np.float32)
     for k in (1, 3, 5):
-        rows = pairwise._smallest(torch.from_numpy(values), k).numpy()
-        np.testing.assert_array_equal(rows, np.sort(values, axis=1)[:, :k])
-        columns = pairwise._smallest_in_columns(torch.from_numpy(values), k).numpy()
-        np.testing.assert_array_equal(columns, np.sort(values, axis=0)[:k].T)
+        for found, sorts in (
+            (pairwise._smallest(torch.from_numpy(values), k), values),
+            (pairwise._smallest_in_columns(torch.from_numpy(values), k), values.T),
+        ):
+            smallest, places = (tensor.numpy() for tensor in found)
+            np.testing.assert_array_equal(smallest, np.sort(sorts, axis=1)[:, :k])
+            np.testing.assert_array_equal(np.take_along_axis(sorts, places, axis=1), smallest)
+            assert all(len(set(row)) == len(row) for row in places.tolist())
 
 
 def test_memory_mapped_features_are_read_in_blocks(tmp_path, monkeypatch):

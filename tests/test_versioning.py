@@ -121,7 +121,7 @@ CHANGES = {
     # Whether the metrics change is known only when the judge is trained.
     "judge": (
         *("experiments.quickstart.classifiers.judge.epochs", 2),
-        {"train_classifier": 1, "evaluate": 2} | END,
+        {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
         ["judge", "report"],
     ),
     "forward": (
@@ -131,7 +131,7 @@ CHANGES = {
     ),
     "reference": (
         *("defaults.evaluation.num_reference", 90),
-        {"evaluate": 2} | END,
+        {"reference": 1, "evaluate": 2} | END,
         ["metrics", "report"],
     ),
 }
