@@ -106,7 +106,8 @@ def compare(
             )
         for everything, conditional in protocol_columns(rows):
             name = protocol_of(everything)
-            reasons = paper.differences(experiment, features=name, num_samples=_count(ours), **setting)
+            counts = {column: _count(ours, column) for column in ("num_samples", "num_reference")}
+            reasons = paper.differences(experiment, features=name, **counts, **setting)
             for column, value, words in ((everything, theirs.fid, "FID"), (conditional, theirs.cfid, "cFID")):
                 found.append(
                     ComparedNumber(
@@ -122,8 +123,9 @@ def compare(
     return found
 
 
-def _count(row: Row | None) -> int | None:
-    return int(row["num_samples"]) if row and math.isfinite(row["num_samples"]) else None
+def _count(row: Row | None, column: str) -> int | None:
+    value = row.get(column, math.nan) if row else math.nan
+    return int(value) if math.isfinite(value) else None
 
 
 TITLES = ("setup", "scale", "quantity", "published", "ours", "95 % interval", "our protocol", "samples", "comparable")

@@ -24,6 +24,7 @@ from nrcg.files import read_record
 from nrcg.intervals import Estimate, bootstrap_intervals, share, share_difference
 from nrcg.pairwise import (
     across,
+    fixed_choice,
     kernel_estimate,
     mean_pair_distance,
     neighbour_estimates,
@@ -204,7 +205,7 @@ def evaluate_features(
         "num_samples": done,
         "num_reference": everything.statistics.n,
         "num_reference_target": target_set.statistics.n if target_set else 0,
-        "num_pairwise": min(done, len(everything.features)),
+        "num_pairwise": min(done, references[0].num_pairwise or done),
     }
     for name, estimate in estimates.items():
         row |= _with_interval(name, estimate.value, intervals[name])
@@ -236,14 +237,14 @@ def feature_estimates(
     features: (N, dim) of the samples. suffix: of the names that do not hold the protocol's already. chosen: (N,)
     bool, the samples whose diversity is measured, those that the judge takes for the target; None: all.
 
-    Pairwise metrics take as many of the first samples as the reference keeps images for them. Without a target class
+    Pairwise metrics take `reference.num_pairwise` samples, a fixed random choice. Without a target class
     the class-conditional columns are left out. Raises DataError with too few images.
     """
     names = metrics.metric_names(reference.name)
     statistics = metrics.FeatureStatistics.from_features(features)
-    cap = len(reference.everything.features)
-    few = features[:cap]
-    chosen = np.ones(len(few), bool) if chosen is None else np.asarray(chosen, bool)[: len(few)]
+    compared = fixed_choice(len(features), reference.num_pairwise)
+    few = features if len(compared) == len(features) else features[compared]
+    chosen = np.ones(len(few), bool) if chosen is None else np.asarray(chosen, bool)[compared]
     pairs = within(few, chosen=chosen, device=device)
     found: dict[str, Estimate] = {}
 
@@ -262,8 +263,9 @@ def feature_estimates(
         compare(reference.everything, names.frechet, names.kernel, "_all", shares)
         compare(reference.target, names.class_frechet, names.class_kernel, "", (*shares, "off_manifold"))
     spread = mean_pair_distance(pairs, chosen)
-    influence = None if spread.influence is None else spread.influence / reference.distance
-    found[f"diversity{suffix}"] = Estimate(spread.value / reference.distance, influence, low=0.0)
+    unit = reference.distance or np.nan  # equal images have no diversity to be held against
+    influence = None if spread.influence is None else spread.influence / unit
+    found[f"diversity{suffix}"] = Estimate(spread.value / unit, influence, low=0.0)
     return found
 
 

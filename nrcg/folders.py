@@ -180,10 +180,17 @@ def _hidden(name: str) -> bool:
 
 
 def image_names(folder: Path, path: Path) -> tuple[list[str], list[str]]:
-    """Files below a folder, as POSIX names relative to `path`: images, and others."""
+    """Files below a folder, as POSIX names relative to `path`: images, and others. Links are followed, each folder
+    once."""
     images, others = [], []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _hidden(name)]
+    seen = {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for name in folders.copy():
+            real = os.path.realpath(Path(place) / name)
+            if real in seen:
+                folders.remove(name)
+            seen.add(real)
         for name in files:
             if not _hidden(name):
                 relative = (Path(place) / name).relative_to(path).as_posix()

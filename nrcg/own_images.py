@@ -7,8 +7,10 @@ every number comes from `nrcg.evaluation`, so that it equals what the workflow w
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,7 @@ GIVEN = "given"
 AUTO_BATCH = 64
 CHUNK = 256
 CHUNK_BYTES = 2**28
+HEADINGS = ("label", "labels", "class", "target", "category", "y")
 FEW = 50
 """Below so many images a side, a warning says that intervals are rough."""
 
@@ -50,7 +53,7 @@ class Side:
 
     path: as it was given. count: images or feature vectors. channels: 1 or 3; None for files, which are read as RGB
     whatever they hold. labels: (count,) str, in the order of `chunks`, or None. chunks: reads the images from the first
-    on. features: (count, dim), where the side holds these instead of images.
+    on. features: (count, dim), where the side holds these instead of images. image_size: that images are resized to.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Side:
     labels: np.ndarray | None = None
     chunks: Callable[[], Iterator[Images]] = lambda: iter(())
     features: np.ndarray | None = None
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,10 @@ def open_side(path: str | Path, *, labels: str | Path | None = None, image_size:
     if path.is_dir():
         if (path / "samples.npy").is_file() and (path / "samples.json").is_file():  # by `nrcg sample`
             return _open_arrays(path, [path / "samples.npy"], labels, image_size)
-        names, _ = image_names(path, path)
-        shards = sorted(path.glob("shard*.npy"))  # by the workflow
-        if not names and shards:
+        shards = sorted(file for file in path.glob("shard*.npy") if file.with_suffix(".json").is_file())
+        if shards:  # by the workflow; a picture of the trace may lie beside them
             return _open_arrays(path, shards, labels, image_size)
+        names, _ = image_names(path, path)
         return _open_folder(path, names, labels, image_size)
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
@@ -126,7 +130,7 @@ def _open_folder(path: Path, names: list[str], labels: str | Path | None, image_
     def chunks() -> Iterator[Images]:
         yield from _chunked(_in_threads(read, [names[i] for i in order]))
 
-    return Side(path, len(names), None, None if found is None else found[order], chunks)
+    return Side(path, len(names), None, None if found is None else found[order], chunks, image_size=image_size)
 
 
 def _in_threads(read: Callable[[str], np.ndarray], names: Sequence[str]) -> Iterator[np.ndarray]:
@@ -177,7 +181,7 @@ def _open_arrays(path: Path, files: list[Path], labels: str | Path | None, image
         rows = (row for array in arrays for row in array)
         yield from _chunked(_as_images(rows, image_size))
 
-    return Side(path, count, _check_array(files[0], first.shape, first.dtype), found, chunks)
+    return Side(path, count, _check_array(files[0], first.shape, first.dtype), found, chunks, image_size=image_size)
 
 
 def _open_archive(path: Path, labels: str | Path | None, image_size: int | None) -> Side:
@@ -191,21 +195,29 @@ def _open_archive(path: Path, labels: str | Path | None, image_size: int | None)
     if labels is not None:
         found = _read_labels(Path(labels), shape[0])
     else:
-        with np.load(path, allow_pickle=False) as archive:
-            if "arr_1" in archive.files and archive["arr_1"].shape == shape[:1]:
-                found = archive["arr_1"].astype(str)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                if "arr_1" in archive.files and archive["arr_1"].shape == shape[:1]:
+                    found = archive["arr_1"].astype(str)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{path}: its labels, arr_1, cannot be read ({error})") from None
 
     def rows() -> Iterator[np.ndarray]:
         size = int(np.prod(shape[1:]))
         with _archive(path, "arr_0") as file:
             _header(file, path)
             for _ in range(shape[0]):
-                data = file.read(size)
+                try:
+                    data = file.read(size)
+                except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    raise DataError(f"{path}: damaged ({error})") from None
                 if len(data) < size:
                     raise DataError(f"{path}: cut off")
                 yield np.frombuffer(data, np.uint8).reshape(shape[1:])
 
-    return Side(path, shape[0], channels, found, lambda: _chunked(_as_images(rows(), image_size)))
+    return Side(
+        path, shape[0], channels, found, lambda: _chunked(_as_images(rows(), image_size)), image_size=image_size
+    )
 
 
 def _archive(path: Path, name: str):
@@ -220,18 +232,22 @@ def _header(file, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         return read(file)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: arr_0 cannot be read ({error})") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: damaged, arr_0 cannot be read ({error})") from None
 
 
 def _check_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Channels of an array of images. Raises DataError unless (N, H, W) or (N, H, W, 1 or 3) uint8."""
+    if path.suffix == ".npz" and dtype.kind == "f" and len(shape) == 2:
+        raise DataError(f"{path}: holds features; save them as a .npy of (N, dim)")
     if dtype != np.uint8:
         raise DataError(
             f"{path}: {dtype} of shape {shape}; images must be uint8, 0 to 255, and features floating-point (N, dim)"
         )
     if len(shape) not in (3, 4) or 0 in shape[1:]:
         raise DataError(f"{path}: shape {shape}; images must be (N, H, W) or (N, H, W, 1 or 3)")
+    if len(shape) == 3 and shape[2] in (3, 4):
+        raise DataError(f"{path}: shape {shape}: one image; (N, H, W, 3) or, of grey images, (N, H, W) is needed")
     channels = shape[3] if len(shape) == 4 else 1
     if channels not in (1, 3):
         hint = "; move the channels to the end" if shape[1] in (1, 3) else ""
@@ -259,20 +275,36 @@ def _read_labels(path: Path, count: int, names: Sequence[str] | None = None) -> 
         return labels.astype(str)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file) if any(line)]
+            lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: no .npy and no CSV that can be read ({error})") from None
+    while lines and not any(lines[-1]):
+        del lines[-1]
+    for number, line in enumerate(lines, 1):
+        if len(line) < (1 if names is None else 2) or not line[-1 if names is None else 1]:
+            wanted = "a label" if names is None else "the file's name and its label"
+            raise DataError(f"{path}, line {number}: expected {wanted}")
     if names is None:
         if len(lines) not in (count, count + 1):
             raise DataError(f"{path}: {len(lines)} lines for {count} images; expected a label a line")
-        return np.array([line[-1] for line in lines[len(lines) - count :]])
-    if any(len(line) < 2 for line in lines):
-        raise DataError(f"{path}: expected the file's name and its label in each line")
-    by_name = {line[0]: line[1] for line in lines}
+        found = [line[-1] for line in lines]
+        if len(lines) == count and found[0] not in found[1:] and _is_header(found):
+            raise DataError(f"{path}: {count - 1} labels below the header {found[0]!r} for {count} images")
+        return np.array(found[len(lines) - count :])
+    by_name: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if by_name.setdefault(line[0], line[1]) != line[1]:
+            raise DataError(f"{path}, line {number}: another label of {line[0]}: {line[1]}, before {by_name[line[0]]}")
     missing = [name for name in names if name not in by_name]
     if missing:
         raise DataError(f"{path}: has no label for {len(missing)} of {count} images, such as {missing[0]}")
     return np.array([by_name[name] for name in names])
+
+
+def _is_header(texts: list[str]) -> bool:
+    """Whether the first is a word where the others are numbers, or a usual heading."""
+    numbers = all(text.lstrip("+-").isdecimal() for text in texts[1:])
+    return texts[0].lower() in HEADINGS or (numbers and not texts[0].lstrip("+-").isdecimal())
 
 
 # --- Evaluating ------------------------------------------------------------------------------------------------------
@@ -332,13 +364,17 @@ def evaluate_own(
         ]
     done = 0
     report = on_plan(count + reference.count)
+    content = hashlib.sha256()
     collectors = [ReferenceCollector(one, None if target is None else 1, num_pairwise) for one in extractors]
     for first, chunk in _numbered(reference, reference.count):
         labels = None if chosen is None else chosen[first : first + len(chunk)]
         for collector, extractor in zip(collectors, extractors, strict=True):
             collector.add(_features(extractor, chunk, batch_size), labels)
+        for one in chunk:
+            content.update(np.ascontiguousarray(one))
         report(done := done + len(chunk))
-    references = [one.finish(described=str(reference.path), device=device) for one in collectors]
+    described = f"{reference.path}, sha256 {content.hexdigest()[:12]}"
+    references = [one.finish(described=described, device=device) for one in collectors]
     found: list[list[np.ndarray]] = [[] for _ in extractors]
     hits: list[np.ndarray] = []
     for _, chunk in _numbered(samples, count):
@@ -354,6 +390,9 @@ def evaluate_own(
         seed=seed,
         device=device,
     )
+    for column, side in (("protocols", samples), ("reference", reference)):
+        if side.image_size is not None:
+            row[column] += f", resized to {side.image_size} first"
     warnings = _warnings(extractors, row)
     if judge is not None and target is None:
         warnings.append("without --target there is no accuracy")
@@ -438,7 +477,11 @@ def _numbered(side: Side, count: int) -> Iterator[tuple[int, Images | np.ndarray
     first = 0
     if side.features is not None:
         for start in range(0, count, CHUNK * 16):
-            yield start, side.features[start : min(start + CHUNK * 16, count)]
+            rows = side.features[start : min(start + CHUNK * 16, count)]
+            damaged = ~np.isfinite(rows).all(axis=1)
+            if damaged.any():
+                raise DataError(f"{side.path}: row {start + int(damaged.argmax())} holds a value that is not finite")
+            yield start, rows
         return
     for chunk in side.chunks():
         chunk = chunk[: count - first]

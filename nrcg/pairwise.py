@@ -208,6 +208,17 @@ def _exact_squares(a: np.ndarray, rows: np.ndarray, b: np.ndarray, columns: np.n
     return found
 
 
+def fixed_choice(count: int, most: int | None) -> np.ndarray:
+    """Numbers, ascending, of the rows that are compared in pairs: all, or `most` of them chosen at random, always the
+    same, so that sorted images (by class, say) are compared as well as mixed ones."""
+    return smallest_keys(np.random.default_rng(0).random(count), most)
+
+
+def smallest_keys(keys: np.ndarray, most: int | None) -> np.ndarray:
+    """Places, ascending, of the `most` smallest keys; of all where `most` is None."""
+    return np.sort(np.argsort(keys, kind="stable")[:most])
+
+
 def check_features(features: np.ndarray, dim: int | None = None) -> None:
     """Raises ValueError unless (N, dim), DataError unless finite."""
     if features.ndim != 2 or (dim is not None and features.shape[1] != dim):

@@ -33,6 +33,7 @@ class Protocol:
     image_size: int
     num_steps: int
     num_samples: int
+    num_reference: int | None = None  # training images; None: not said
     start: str = "standard_normal"
     features: str = "torcheval"
 
@@ -49,8 +50,8 @@ ROWS = (
 )
 
 PROTOCOLS = {
-    "CelebA": Protocol("CelebA", image_size=64, num_steps=400, num_samples=50176),
-    "SportBalls": Protocol("SportBalls", image_size=64, num_steps=400, num_samples=50176),
+    "CelebA": Protocol("CelebA", image_size=64, num_steps=400, num_samples=50176, num_reference=162770),
+    "SportBalls": Protocol("SportBalls", image_size=64, num_steps=400, num_samples=50176, num_reference=80000),
     "CelebA-HQ": Protocol("CelebA-HQ", image_size=256, num_steps=1000, num_samples=1024),
 }
 
@@ -74,6 +75,7 @@ def differences(
     *,
     features: str | None = None,
     num_samples: int | None = None,
+    num_reference: int | None = None,
     image_size: int | None = None,
     num_steps: int | None = None,
     start: str | None = None,
@@ -86,6 +88,7 @@ def differences(
 
     Args:
         features: the protocol: `torcheval` as published, `inception` for clean-fid's, otherwise the extractor's name.
+        num_reference: training images that the Fréchet distance compares with.
         num_steps: T.
         source: of the images, `dataset.source`: `sportballs` draws its own, not the authors' images.
     """
@@ -100,10 +103,11 @@ def differences(
         found.append(f"features of the {features} network instead of Inception")
     for name, ours, theirs in (
         ("samples", num_samples, protocol.num_samples),
+        ("reference images", num_reference, protocol.num_reference),
         ("pixels a side", image_size, protocol.image_size),
         ("diffusion steps", num_steps, protocol.num_steps),
     ):
-        if ours is not None and ours != theirs:
+        if None not in (ours, theirs) and ours != theirs:
             found.append(f"{ours:,} {name} instead of {theirs:,}")
     if start is not None and start != protocol.start:
         found.append(f"start {start} instead of {protocol.start}")

@@ -20,7 +20,7 @@ from nrcg.errors import DataError
 from nrcg.features import Extractor, extract
 from nrcg.files import naming, temporary_name
 from nrcg.metrics import FeatureStatistics, covariance_factor
-from nrcg.pairwise import Within, mean_pair_distance, within
+from nrcg.pairwise import Within, fixed_choice, mean_pair_distance, smallest_keys, within
 
 CACHE_VERSION = 2
 _IMAGES = 2048  # images extracted at a time
@@ -31,7 +31,7 @@ class ReferenceSet:
     """One set of real images.
 
     statistics: of all n. factor: `covariance_factor` of their covariance. features: (min(n, num_pairwise), dim) float32
-    of the first ones, for the pairwise metrics. pairs: what these say among themselves.
+    of some, for the pairwise metrics. pairs: what these say among themselves.
     """
 
     statistics: FeatureStatistics
@@ -48,9 +48,10 @@ class ReferenceSet:
 class Reference:
     """What samples are compared with under one protocol.
 
-    name: the extractor's. protocol: its preprocessing and weights in words. images: which images, in words. everything:
-    all of them. target: those of the target class, or None. distance: mean pairwise distance of real images of the
-    target class that the others were not taken from where there are such, of `everything` without a target.
+    name: the extractor's. protocol: its preprocessing and weights in words. images: which images, in words.
+    everything: all of them. target: those of the target class, or None. distance: mean pairwise distance of real images
+    of the target class that the others were not taken from where there are such, of `everything` without a target.
+    num_pairwise: samples that are compared in pairs; None: all.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Reference:
     everything: ReferenceSet
     target: ReferenceSet | None
     distance: float
+    num_pairwise: int | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -88,7 +90,7 @@ def make_reference(
 
     images: (N, H, W, C) uint8. labels: (N,), needed for a target. held_out: (M, H, W, C) uint8, real images of the
     target class that diversity is held against; without them the reference's own. num_pairwise: images of each set
-    that are compared in pairs, the first ones; None: all. described: which images these are, for `Reference.images`.
+    that are compared in pairs, a fixed random choice; None: all. described: which images, for `Reference.images`.
 
     Raises DataError if the target class has fewer than 2 images.
     """
@@ -102,7 +104,7 @@ def make_reference(
             progress(start + len(features), len(images))
     apart = None
     if held_out is not None and len(held_out) > 1:
-        apart = extract(extractor, held_out if num_pairwise is None else held_out[:num_pairwise])
+        apart = extract(extractor, held_out[fixed_choice(len(held_out), num_pairwise)])
     return collected.finish(described=described, held_out=apart, device=device)
 
 
@@ -114,7 +116,7 @@ class ReferenceCollector:
 
     def __init__(self, extractor: Extractor, target: int | None = None, num_pairwise: int | None = None) -> None:
         self.name, self.protocol = extractor.name, getattr(extractor, "protocol", "unknown")
-        self.target = target
+        self.target, self.num_pairwise = target, num_pairwise
         self._parts = [_Collected(extractor.dim, num_pairwise) for _ in range(1 if target is None else 2)]
 
     def add(self, features: np.ndarray, labels: np.ndarray | None = None) -> None:
@@ -141,24 +143,34 @@ class ReferenceCollector:
             everything=sets[0],
             target=sets[1] if self.target is not None else None,
             distance=mean_pair_distance(pairs).value,
+            num_pairwise=self.num_pairwise,
         )
 
 
 class _Collected:
-    """Statistics of all features added, and the first ones, `most` of them or all."""
+    """Statistics of all features added, and some of them, `most` or all: those of `fixed_choice`, whose number of rows
+    is not known before."""
 
     def __init__(self, dim: int, most: int | None) -> None:
-        self.statistics, self.most, self.kept = FeatureStatistics(dim), most, []
+        self.statistics, self.most = FeatureStatistics(dim), most
+        self._keys, self._random = np.empty(0), np.random.default_rng(0)
+        self._kept: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
         self.statistics.update(features)
-        room = len(features) if self.most is None else self.most - sum(map(len, self.kept))
-        if room > 0:
-            self.kept.append(features[:room])
+        self._keys = np.concatenate([self._keys, self._random.random(len(features))])
+        self._kept.append(features)
+        if self.most is not None and len(self._keys) > 2 * self.most:
+            self._choose()
+
+    def _choose(self) -> None:
+        chosen = smallest_keys(self._keys, self.most)
+        self._keys, self._kept = self._keys[chosen], [np.concatenate(self._kept)[chosen]]
 
     @property
     def features(self) -> np.ndarray:
-        return np.concatenate(self.kept)
+        self._choose()
+        return self._kept[0]
 
 
 def cached_reference(folder: str | Path, key: Mapping[str, object], make: Callable[[], Reference]) -> Reference:
@@ -180,7 +192,7 @@ def cached_reference(folder: str | Path, key: Mapping[str, object], make: Callab
 def save_reference(path: str | Path, reference: Reference) -> None:
     """Write a reference as one .npz of plain arrays, whole or not at all."""
     path = Path(path)
-    words = {"name": reference.name, "protocol": reference.protocol, "images": reference.images}
+    words = {name: getattr(reference, name) for name in ("name", "protocol", "images", "num_pairwise")}
     arrays = {"words": np.array(json.dumps(words)), "distance": np.float64(reference.distance)}
     for part, one in (("everything", reference.everything), ("target", reference.target)):
         if one is not None:
@@ -219,6 +231,7 @@ def load_reference(path: str | Path) -> Reference:
                 everything=sets["everything"],
                 target=sets.get("target"),
                 distance=float(arrays["distance"]),
+                num_pairwise=words["num_pairwise"],
             )
     except FileNotFoundError:
         raise

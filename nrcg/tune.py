@@ -95,7 +95,8 @@ def search(
         low, high: range of the scales, 0 < low < high.
         budget: evaluations in all.
         best_by: rule of `nrcg.results.BEST_BY` that chooses the best.
-        journal: CSV; every measured row is added at once. Rows of other settings in it are kept and not used.
+        journal: CSV; every measured row is added at once. Rows of other settings, or out of
+            the range, are kept and not used.
         settings: fingerprint of everything but the scale that decides a row.
         on_row: called with each row, also those read from the journal, and its number from 0.
 
@@ -110,7 +111,7 @@ def search(
     if budget < 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
     kept = _read_journal(journal)
-    rows = [row for row in kept if row["settings"] == settings][:budget]
+    rows = [row for row in kept if row["settings"] == settings and low <= row["scale"] <= high][:budget]
     for number, row in enumerate(rows):
         on_row(row, number)
     while len(rows) < budget:

@@ -8,9 +8,11 @@ from nrcg.comparison import TITLES, cells, compare, markdown
 PUBLISHED = {"image_size": 64, "num_steps": 400, "start": "standard_normal"}
 
 
-def lines(experiment="celeba", rows=None, **setting):
+def lines(experiment="celeba", rows=None, num_reference=None, **setting):
     rows = rows or inception_rows(metric_rows())
     rows = [row | {"num_samples": 50176.0, "cfid_torcheval_lo": 12.0, "cfid_torcheval_hi": 13.0} for row in rows]
+    if num_reference is not None:
+        rows = [row | {"num_reference": float(num_reference)} for row in rows]
     return compare(experiment, rows, **PUBLISHED | setting)
 
 
@@ -29,6 +31,7 @@ def test_under_the_published_protocol_values_may_be_compared():
     [
         ("celeba", {"image_size": 24}, "24 pixels a side instead of 64"),
         ("celeba", {"start": "data_mean"}, "start data_mean"),
+        ("celeba", {"num_reference": 100}, "100 reference images instead of 162,770"),
         ("sportballs", {"source": "sportballs"}, "images drawn anew"),
         ("celebahq", {}, "50,176 samples instead of 1,024"),
     ],

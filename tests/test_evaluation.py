@@ -12,6 +12,7 @@ from nrcg.classifiers import Classifier
 from nrcg.errors import DataError
 from nrcg.evaluation import (
     classifier_quality,
+    evaluate_features,
     evaluate_images,
     predict,
     read_reference_record,
@@ -22,7 +23,8 @@ from nrcg.evaluation import (
 from nrcg.files import sha256_file, write_record
 from nrcg.intervals import wilson_interval
 from nrcg.metrics import FeatureStatistics, calibration_error, frechet_distance, target_share
-from nrcg.references import cached_reference, make_reference
+from nrcg.pairwise import fixed_choice, precision_recall
+from nrcg.references import ReferenceCollector, cached_reference, make_reference
 
 SHARD = 4
 
@@ -293,6 +295,36 @@ def test_classifier_quality(real):
 # --- references ------------------------------------------------------------------------------------------------------
 
 
+def test_sorted_images_are_compared_like_mixed_ones():
+    """Of two sets of two modes each, one after the other and in opposite order, a part is compared in pairs."""
+    rng = np.random.default_rng(0)
+    low, high = (rng.normal(mean, 1, (2, 400, 6)) for mean in (-20, 20))
+    collected = ReferenceCollector(Moments(), num_pairwise=200)
+    for rows in (low[0], high[0]):
+        collected.add(rows)
+    row = evaluate_features([np.concatenate([high[1], low[1]])], [collected.finish()])
+    assert row["num_pairwise"] == 200
+    assert min(row["precision"], row["recall"], row["coverage"]) > 0.8
+    assert row["off_manifold"] < 0.05
+
+
+def test_more_samples_than_reference_images_all_count():
+    samples, real = np.random.default_rng(0).normal(size=(300, 6)), np.random.default_rng(1).normal(size=(60, 6))
+    collected = ReferenceCollector(Moments())
+    collected.add(real)
+    row = evaluate_features([samples], [collected.finish()])
+    assert row["num_pairwise"] == 300
+    assert (row["precision"], row["recall"]) == precision_recall(real, samples)
+
+
+def test_a_reference_without_spread_leaves_the_diversity_out():
+    collected = ReferenceCollector(Moments())
+    collected.add(np.ones((20, 6)))
+    row = evaluate_features([np.random.default_rng(0).normal(size=(30, 6))], [collected.finish()])
+    assert np.isnan(row["diversity"])
+    assert row["precision"] == 0
+
+
 def test_a_reference_is_read_in_blocks_and_capped(real, monkeypatch):
     monkeypatch.setattr("nrcg.references._IMAGES", 50)
     images, labels = real
@@ -302,7 +334,7 @@ def test_a_reference_is_read_in_blocks_and_capped(real, monkeypatch):
         whole = FeatureStatistics.from_features(rows)
         assert part.statistics.n == len(rows)
         np.testing.assert_allclose(part.statistics.cov, whole.cov, rtol=1e-9)
-        np.testing.assert_array_equal(part.features, rows[:30])
+        np.testing.assert_array_equal(part.features, rows[fixed_choice(len(rows), 30)])
         np.testing.assert_allclose(part.factor @ part.factor.T, whole.cov, atol=1e-9 * whole.cov.max())
     row = evaluate_images(striped(50, 1), [found], [Moments()])
     assert (row["num_pairwise"], row["num_samples"]) == (30, 50)

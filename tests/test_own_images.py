@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -214,6 +215,36 @@ def test_a_judge_of_grey_images_takes_grey_files_and_refuses_coloured_ones(tmp_p
     assert "the classifier takes grey images, these are coloured" in capsys.readouterr().err
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    write_images(tmp_path / "own", 10, 0)
+    write_images(tmp_path / "elsewhere", 10, 1)
+    (tmp_path / "own" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "own")
+    assert open_side("own").count == 20
+
+
+def test_shards_beside_a_picture_are_the_samples(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    write_images(tmp_path / "scale1", 1, 0)
+    np.save("scale1/shard0000.npy", images)
+    Path("scale1/shard0000.json").write_text("{}")
+    assert open_side("scale1").count == 9
+
+
+def test_rows_say_what_makes_them_incomparable(tmp_path):
+    """Another reference behind the same name, and images that were resized first."""
+    flags = ("--features", "python:ownnet:make?size=16")
+    write_images(tmp_path / "fake", 20, 1)
+    rows = []
+    for seed, size in ((0, ()), (0, ("--image-size", 16)), (2, ())):
+        shutil.rmtree("real", ignore_errors=True)
+        write_images(tmp_path / "real", 20, seed)
+        rows.append(evaluate("--samples", "fake", "--reference", "real", *flags, *size))
+    first, resized, other = rows
+    assert first["protocols"] == other["protocols"] != resized["protocols"]
+    assert len({row["reference"] for row in rows}) == 3
+
+
 def test_the_first_samples_and_a_common_size(tmp_path):
     arrays = np.random.default_rng(0).integers(0, 256, (30, 12, 12), np.uint8)
     np.save("grey.npy", arrays)
@@ -271,14 +302,27 @@ MISTAKES = {
     ),
     "features and images": ("vectors.npy real.npy", "vectors.npy holds features, real.npy images"),
     "dimensions": ("vectors.npy longer.npy", "vectors.npy holds features of 4 dimensions, longer.npy of 5"),
-    "not finite": ("nan.npy vectors.npy", "features are not all finite"),
+    "not finite": ("nan.npy vectors.npy", "nan.npy: row 0 holds a value that is not finite"),
     "given of images": ("real.npy real.npy --features given", "--features given: both sides must be .npy files of"),
     "judge without one": ("real.npy real.npy --features judge", "--features judge: give the judge by --classifier"),
     "damaged": ("damaged.npy real.npy", "damaged.npy: no .npy array that can be read"),
     "damaged archive": ("damaged.npz real.npy", "damaged.npz: no .npz archive"),
     "damaged image": ("broken real.npy --features python:ownnet:make", "broken/5.png: "),
     "too many": ("real.npy real.npy --num-samples 10", "--num-samples: 10, but real.npy holds 9"),
-    "another ending": ("real.npy real.npy --out o.txt", "--out: o.txt: must end in .json or .csv"),
+    "another ending": ("real.npy real.npy --out o.txt", "--out: o.txt: must be a file that ends in .json or .csv"),
+    "out is a folder": ("real.npy real.npy --out dir.json", "--out: dir.json: must be a file"),
+    "features in an archive": ("vectors.npz real.npy", "vectors.npz: holds features; save them as a .npy"),
+    "one image": ("one.npy real.npy", "one.npy: shape (8, 8, 3): one image"),
+    "a flipped byte": ("flipped.npz real.npy --features python:ownnet:make", "flipped.npz: damaged"),
+    "a label too few": ("real.npy real.npy --target 1 --reference-labels short.csv", "short.csv: 8 labels below"),
+    "a blank label": (
+        "real.npy real.npy --target 1 --reference-labels blank.csv",
+        "blank.csv, line 3: expected a label",
+    ),
+    "two labels": (
+        "real.npy ten --target 1 --reference-labels two.csv",
+        "two.csv, line 2: another label of 0.png: 1, before 0",
+    ),
     "an experiment's flag": ("real.npy real.npy --method robust", "--method: belongs to an experiment"),
 }
 
@@ -293,6 +337,18 @@ def test_a_comparison_without_sense_is_refused_in_one_line(tmp_path, capsys, mis
     arrays |= {"labels": np.arange(4), "nine": np.arange(9) % 2}
     for name, array in arrays.items():
         np.save(f"{name}.npy", array)
+    arrays["one"] = images[0]
+    np.save("one.npy", images[0])
+    np.savez("vectors.npz", arrays["vectors"])
+    np.savez("flipped.npz", images)
+    content = bytearray(Path("flipped.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("flipped.npz").write_bytes(content)
+    Path("short.csv").write_text("label\n" + "1\n" * 8)
+    Path("blank.csv").write_text("1\n1\n\n" + "0\n" * 7)
+    Path("two.csv").write_text("0.png,0\n0.png,1\n")
+    Path("dir.json").mkdir()
+    write_images(tmp_path / "ten", 10, 0)
     Path("empty").mkdir()
     write_images(tmp_path / "broken", 9, 0)
     for path in (Path("broken/5.png"),):

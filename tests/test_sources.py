@@ -356,7 +356,7 @@ def test_the_split_does_not_depend_on_the_order_of_files_on_disk(tmp_path, monke
     write_folders(tmp_path / "raw", {"cats": 10, "dogs": 15})
     before = list_folders(tmp_path / "raw", **SPLIT)
     walk = os.walk
-    monkeypatch.setattr(os, "walk", lambda top: ((p, d, f[::-1]) for p, d, f in walk(top)))
+    monkeypatch.setattr(os, "walk", lambda top, **how: ((p, d, f[::-1]) for p, d, f in walk(top, **how)))
     after = list_folders(tmp_path / "raw", **SPLIT)
     assert [names(before, split) for split in before.splits] == [names(after, split) for split in after.splits]
 

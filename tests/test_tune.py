@@ -121,6 +121,14 @@ def test_rows_of_other_settings_are_kept_and_not_used():
     assert [row["settings"] for row in read_csv("journal.csv")] == ["a"] * 6 + ["b"] * 7
 
 
+def test_scales_of_another_range_are_kept_and_not_used():
+    run(Toy(5.0), 3, low=1, high=10)
+    other = Toy(5.0)
+    rows = run(other, 3, low=100, high=1000)
+    assert len(other.scales) == len(rows) == 3
+    assert min(row["scale"] for row in rows) >= 100
+
+
 def test_a_damaged_journal_is_named():
     Path("journal.csv").write_text("settings,scale\na\n")
     with pytest.raises(DataError, match=r"journal.csv: line 2 has 1 of 2 fields; delete it to begin"):
@@ -252,6 +260,8 @@ def test_each_scale_gets_the_samples_of_the_workflow(toy_experiment):
         (["--method", "unconditional"], None, "--method: nothing guides unconditional, so it has no scale"),
         (["--method", "nope"], None, "method 'nope' is unknown; allowed: "),
         (["--low", "5", "--high", "2"], None, "--low, --high: 5 to 2 is no range"),
+        (["--num-samples", "5"], None, "--num-samples: 5; an evaluation needs 6 or more"),
+        (["--out", "models"], None, "--out: models: is a folder; name a file"),
         (
             [],
             "models/toy/classifiers/judge",

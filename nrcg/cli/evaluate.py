@@ -94,7 +94,7 @@ def add_evaluate(verbs: Verbs) -> None:
     own.add_argument(
         "--batch-size", type=positive_or_auto, default="auto", help="auto: 64, fewer where memory runs out"
     )
-    own.add_argument("--seed", type=int, default=0, help="of the intervals' bootstrap")
+    own.add_argument("--seed", type=positive_or_zero, default=0, help="of the intervals' bootstrap")
     step = sub.add_argument_group("a method of an experiment")
     step.add_argument("--config", help="config.yaml, or a step's settings file")
     step.add_argument("--experiment", help="which experiment of config.yaml")
@@ -157,8 +157,8 @@ def _evaluate_own(arguments: argparse.Namespace) -> None:
     from nrcg.results import format_interval, format_number, write_csv
 
     out = None if arguments.out is None else Path(arguments.out)
-    if out is not None and out.suffix not in (".json", ".csv"):
-        raise ConfigError(f"--out: {out}: must end in .json or .csv")
+    if out is not None and (out.suffix not in (".json", ".csv") or out.is_dir()):
+        raise ConfigError(f"--out: {out}: must be a file that ends in .json or .csv")
     for flag in ("method", "experiment", "scales", "data", "classifiers", "ddpm"):
         if getattr(arguments, flag) is not None:
             raise ConfigError(f"--{flag}: belongs to an experiment; give its --config")
@@ -217,6 +217,7 @@ def tune(arguments: argparse.Namespace) -> None:
     """Search for the best guidance scale of a method."""
     from nrcg import tune as search
     from nrcg.files import atomic_write_text, exclusive
+    from nrcg.pairwise import DENSITY_K
 
     config = load(arguments.config)
     experiment = get_experiment(config, arguments.experiment)
@@ -224,6 +225,10 @@ def tune(arguments: argparse.Namespace) -> None:
     evaluated: EvaluateStep = step_settings(config, arguments.experiment, "evaluate", arguments.method)
     if sampled.guidance.classifier is None:
         raise ConfigError(f"--method: nothing guides {arguments.method}, so it has no scale")
+    if arguments.num_samples <= DENSITY_K:
+        raise ConfigError(f"--num-samples: {arguments.num_samples}; an evaluation needs {DENSITY_K + 1} or more")
+    if arguments.out and Path(arguments.out).is_dir():
+        raise ConfigError(f"--out: {arguments.out}: is a folder; name a file")
     for settings in (sampled, evaluated):
         settings.sampling.num_samples = arguments.num_samples
     low, high = search.scale_range(experiment.sweep.get(arguments.method, []))
