@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import zipfile
 import zlib
 from collections import deque
@@ -30,6 +29,7 @@ from nrcg.folders import image_names
 from nrcg.metrics import class_hits, rank_warning
 from nrcg.pairwise import DENSITY_K
 from nrcg.pixels import decode, resize
+from nrcg.processes import processors
 from nrcg.references import ReferenceCollector
 from nrcg.sources import mixed_order
 from nrcg.specs import load_classifier
@@ -135,7 +135,7 @@ def _open_folder(path: Path, names: list[str], labels: str | Path | None, image_
 
 def _in_threads(read: Callable[[str], np.ndarray], names: Sequence[str]) -> Iterator[np.ndarray]:
     """read(name) of each in order, a few ahead: Pillow decodes without the interpreter's lock."""
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, processors())
     with ThreadPoolExecutor(workers) as pool:
         rest = iter(names)
         ahead = deque(pool.submit(read, name) for name in islice(rest, 2 * workers))
