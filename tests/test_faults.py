@@ -287,7 +287,7 @@ def test_a_shard_of_another_method_is_refused_and_the_remedy_helps(finished, und
     (line,) = [line for line in log.splitlines() if line.startswith("nrcg: ")]
     name = stale.relative_to(finished).as_posix()
     assert line.startswith(f"nrcg: {name}: was made by another method")
-    assert line.endswith(f"delete it, then run: snakemake --cores all --resources gpu=1 {name}")
+    assert line.endswith(f"delete it, then run: snakemake {name} --cores all --resources gpu=1")
     stale.unlink()
     rerun(finished)
     assert results(finished) == results(undisturbed)
