@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
+from nrcg.config import ROLES
 from nrcg.errors import DataError
 from nrcg.files import SEAL, atomic_write_text, read_record, sha256_file
 
@@ -32,7 +33,7 @@ TABLES = tuple(
         *("figures/*.png", "figures/*.svg", "report.html", "paper_comparison.md"),
     )
 )
-MADE = re.compile(r"data/[^/]+/.+|models/[^/]+/(ddpm|classifiers/[^/]+)/.+")
+MADE = re.compile(rf"data/[^/]+/.+|models/[^/]+/(ddpm|classifiers/({'|'.join(ROLES)}))/.+")
 """Data and models that Snakemake makes, by their path from its folder."""
 WEIGHTS = {
     "training.json": "unet/diffusion_pytorch_model.safetensors",  # of records that do not list every file
@@ -128,7 +129,8 @@ def damaged_sources(root: Path, *, datasets: Iterable[str], experiments: Iterabl
     records = [root / "data" / name / "dataset.json" for name in datasets]
     for name in experiments:
         models = root / "models" / name
-        records += [models / "ddpm" / "training.json", *sorted(models.glob("classifiers/*/config.json"))]
+        records += [models / "ddpm" / "training.json"]
+        records += [models / "classifiers" / role / "config.json" for role in ROLES]
     for record in records:
         if not record.exists():
             continue
