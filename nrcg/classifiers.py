@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nrcg.errors import DataError
 from nrcg.files import naming, read_record, sha256_file, temporary_name, write_record
+from nrcg.integrity import remedy
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -294,6 +295,8 @@ def save_classifier(folder: str | Path, module: nn.Module, config: Mapping[str, 
             # save_model, not save_file: some networks hold one tensor under two names. Contiguous: safetensors asks.
             save_model(copy.deepcopy(module).to("cpu", memory_format=torch.contiguous_format), str(temporary))
             digest = sha256_file(temporary)
+            # Without the old record a kill leaves an unfinished classifier, not a damaged one.
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
             temporary.replace(folder / WEIGHTS_FILE)
     finally:
         temporary.unlink(missing_ok=True)
@@ -309,13 +312,13 @@ def read_classifier_config(folder: str | Path) -> dict:
             raise ValueError("a key is missing")
         return config
     except FileNotFoundError:
-        raise DataError(f"{path}: not found; {_remake(folder)}") from None
+        raise DataError(f"{path}: not found; {_remedy(path)}") from None
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete the folder, then {_remake(folder)}") from None
+        raise DataError(f"{path}: damaged ({error}); {_remedy(path)}") from None
 
 
-def _remake(folder: str | Path) -> str:
-    return f"run: nrcg train-classifier --config config.yaml --experiment EXPERIMENT --role ROLE --out {folder}"
+def _remedy(path: Path) -> str:
+    return remedy(path, "restore it, or make the classifier anew (see nrcg train-classifier --help)")
 
 
 def load_classifier(folder: str | Path) -> Classifier:
@@ -338,12 +341,12 @@ def load_classifier(folder: str | Path) -> Classifier:
         load_model(module, path)
         digest = sha256_file(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: not found; {_remake(folder)}") from None
+        raise DataError(f"{path}: not found; {_remedy(path)}") from None
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: damaged ({reason}); delete it, then {_remake(folder)}") from None
+        raise DataError(f"{path}: damaged ({reason}); {_remedy(path)}") from None
     if config.get("sha256", digest) != digest:
-        raise DataError(f"{path}: not the weights of {CONFIG_FILE}; delete the folder, then {_remake(folder)}")
+        raise DataError(f"{path}: damaged (not the weights of {CONFIG_FILE}); {_remedy(path)}")
     adapter = config.get("adapter") or {"image_size": config["image_size"], "channels": config.get("channels", 3)}
     classifier = Classifier(module.to(memory_format=torch.channels_last), **adapter, classes=config["classes"])
     classifier.rebuild = config.get("rebuild")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nrcg.errors import DataError
 from nrcg.files import read_record, sha256_file
+from nrcg.integrity import remedy
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -210,9 +211,8 @@ def read_data_mean(folder: str | Path) -> Tensor | None:
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False)).float()
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); train the diffusion model anew or delete the file"
-        ) from None
+        again = remedy(path, "train the diffusion model anew or delete the file")
+        raise DataError(f"{path}: cannot be read ({error}); {again}") from None
 
 
 def check_pipeline_files(folder: Path) -> None:
@@ -224,18 +224,18 @@ def check_pipeline_files(folder: Path) -> None:
     record_path = folder / RECORD_FILE
     if not record_path.exists():
         return
-    remedy = "delete the folder and run snakemake again"
+    otherwise = f"restore it, or train one into {folder} (see nrcg train-ddpm --help)"
     try:
         record = read_record(record_path)
         sums = dict(record.get("files") or {WEIGHTS_FILE: record["sha256"]})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record_path}: damaged ({error}); {remedy}") from None
+        raise DataError(f"{record_path}: damaged ({error}); {remedy(record_path, otherwise)}") from None
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
-            raise DataError(f"{path}: not found; {remedy}")
+            raise DataError(f"{path}: not found; {remedy(path, otherwise)}")
         if sha256_file(path) != expected:
-            raise DataError(f"{path}: is not what {RECORD_FILE} says (checksum); {remedy}")
+            raise DataError(f"{path}: damaged (not what {RECORD_FILE} says, checksum); {remedy(path, otherwise)}")
 
 
 def resolve_device(device: str) -> torch.device:

@@ -114,6 +114,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise ValueError("no record")
     if SEAL in record and record[SEAL] != _seal({key: value for key, value in record.items() if key != SEAL}):
         raise ValueError("has changed since it was written")
+    last = next(reversed(record), SEAL)
+    if SEAL not in record and record.get(last) == _seal({key: record[key] for key in record if key != last}):
+        raise ValueError(f"has changed since it was written: the key {last!r} was {SEAL}")
     return record
 
 

@@ -2,8 +2,9 @@
 
 A shard stands beside a record that holds its SHA-256. One that is no longer what its record says is set aside as
 NAME.damaged; then Snakemake misses it and makes it anew. So are tables, figures and the report where they are cut off.
-Data and weights are compared with their records by the verbs that read them, which refuse what is damaged: making them
-anew may take days, and imported ones cannot be.
+Data and weights are compared with their records too, but what is damaged is refused: making them anew may take days,
+and imported ones cannot be. Snakemake does not start with them: it would take a damaged record for a newer one and
+delete what was made of it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+import re
+import shlex
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+from xml.parsers import expat
 
+from nrcg.config import ROLES
+from nrcg.errors import DataError
 from nrcg.files import SEAL, atomic_write_text, read_record, sha256_file
 
 ENDING = ".damaged"
@@ -22,10 +30,15 @@ TABLES = tuple(
     f"results/*/{name}"
     for name in (
         *("reference.json", "forward.csv", "metrics/*.csv", "metrics.csv", "summary.json"),
-        *("figures/*.png", "figures/*.svg", "report.html"),
+        *("figures/*.png", "figures/*.svg", "report.html", "paper_comparison.md"),
     )
 )
-LAST_BYTES = {".png": b"IEND\xaeB`\x82", ".svg": b"</svg>", ".html": b"</html>"}
+MADE = re.compile(rf"data/[^/]+/.+|models/[^/]+/(ddpm|classifiers/({'|'.join(ROLES)}))/.+")
+"""Data and models that Snakemake makes, by their path from its folder."""
+WEIGHTS = {
+    "training.json": "unet/diffusion_pytorch_model.safetensors",  # of records that do not list every file
+    "config.json": "model.safetensors",
+}
 CACHE = ".nrcg/sums.jsonl"
 """Where checksums are kept with the files' size and times; safe to delete."""
 
@@ -46,20 +59,27 @@ class Sums:
         for line in lines:
             try:
                 name, state, digest = json.loads(line)
-            except ValueError:  # a kill may cut off a line
+                self._known[name] = (state, digest)
+            except (ValueError, TypeError):  # a kill may cut off a line
                 continue
-            self._known[name] = (state, digest)
         if len(lines) > 2 * len(self._known) + 1000:
             entries = [json.dumps([name, *known]) + "\n" for name, known in self._known.items()]
             atomic_write_text(self.path, "".join(entries))
 
-    def sha256(self, path: Path) -> str:
-        """Hex SHA-256 of a file. Raises OSError."""
+    def match(self, path: Path, expected: str) -> bool:
+        """Whether a file has this SHA-256; where the cache denies it, which may be damaged too, the file is read.
+
+        Raises OSError.
+        """
+        return expected == self.sha256(path) or expected == self.sha256(path, afresh=True)
+
+    def sha256(self, path: Path, *, afresh: bool = False) -> str:
+        """Hex SHA-256 of a file; afresh: read it in any case. Raises OSError."""
         about, name = path.stat(), str(path.absolute())
         # ctime too: it changes with every write, also where somebody sets the time of change back.
         state = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
         known = self._known.get(name)
-        if known is not None and known[0] == state:
+        if known is not None and known[0] == state and not afresh:
             return known[1]
         digest = sha256_file(path)
         self._known[name] = (state, digest)
@@ -73,7 +93,10 @@ class Sums:
 
 
 def damaged_shards(root: Path, sums: Sums | None = None) -> Iterator[tuple[Path, str]]:
-    """Arrays and records of shards below `root`/results that are not what was written, each with the reason."""
+    """Arrays and records of shards below `root`/results that are not what was written, each with the reason.
+
+    Where a shard's trace is damaged or lost it is the array that is named: both are drawn at once.
+    """
     sums = sums or Sums(root / CACHE)
     for record in sorted(root.glob(f"{SHARDS}shard*.json")):
         images = record.with_suffix(".npy")
@@ -84,8 +107,85 @@ def damaged_shards(root: Path, sums: Sums | None = None) -> Iterator[tuple[Path,
         except (OSError, ValueError) as error:
             yield record, f"is damaged ({error})"
             continue
-        if images.exists() and sums.sha256(images) != content["sha256"]:
+        if not images.exists():
+            continue
+        if not sums.match(images, content["sha256"]):
             yield images, f"is not what {record.name} says (checksum)"
+        elif "trace_sha256" in content:
+            trace = record.with_suffix(".trace.npz")
+            if not trace.is_file():
+                yield images, f"has lost its {trace.name}"
+            elif not sums.match(trace, content["trace_sha256"]):
+                yield images, f"has a damaged {trace.name} (checksum)"
+
+
+def damaged_sources(root: Path, *, datasets: Iterable[str], experiments: Iterable[str]) -> Iterator[tuple[Path, str]]:
+    """Files of data sets and models below `root` that are not what was written, each with the reason and what to do.
+
+    What is not there is no damage, nor is what no record vouches for: a training that goes on or was killed leaves
+    files without their record, and writes that last.
+    """
+    sums = Sums(root / CACHE)
+    records = [root / "data" / name / "dataset.json" for name in datasets]
+    for name in experiments:
+        models = root / "models" / name
+        records += [models / "ddpm" / "training.json"]
+        records += [models / "classifiers" / role / "config.json" for role in ROLES]
+    for record in records:
+        if not record.exists():
+            continue
+        try:
+            content = read_record(record)
+            stated = _stated(record.name, content)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            yield record, f"damaged ({error}); {remedy(record)}"
+            continue
+        for name, expected in stated.items():
+            path = record.parent / name
+            try:
+                if not path.is_file() or sums.match(path, expected):
+                    continue
+                reason = f"not what {record.name} says, checksum"
+            except OSError as error:
+                reason = str(error)
+            again = "restore it, or run nrcg import-released again" if "imported" in content else remedy(path)
+            yield path, f"damaged ({reason}); {again}"
+
+
+def _stated(kind: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Names of files beside a record -> the SHA-256 that it states."""
+    if kind == "dataset.json":
+        return {
+            f"{split}/{name}.npy": digest
+            for split, entry in record.get("splits", {}).items()
+            for name, digest in entry.get("sha256", {}).items()
+        }
+    if record.get("files"):
+        return dict(record["files"])
+    return {WEIGHTS[kind]: record["sha256"]} if record.get("sha256") else {}
+
+
+def refuse_damaged_sources(root: Path, *, datasets: Iterable[str], experiments: Iterable[str]) -> None:
+    """Raises DataError, one line, where data or weights are damaged."""
+    for path, what in damaged_sources(root, datasets=datasets, experiments=experiments):
+        raise DataError(f"{path}: {what}")
+
+
+def remedy(path: str | Path, otherwise: str = "restore it") -> str:
+    """What to do about a file of a data set or a model that is damaged or lost.
+
+    Where Snakemake makes it, these are commands that work as they stand, in its folder: a damaged file is removed
+    first, since Snakemake does not start while one is there. `otherwise` is for files of other folders.
+    """
+    path = Path(path).absolute()
+    name = path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else ""
+    if not MADE.fullmatch(name) or not Path("Snakefile").is_file():
+        return otherwise
+    name = shlex.quote(name)
+    remove = f"rm {name} && " if path.exists() else ""
+    # Targets stand first: --resources takes all that follows it.
+    make = f"{remove}snakemake {name} --cores all --resources gpu=1"
+    return f"restore it (under DVC: {remove}dvc checkout {name}), or make it anew with all that belongs to it: {make}"
 
 
 def cut_off(root: Path) -> Iterator[tuple[Path, str]]:
@@ -98,13 +198,34 @@ def cut_off(root: Path) -> Iterator[tuple[Path, str]]:
                     rows = list(csv.reader(io.StringIO(content.decode(), newline="")))
                     whole = content.endswith(b"\n") and len(rows) > 1 and len({len(row) for row in rows}) == 1
                 elif path.suffix == ".json":
-                    whole = isinstance(json.loads(content), dict)
+                    whole = isinstance(read_record(path), dict)
+                elif path.suffix == ".png":
+                    whole = _is_png(content)
+                elif path.suffix == ".svg":
+                    # Expat reads no external entity unless it is told to.
+                    whole = bool(expat.ParserCreate().Parse(content, True))
+                elif path.suffix == ".md":
+                    whole = bool(content.strip()) and content.endswith(b"\n")
                 else:
-                    whole = content.rstrip().endswith(LAST_BYTES[path.suffix])
-            except (OSError, ValueError, csv.Error):
+                    whole = content.rstrip().endswith(b"</html>")
+            except (OSError, ValueError, csv.Error, expat.ExpatError):
                 whole = False
             if not whole:
                 yield path, "is cut off or damaged"
+
+
+def _is_png(content: bytes) -> bool:
+    """Whether it is a whole PNG file: chunks of length, type, data and the CRC-32 of the last two, up to IEND."""
+    position, kind = 8, b""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return False
+    while position < len(content) and kind != b"IEND":
+        end = position + 12 + int.from_bytes(content[position : position + 4])
+        kind = content[position + 4 : position + 8]
+        if zlib.crc32(content[position + 4 : end - 4]) != int.from_bytes(content[end - 4 : end]):
+            return False
+        position = end
+    return kind == b"IEND" and position == len(content)
 
 
 def set_aside_damaged(root: Path) -> list[str]:

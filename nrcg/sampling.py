@@ -30,6 +30,7 @@ from nrcg.diffusion import (
 )
 from nrcg.errors import DataError
 from nrcg.guidance import ClassifierGuidance, PredictNoise
+from nrcg.integrity import remedy
 from nrcg.noise import sample_noise
 from nrcg.samplers import DDIM, DDPM, DPMSolverPP, Sampler
 from nrcg.trace import Trace, TraceRecorder
@@ -166,17 +167,17 @@ class GuidedDDPMPipeline(DDPMPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() and not (folder / "model_index.json").exists():
-            raise DataError(f"{folder / 'model_index.json'}: not found; {_remake(folder)}")
+            raise DataError(f"{folder / 'model_index.json'}: not found; {_remedy(folder)}")
         check_pipeline_files(folder)
         try:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:
             if not folder.exists():
                 raise DataError(
-                    f"{folder}: no such folder, and no such diffusers model could be fetched; {_remake(folder)}"
+                    f"{folder}: no such folder, and no such diffusers model could be fetched; {_remedy(folder)}"
                 ) from error
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DataError(f"{folder}: damaged ({reason}); delete it, then {_remake(folder)}") from error
+            raise DataError(f"{folder}: damaged ({reason}); {_remedy(folder)}") from error
         pipe.data_mean = read_data_mean(folder) if folder.exists() else None
         pipe.set_progress_bar_config(leave=False)
         return pipe
@@ -393,5 +394,5 @@ def _set_bar(bar: Any) -> Callable[[int], None]:
     return lambda done: bar.update(done - bar.n)
 
 
-def _remake(folder: Path) -> str:
-    return f"run: nrcg train-ddpm --config config.yaml --experiment EXPERIMENT --data DATA --out {folder}"
+def _remedy(folder: Path) -> str:
+    return remedy(folder / "model_index.json", f"restore it, or train one into {folder} (see nrcg train-ddpm --help)")

@@ -10,6 +10,7 @@ import numpy as np
 
 from nrcg.errors import DataError
 from nrcg.files import SEAL, read_record, sha256_file
+from nrcg.integrity import remedy
 
 RECORD_KEYS = {"first_sample", "nonfinite", "seconds", "peak_memory_mib", "sha256", SEAL}
 MADE_BY = {
@@ -30,7 +31,7 @@ def read_shard(path: Path, expected: Mapping[str, Any] | None = None) -> tuple[n
     Raises:
         DataError: one of the files is missing or damaged, they do not belong together, or something else made them.
     """
-    remedy = f"delete it, then run: snakemake --cores all --resources gpu=1 {path}"
+    again = f"delete it, then run: snakemake {path} --cores all --resources gpu=1"
     try:
         record = read_record(path.with_suffix(".json"))
         absent = RECORD_KEYS - record.keys()
@@ -39,12 +40,12 @@ def read_shard(path: Path, expected: Mapping[str, Any] | None = None) -> tuple[n
         images = np.load(path, allow_pickle=False)
         checksum = sha256_file(path)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: damaged or without its .json ({error}); {remedy}") from None
+        raise DataError(f"{path}: damaged or without its .json ({error}); {again}") from None
     if record["sha256"] != checksum:
-        raise DataError(f"{path}: is not what its .json says (checksum); {remedy}")
+        raise DataError(f"{path}: is not what its .json says (checksum); {again}")
     for key, value in (expected or {}).items():
         if record.get(key) != value:
-            raise DataError(f"{path}: was made by {MADE_BY[key]} (its .json: {key}); {remedy}")
+            raise DataError(f"{path}: was made by {MADE_BY[key]} (its .json: {key}); {again}")
     return images, record
 
 
@@ -60,5 +61,5 @@ def weights_hash(folder: str | Path) -> str | None:
             try:
                 return read_record(path).get("sha256")
             except (OSError, ValueError) as error:
-                raise DataError(f"{path}: damaged ({error}); delete the folder and run snakemake again") from None
+                raise DataError(f"{path}: damaged ({error}); {remedy(path)}") from None
     return None

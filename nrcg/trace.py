@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Trace:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**{field.name: arrays[field.name] for field in fields(cls)})
         except Exception as error:  # zipfile's, zlib's and numpy's own
-            raise DataError(f"{path}: no trace ({type(error).__name__}: {error}); sample anew") from error
+            raise DataError(f"{path}: no trace ({type(error).__name__}: {error}); {_again(Path(path))}") from error
 
     @classmethod
     def join(cls, parts: list[Trace]) -> Trace:
@@ -113,6 +114,13 @@ class TraceRecorder:
         """The trace so far."""
         arrays = {name: torch.stack(rows, dim=1).float().cpu().numpy() for name, rows in self._rows.items()}
         return Trace(t=np.array(self._t, np.int64), **arrays)
+
+
+def _again(path: Path) -> str:
+    images = path.with_name(path.name.removesuffix(".trace.npz") + ".npy").as_posix()
+    if re.fullmatch(r"results/[^/]+/samples/[^/]+/[^/]+/shard\d+\.npy", images):
+        return f"sample anew: rm -f {images} && snakemake {images} --cores all --resources gpu=1"
+    return "sample anew"
 
 
 def _norm(values: Tensor) -> Tensor:

@@ -288,7 +288,7 @@ def test_damaged_files_are_one_line_with_the_remedy(saved, name, damage, words):
 
 
 def test_an_interrupted_save_is_noticed(saved, monkeypatch):
-    """Config and weights are moved one after the other; between the two they do not belong together."""
+    """Between the new weights and their config there is none: an unfinished classifier, which is not damaged."""
     folder, _ = saved
     monkeypatch.setattr("pathlib.Path.replace", interrupt_before(CONFIG_FILE))
     torch.manual_seed(1)
@@ -299,7 +299,7 @@ def test_an_interrupted_save_is_noticed(saved, monkeypatch):
             {"architecture": "small_cnn", "classes": CLASSES, "image_size": 8},
         )
     monkeypatch.undo()
-    with pytest.raises(DataError, match="not the weights"):
+    with pytest.raises(DataError, match=r"config\.json: not found"):
         load_classifier(folder)
 
 

@@ -205,7 +205,7 @@ def test_a_file_that_is_cut_off_is_named_with_its_remedy(tiny, tmp_path, capsys,
     assert nrcg(*command.format(tiny=copy).split()) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"nrcg: {copy / name.split('/')[0]}")
-    assert "run: nrcg " in error
+    assert "; restore it, or " in error
     assert error.count("\n") == 1
 
 

@@ -178,7 +178,7 @@ def test_damage_is_told_in_one_line_with_its_remedy(folder, damage, remake):
     with pytest.raises(NrcgError, match=message) as caught:
         datasets.open_split(folder, "train", remake=remake)
     text = str(caught.value)
-    expected = remake or f"run: nrcg dataset --config config.yaml --experiment EXPERIMENT --out {folder}"
+    expected = remake or f"restore it, or make {folder} anew (see nrcg dataset --help)"
     assert text.startswith(f"{folder / name}: ") and text.endswith(f"; {expected}") and "\n" not in text
 
 

@@ -127,7 +127,7 @@ def test_a_shard_of_another_run_is_refused(tmp_path, key, other, words):
     with pytest.raises(DataError) as caught:
         read_samples(tmp_path, 10, MADE_BY)
     assert str(caught.value).startswith(f"{path}: {words}")
-    assert f"delete it, then run: snakemake --cores all --resources gpu=1 {path}" in str(caught.value)
+    assert f"delete it, then run: snakemake {path} --cores all --resources gpu=1" in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["unconditional", "non_robust_x0_ema99"])

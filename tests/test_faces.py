@@ -115,7 +115,7 @@ def test_the_whole_chain_at_toy_size(tree, name):
     results = tree / "results" / name
     assert "female" in (results / "report.html").read_text()
     summary = json.loads((results / "summary.json").read_text())
-    assert set(summary) == {"unconditional", "non_robust_x0_ema99"}
+    assert set(summary) == {"unconditional", "non_robust_x0_ema99", "record_sha256"}
     setting = results / "samples/non_robust_x0_ema99/scale1"
     shard = np.load(setting / "shard0000.npy")
     assert Trace.load(setting / "shard0000.trace.npz").grad_norm.shape == (8, 5)  # T - 1 guided steps

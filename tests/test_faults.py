@@ -276,6 +276,66 @@ def test_results_that_are_cut_off_are_made_anew_by_one_plain_rerun(finished, und
     assert results(finished) == results(undisturbed)
 
 
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("data/toyballs/dataset.json", lambda path: path.write_bytes(b"")),
+        ("data/toyballs/val/labels.npy", flip),
+        ("models/toy/ddpm/training.json", lambda path: flip(path, b'"seed": ')),
+        ("models/toy/ddpm/unet/diffusion_pytorch_model.safetensors", flip),
+        ("models/toy/classifiers/judge/config.json", lambda path: path.write_bytes(b"")),
+        ("models/toy/classifiers/robust/model.safetensors", flip),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_data_and_models_are_refused_and_the_remedy_helps(finished, undisturbed, name, damage):
+    """Nothing is deleted, also by a dry run; the printed command makes the file anew."""
+    damage(finished / name)
+    before = whole(finished)
+    for flags in ((), ("--dry-run",)):
+        (finished / "said.txt").write_text("")
+        assert start(finished, *flags).wait() == 1
+        (line,) = [line for line in (finished / "said.txt").read_text().splitlines() if line.startswith("nrcg: ")]
+        assert line.startswith(f"nrcg: {name}: damaged (")
+        assert whole(finished) == before
+    shell = f"{line.split(' anew with all that belongs to it: ')[1]} --configfile toy.yaml change.json"
+    environment = os.environ | {"NRCG_TRACKING": "off"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(shell, shell=True, cwd=finished, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rerun(finished)
+    assert results(finished) == results(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "record, file",
+    [
+        ("data/toyballs/dataset.json", "train/images.npy"),
+        ("models/toy/ddpm/training.json", "unet/diffusion_pytorch_model.safetensors"),
+        ("models/toy/classifiers/judge/config.json", "model.safetensors"),
+    ],
+)
+def test_what_a_kill_before_the_record_leaves_is_made_anew(finished, undisturbed, record, file):
+    """New files whose record is not there yet are no damage."""
+    (finished / record).unlink()
+    flip((finished / record).parent / file)
+    rerun(finished)
+    assert results(finished) == results(undisturbed)
+
+
+def test_a_damaged_trace_is_drawn_anew_with_its_shard(finished):
+    """Its twin, which is whole, stays."""
+    change = {"experiments": {"toy": TOY | {"sampling": TOY["sampling"] | {"trace": True}}}}
+    (finished / "change.json").write_text(json.dumps(change))
+    rerun(finished)
+    before, kept = results(finished), whole(finished)
+    folder = "results/toy/samples/non_robust_x0_ema99/scale1"
+    flip(finished / folder / "shard0001.trace.npz")
+    assert rerun(finished).count("set aside as") == 1
+    assert results(finished) == before
+    assert whole(finished)[f"{folder}/shard0000.npy"] == kept[f"{folder}/shard0000.npy"]
+
+
 def test_a_shard_of_another_method_is_refused_and_the_remedy_helps(finished, undisturbed):
     samples = finished / "results/toy/samples"
     stale = samples / "non_robust_x0_ema99/scale1/shard0001.npy"
@@ -287,7 +347,7 @@ def test_a_shard_of_another_method_is_refused_and_the_remedy_helps(finished, und
     (line,) = [line for line in log.splitlines() if line.startswith("nrcg: ")]
     name = stale.relative_to(finished).as_posix()
     assert line.startswith(f"nrcg: {name}: was made by another method")
-    assert line.endswith(f"delete it, then run: snakemake --cores all --resources gpu=1 {name}")
+    assert line.endswith(f"delete it, then run: snakemake {name} --cores all --resources gpu=1")
     stale.unlink()
     rerun(finished)
     assert results(finished) == results(undisturbed)

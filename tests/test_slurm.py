@@ -121,14 +121,15 @@ def test_shards_share_jobs_which_ask_for_one_gpu_and_the_time_of_all(sampled, sl
 
 
 def test_a_failed_job_is_reported_with_its_log(sampled, slurm):
-    weights = sampled / "models/toy/ddpm/unet/diffusion_pytorch_model.safetensors"
-    whole = weights.read_bytes()
+    """A record without checksums: with damaged weights Snakemake would not start."""
+    record = sampled / "models/toy/ddpm/training.json"
+    whole = record.read_bytes()
     (sampled / shard(0)).unlink()
-    weights.write_bytes(b"damaged")
+    record.write_text("{}")
     run = through_slurm(sampled, slurm, shard(0), "--retries", "0")
-    weights.write_bytes(whole)
+    record.write_bytes(whole)
     assert run.returncode == 1
-    assert "nrcg: models/toy/ddpm: damaged" in run.stdout
+    assert "nrcg: models/toy/ddpm/training.json: damaged" in run.stdout
     assert f"logs/toy/sample/{METHOD}_scale1_shard0000.log" in run.stdout
     assert not (sampled / shard(0)).exists()
     assert through_slurm(sampled, slurm, shard(0)).returncode == 0

@@ -111,6 +111,22 @@ def test_files_that_are_not_those_of_the_lock_are_not_adopted(clone):
     assert said.count("\n") == 1
 
 
+def test_damaged_weights_are_not_committed_and_dvc_restores_them(adopted):
+    name = "models/quickstart/ddpm/unet/diffusion_pytorch_model.safetensors"
+    path, lock = adopted / name, (adopted / "dvc.lock").read_text()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()  # the cache may be linked to
+    path.write_bytes(content)
+    assert f"nrcg: {name}: damaged (" in run(adopted, "dvc repro", code=255)
+    assert (adopted / "dvc.lock").read_text() == lock
+    (line,) = run(adopted, "nrcg adopt", code=1).splitlines()
+    restore = re.search(r"under DVC: ([^)]+)\)", line)[1]
+    run(adopted, restore)
+    assert "up to date" in run(adopted, "dvc status")
+    assert "Nothing to be done" in run(adopted, "snakemake -n")
+
+
 END = {"collect": 1, "figures": 1, "report": 1}
 CHANGES = {
     "scale": (

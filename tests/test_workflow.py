@@ -230,7 +230,7 @@ def test_metrics_csv_has_a_row_per_method_and_scale(finished):
         assert row["nonfinite"] == "0"
         assert float(row["images_per_second"]) > 0
     summary = json.loads((finished / "results/toy/summary.json").read_text())
-    assert set(summary) == {"unconditional", "non_robust_x0_ema99"}
+    assert set(summary) == {"unconditional", "non_robust_x0_ema99", "record_sha256"}
 
 
 def test_samples_of_all_settings_share_their_noise_and_differ_by_their_guidance(finished):
@@ -300,6 +300,9 @@ CHANGES = {
     "dataset": ({"dataset": {"seed": 1}}, ALL),
 }
 
+DDPM_ANEW = {"train_ddpm": 1, "forward": 1, "sample": 6, "evaluate": 2} | END
+"""What is made anew where a file of the diffusion model is lost."""
+
 
 @pytest.mark.parametrize("change", some_slow(CHANGES, ("batch size", "a scale more", "more samples", "judge", "ddpm")))
 def test_a_change_reruns_only_what_depends_on_it(finished, change):
@@ -326,6 +329,19 @@ def test_a_methods_change_reruns_that_methods_jobs(finished):
         (
             "../../models/toy/classifiers/judge/model.safetensors",
             {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
+        ),
+        *(
+            pytest.param(f"../../models/toy/{name}", expected, marks=pytest.mark.slow)
+            for name, expected in {
+                "classifiers/judge/accuracy_over_t.csv": {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
+                "classifiers/judge/training.csv": {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
+                "ddpm/data_mean.npy": DDPM_ANEW,
+                "ddpm/model_index.json": DDPM_ANEW,
+                "ddpm/unet/config.json": DDPM_ANEW,
+                "ddpm/scheduler/scheduler_config.json": DDPM_ANEW,
+                "ddpm/training.csv": DDPM_ANEW,
+                "ddpm/samples.png": DDPM_ANEW,
+            }.items()
         ),
     ],
 )

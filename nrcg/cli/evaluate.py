@@ -376,6 +376,6 @@ def collect(arguments: argparse.Namespace) -> None:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_csv(arguments.out, rows, columns)
     if arguments.summary:
-        from nrcg.files import atomic_write_text
+        from nrcg.files import write_record
 
-        atomic_write_text(arguments.summary, json.dumps(summarize(rows), indent=2) + "\n")
+        write_record(arguments.summary, summarize(rows))

@@ -202,8 +202,10 @@ def draw_samples(
             trace=trace,
             on_step=bar.set,
         )
+    traced = {}
     if out.trace is not None:
         out.trace.save(path.with_suffix(".trace.npz"))
+        traced = {"trace_sha256": sha256_file(path.with_suffix(".trace.npz"))}
     images = to_uint8(out.samples)
     atomic_save_array(path, images)
     record = record | {
@@ -218,6 +220,7 @@ def draw_samples(
         "seconds": out.seconds,
         "peak_memory_mib": _peak_memory_mib(device),
         "sha256": sha256_file(path),
+        **traced,
         "versions": versions(),
     }
     write_record(path.with_suffix(".json"), record)

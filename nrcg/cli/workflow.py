@@ -139,8 +139,11 @@ def adopt(arguments: argparse.Namespace) -> None:
     """Take over the files that `dvc pull` brought: checks their checksums and settings against dvc.lock, then tells
     Snakemake that they are up to date."""
     from nrcg.config import read_yaml
+    from nrcg.integrity import refuse_damaged_sources
 
     _use_this_environment()
+    settings = load("config.yaml").experiments
+    refuse_damaged_sources(Path(), datasets={one.dataset.name for one in settings.values()}, experiments=settings)
     status = subprocess.run(["dvc", "status", "--json"], capture_output=True, text=True)
     try:
         stale = json.loads(status.stdout)

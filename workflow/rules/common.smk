@@ -7,10 +7,10 @@ from pathlib import Path
 from nrcg import config as nrcg_config
 from nrcg.config import ROLES, format_scale
 from nrcg.devices import count_nvidia_gpus, has_nvidia_gpu
-from nrcg.errors import ConfigError
+from nrcg.errors import ConfigError, DataError
 from nrcg.features import resolve_features
 from nrcg.files import join_group, remove_leftovers
-from nrcg.integrity import set_aside_damaged
+from nrcg.integrity import refuse_damaged_sources, set_aside_damaged
 from nrcg.tracking import new_invocation
 
 try:
@@ -20,15 +20,21 @@ try:
     CONFIG = nrcg_config.parse(dict(config), " + ".join(map(str, workflow.configfiles)))
 except ConfigError as error:
     sys.exit(f"nrcg: {error}")
+DATASETS = sorted({experiment.dataset.name for experiment in CONFIG.experiments.values()})
 
 
 def clear_up():
     """Undo what a kill leaves, while no other snakemake is alive in this folder: Snakemake's lock, which would want
-    `snakemake --unlock`, and half-written files. What is damaged is set aside, so that they are made anew."""
+    `snakemake --unlock`, and half-written files. Results that are damaged are set aside, so that they are made anew;
+    with damaged data or models nothing starts, since Snakemake would delete what was made of them."""
     for leftover in Path(".snakemake/locks").glob("*.lock"):
         leftover.unlink(missing_ok=True)
     for name in ("data", "models", "results", ".nrcg"):
         remove_leftovers(name)
+    try:
+        refuse_damaged_sources(Path(), datasets=DATASETS, experiments=CONFIG.experiments)
+    except DataError as error:
+        sys.exit(f"nrcg: {error}")
     for line in set_aside_damaged(Path()):
         print(f"nrcg: {line}", file=sys.stderr)
 
@@ -64,10 +70,22 @@ FIGURES = (
     "best_samples",
 )
 
+DDPM = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "data_mean.npy",
+    "training.json",
+    "training.csv",
+    "samples.png",
+)
+CLASSIFIER = ("config.json", "model.safetensors", "training.csv", "accuracy_over_t.csv")
+
 
 wildcard_constraints:
     experiment="|".join(CONFIG.experiments),
-    dataset="|".join({experiment.dataset.name for experiment in CONFIG.experiments.values()}),
+    dataset="|".join(DATASETS),
     method="|".join(CONFIG.methods),
     role="|".join(ROLES),
     scale=r"[0-9.e+-]+",
@@ -106,9 +124,8 @@ def experiment_results(experiment):
     return [
         f"{data}/dataset.json",
         *(f"{data}/{array}.npy" for array in arrays),
-        f"{models}/ddpm/training.json",
-        f"{models}/ddpm/unet/diffusion_pytorch_model.safetensors",
-        *(f"{models}/classifiers/{role}/{name}" for role in ROLES for name in ("config.json", "model.safetensors")),
+        *(f"{models}/ddpm/{name}" for name in DDPM),
+        *(f"{models}/classifiers/{role}/{name}" for role in ROLES for name in CLASSIFIER),
         *(f"{results}/{name}" for name in tables + shards + figures),
     ]
 
