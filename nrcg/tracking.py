@@ -724,7 +724,8 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
         branch: of git; None: any, the newest run of a method wins.
 
     Returns:
-        A row per method and scale; empty where the store has none or tracking is off.
+        A row per method and scale, with `mlflow_run_id` and `uid`, of its journal; empty where the store has none or
+        tracking is off.
 
     Raises:
         NrcgError: the store cannot be reached; one line.
@@ -760,7 +761,8 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
         method = setting.data.tags.get("method", "")
         if setting.data.tags.get("mlflow.parentRunId") == newest.get(method, ""):
             row = {"experiment": experiment, "method": method, "scale": float(setting.data.params["scale"])}
-            rows.append(row | setting.data.metrics | {"mlflow_run_id": setting.info.run_id})
+            known = {"mlflow_run_id": setting.info.run_id, "uid": setting.data.tags.get("nrcg.uid", "")}
+            rows.append(row | setting.data.metrics | known)
     return sorted(rows, key=lambda row: (list(newest).index(row["method"]), row["scale"]))
 
 

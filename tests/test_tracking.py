@@ -11,11 +11,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from synthetic import metric_rows
 
 from nrcg import tracking
 from nrcg.cli import main
 from nrcg.errors import NrcgError
 from nrcg.journal import Journal
+from nrcg.results import write_csv
 
 NAMES = ["job 0", "job 1", "job 2", "killed"]
 # What a job does, as a process of its own.
@@ -359,6 +361,78 @@ def test_a_methods_curve_and_the_rows_of_its_newest_run(client):
         "adam scale 0.05",
     }
     assert tracking.read_rows("curve", branch="elsewhere") == tracking.read_rows("no such experiment") == []
+
+
+GIT = {f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+def git(*arguments: str) -> None:
+    subprocess.run(["git", *arguments], check=True, capture_output=True, env=os.environ | GIT)
+
+
+def log_sweep(rows: list[dict]) -> list[dict]:
+    """Log rows of metrics.csv as `nrcg evaluate` does; returns them with their runs' ids."""
+    logged = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        with tracking.run(rows[0]["experiment"], method, kind="evaluate", params={}, tags={"method": method}):
+            for row in (row for row in rows if row["method"] == method):
+                params, name = {"scale": row["scale"]}, f"{method} scale {row['scale']}"
+                with tracking.run(
+                    row["experiment"], name, kind="sample", params=params, tags={"method": method}
+                ) as run:
+                    run.log_metrics({key: number for key, number in row.items() if isinstance(number, float)})
+                logged.append(row | {"mlflow_run_id": run.id})
+    return logged
+
+
+def test_a_comparison_is_of_all_methods_and_the_newest_numbers(client, store, tmp_path, monkeypatch, capsys):
+    """MLflow's rows stand for an experiment only where they are of the runs that metrics.csv names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".gitignore").write_text(".nrcg\n")
+    path = tmp_path / "results/whole/metrics.csv"
+    git("init", "-q", "-b", "whole")
+    git("commit", "-q", "--allow-empty", "-m", "empty")  # without one there is no branch
+    rows = [row for row in metric_rows("whole") if row["method"] in ("robust", "non_robust")]
+    made = log_sweep(rows)
+
+    def compared(source: str = "whole") -> tuple[set[str], str]:
+        assert main(["compare", source]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (note,) = [line for line in lines if line.startswith(f"{source}: ")]
+        return {" ".join(line.split()[:2]) for line in lines if line.startswith(("robust ", "non_robust "))}, note
+
+    def write(rows: list[dict]) -> None:
+        write_csv(path, rows, list(rows[0]))
+
+    best = {"robust 20", "non_robust 5"}
+    assert compared()[1].startswith("whole: newest runs of branch whole in MLflow"), "there is no file"
+    write(made)
+    table, note = compared()
+    assert table == best and note.startswith("whole: newest runs of branch whole in MLflow")
+    uid = client.get_run(made[0]["mlflow_run_id"]).data.tags["nrcg.uid"]
+    write([made[0] | {"mlflow_run_id": f"pending-{uid}"}, *made[1:]])
+    assert "newest runs" in compared()[1], "sent later"
+    file = "whole: results/whole/metrics.csv, since MLflow"
+    write([made[0] | {"scale": 4.0}, *made[1:]])
+    assert compared() == (best, f"{file} lacks robust scale 4 (branch whole)")
+    write(made[1:])
+    assert compared() == (best, f"{file} holds beside them robust scale 5 (branch whole)")
+    # An untracked rerun of one method at other scales.
+    write([row for row in made if row["method"] == "robust"] + [rows[-1] | {"scale": 7.0, "mlflow_run_id": ""}])
+    assert compared() == ({"robust 20", "non_robust 7"}, f"{file} lacks non_robust scale 7 (branch whole)")
+    write([row | {"mlflow_run_id": ""} for row in made])
+    assert compared() == (best, f"{file} holds other runs of non_robust scale 5 and 4 more (branch whole)")
+
+    # A branch where one method alone ran anew.
+    git("checkout", "-q", "-b", "finer")
+    again = log_sweep([row for row in rows if row["method"] == "robust"])
+    write(again + [row for row in made if row["method"] == "non_robust"])
+    git("add", "results")
+    git("commit", "-q", "-m", "finer")
+    for source, where in (("whole", ""), ("finer:whole", " of git revision finer")):
+        reason = "MLflow lacks non_robust scale 5 and 1 more (branch finer)"
+        assert compared(source) == (best, f"{source}: results/whole/metrics.csv{where}, since {reason}")
 
 
 def test_switched_off_nothing_is_imported_or_written(tmp_path):
