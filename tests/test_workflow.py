@@ -338,6 +338,22 @@ def test_a_lost_result_is_made_anew(finished, name, expected):
         kept.rename(lost)
 
 
+@pytest.mark.slow
+def test_the_same_weights_trained_again_leave_nothing_but_the_report_to_do(finished, tmp_path):
+    """Tracked: what names the new run is no rule's input. training.csv, which the report shows, holds times."""
+    tree = shutil.copytree(finished, tmp_path / "tree", symlinks=True)
+    lost = [f"models/toy/{name}/training.csv" for name in ("ddpm", "classifiers/judge")]
+    for name in lost:
+        (tree / name).unlink()
+    environment = {key: value for key, value in os.environ.items() if key != "NRCG_TRACKING"}
+    environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tree / 'mlflow.db'}", "NRCG_LOG_MODELS": "off"}
+    words = command(*lost, "--cores", "2", "--configfile", "toy.yaml")
+    run = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tree / "mlflow.db").exists()
+    assert planned(snakemake(tree, "--dry-run", "toy", "--quiet", "rules").stdout) == {"report": 1}
+
+
 # --- Kills ------------------------------------------------------------------------------------------------------
 
 
