@@ -601,7 +601,7 @@ def test_a_server_that_is_down_costs_one_line_and_little_time(tmp_path, monkeypa
     kept = [path.read_text() for path in (tmp_path / ".nrcg/tracking").glob("*.jsonl")]
     assert len(kept) == 2
     assert not any("secret" in text for text in kept)
-    with pytest.raises(NrcgError, match="nothing is lost") as refused:
+    with pytest.raises(NrcgError, match="what is not sent is kept, send it later by: nrcg track --sync") as refused:
         tracking.sync()
     assert "secret" not in str(refused.value)
 
@@ -636,6 +636,99 @@ def test_the_journal_of_a_living_process_is_left_alone(tmp_path):
     assert (again.sent, again.run_id, again.entries) == (1, "id", [{"op": "start", "time": 1}])
     again.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def write_left(experiment: str, monkeypatch) -> Path:
+    """The journal of a run with three metrics whose process is gone, unsent."""
+    before = set(tracking.JOURNALS.glob("*.jsonl"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "_send", lambda *_: 1 / 0)
+        with tracking.run(experiment, "one", kind="test", params={}) as run:
+            for step in (1, 2, 3):
+                run.log_metrics({"loss": float(step)}, step)
+    (path,) = set(tracking.JOURNALS.glob("*.jsonl")) - before
+    assert len(path.read_bytes().splitlines()) == 5
+    return path
+
+
+def flip(path: Path, line: int, old: bytes, new: bytes) -> bytes:
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert old in lines[line - 1]
+    lines[line - 1] = lines[line - 1].replace(old, new)
+    path.write_bytes(b"".join(lines))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "old", "new", "said", "losses"),
+    [
+        (1, b'"op"', b'"oq"', "line 1: has changed since it was written; which run it is of is not known", None),
+        (1, b"{", b"\xff", "line 1: 'utf-8' codec can't decode", None),
+        (3, b'"op"', b'"oq"', "line 3: has changed since it was written; its other lines were sent", [1, 3]),
+        (3, b"2.0", b"7.0", "line 3: has changed since it was written; its other lines were sent", [1, 3]),
+        (3, b'"values"', b'"values', "line 3: Expecting ':' delimiter", [1, 3]),
+        (5, b'"status"', b'"statvs"', "line 5: has changed since it was written; its other lines", [1, 2, 3]),
+    ],
+)
+def test_a_damaged_journal_is_sent_as_far_as_it_is_whole_and_set_aside(
+    client, monkeypatch, capsys, line, old, new, said, losses
+):
+    experiment = f"damaged {line} {old!r}"
+    path = write_left(experiment, monkeypatch)
+    content = flip(path, line, old, new)
+    capsys.readouterr()
+    assert main(["track", "--sync"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"nrcg: not sent: {path}: {said}") and told.endswith(f"set aside as {path.name}.damaged")
+    aside = path.with_name(f"{path.name}.damaged")
+    assert aside.read_bytes() == content and not path.exists()
+    aside.unlink()
+    assert main(["track", "--sync"]) == 0
+    assert capsys.readouterr().err == ""
+    if losses is None:
+        assert client.get_experiment_by_name(experiment) is None
+        return
+    (stored,) = runs(client, experiment)
+    assert [entry.value for entry in client.get_metric_history(stored.info.run_id, "loss")] == losses
+    assert stored.info.status == ("KILLED" if line == 5 else "FINISHED")
+
+
+def test_damage_in_one_file_keeps_no_other_from_being_sent(client, monkeypatch, capsys):
+    """A journal without a checksum, of an earlier version, and an invocation's file among others."""
+    first, second = (write_left("beside", monkeypatch) for _ in range(2))
+    flip(first, 1, b"{", b"[")
+    entries = [json.loads(line) for line in second.read_text().splitlines()]
+    plain = [{key: value for key, value in entry.items() if key != "crc32"} for entry in entries]
+    second.write_text("".join(f"{json.dumps(entry)}\n" for entry in plain))
+    garbled = tracking.JOURNALS / f"{tracking.new_invocation()}.invocation"
+    garbled.write_text('{"status": "FINI')
+    capsys.readouterr()
+    assert main(["track", "--sync"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "1 run sent\n"
+    assert [line.split(": ")[2] for line in told.err.splitlines()] == [str(first), str(garbled)]
+    left = sorted(tracking.JOURNALS.glob("*"))
+    assert left == sorted(path.with_name(f"{path.name}.damaged") for path in (first, garbled))
+    for path in left:
+        path.unlink()
+    (stored,) = runs(client, "beside")
+    assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"loss": 3.0})
+
+
+def test_a_damaged_database_is_to_be_moved_away(store, tmp_path, monkeypatch, capsys):
+    content = (store / "mlflow.db").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(content[: len(content) // 2])
+    with tracking.run("cut off", "one", kind="test", params={}):
+        pass
+    monkeypatch.setattr(tracking, "_stores", {})
+    assert main(["track", "--sync"]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert all("move mlflow.db, which is damaged, away, then: nrcg track --sync" in line for line in told)
+    (tmp_path / "mlflow.db").rename(tmp_path / "old.db")
+    sync = [sys.executable, "-m", "nrcg.cli", "track", "--sync"]  # MLflow keeps a file that it has opened
+    assert subprocess.run(sync, check=True, capture_output=True, text=True).stdout == "1 run sent\n"
 
 
 def test_params_are_flattened():
