@@ -90,7 +90,6 @@ def test_a_kill_of_dvc_leaves_no_process_and_the_same_command_goes_on(tmp_path, 
     """DVC runs its commands in the user's shell."""
     tree = tmp_path / "tree"
     copy_repository(tree)
-    change(tree, "experiments.quickstart.ddpm.epochs", 60)
     run(tree, "git init -q -b main && git add -A && git commit -qm one")
     environment = ENVIRONMENT | {"SHELL": shell}
     repro = ["dvc", "repro", "ddpm@quickstart"]

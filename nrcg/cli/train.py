@@ -151,6 +151,7 @@ def _import_ddpm(arguments: argparse.Namespace, settings: TrainDDPMStep, manifes
     mean = mean_image(arguments.data)
     params = {"experiment": settings.experiment, "pretrained": origin, "schedule": config.schedule.model_dump()}
     with tracking.run(settings.experiment, "train_ddpm", kind="train", params=params, tags=data_tags(manifest)) as run:
+        log_dataset(run, manifest, arguments.data, "train", "mean image")
         log_dataset(run, manifest, arguments.data, "val", "validation")
         row = pretrained.pretrained_row(
             pipe,
