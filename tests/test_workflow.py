@@ -425,7 +425,8 @@ def test_a_killed_run_leaves_no_process_and_a_plain_rerun_goes_on(tmp_path):
     done = ["data/toyballs/dataset.json", *words[2:]]
     nothing = subprocess.run(command(*done), cwd=tree, env=environment, capture_output=True, text=True)
     assert "Nothing to be done" in nothing.stdout + nothing.stderr
-    assert {run.info.status for run in client.search_runs([toy])} == {"KILLED"}
+    statuses = {run.data.tags["nrcg.kind"]: run.info.status for run in client.search_runs([toy])}
+    assert statuses == {"invocation": "KILLED", "train": "KILLED", "dataset": "FINISHED"}
 
     rerun = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
     assert rerun.returncode == 0, rerun.stderr[-3000:]
