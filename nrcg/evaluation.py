@@ -408,6 +408,7 @@ def evaluate_method(
     *,
     record: Mapping,
     cache: Path,
+    traces: Path,
     ddpm: Path | None = None,
 ) -> tuple[list[dict], list[str]]:
     """Metrics of a method's samples at each scale, logged as one tracking run per scale.
@@ -421,6 +422,7 @@ def evaluate_method(
         classifiers: models/<experiment>/classifiers.
         record: of `describe_reference`: how good the classifiers are on clean images.
         cache: folder of the references, made anew where they are missing.
+        traces: folder for the pictures of what the guidance did, where the settings asked for a trace.
         ddpm: models/<experiment>/ddpm; None does not ask which weights drew the samples.
 
     Returns:
@@ -470,6 +472,9 @@ def evaluate_method(
                 "peak_memory_mib": drawn.peak_memory_mib,
             }
             trace = _read_trace(folder, settings)
+            if trace is not None:
+                traces.mkdir(parents=True, exist_ok=True)
+                save_trace_figure(traces / f"trace_scale{format_scale(scale)}.png", trace)
             row["mlflow_run_id"] = _log(settings, row, drawn.images, manifest, trace)
             rows.append(row)
     check_comparable(rows)
@@ -484,14 +489,12 @@ def sample_settings(settings: EvaluateStep) -> SampleStep:
 
 
 def _read_trace(folder: Path, settings: EvaluateStep) -> Trace | None:
-    """What the guidance did in each step, over all shards, where the settings asked for it; drawn as trace.png."""
+    """What the guidance did in each step, over all shards, where the settings asked for it."""
     paths = sorted(folder.glob("shard*.trace.npz")) if settings.sampling.trace else []
     if not paths:
         return None  # not asked for, or nothing guided
     num_shards = -(-settings.sampling.num_samples // settings.sampling.shard_size)
-    trace = Trace.join([Trace.load(path) for path in paths[:num_shards]])
-    save_trace_figure(folder / "trace.png", trace)
-    return trace
+    return Trace.join([Trace.load(path) for path in paths[:num_shards]])
 
 
 def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict, trace: Trace | None) -> str:

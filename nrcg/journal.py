@@ -2,7 +2,8 @@
 
 A journal is `<folder>/<uid>.jsonl`, one entry a line, with the files it refers to in `<folder>/<uid>.files/`. Its
 process holds a lock on it, which the kernel takes back however that process ends, so that nobody sends a journal that
-is still being written.
+is still being written. Each line holds a checksum: one that has changed is left out, and once the others are sent the
+journal is set aside as NAME.damaged.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ import json
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 ENDING = ".jsonl"
+DAMAGED = ".damaged"
+CHECKSUM = "crc32"
+"""Key of a line's checksum: of all its other keys. Lines of earlier versions have none."""
 
 
 class Journal:
-    """Entries of one run, the first `sent` of which are in the store as the run `run_id`."""
+    """Entries of one run, the first `sent` of which are in the store as the run `run_id`.
+
+    Where `damage` says which line was left out, `sent` is 0: positions have moved, and an entry may be sent twice.
+    """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path, self._file = path, file
@@ -28,6 +36,7 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
         self.sent = 0
         self.run_id = ""
+        self.damage = ""
         self._files = path.with_suffix(".files")
 
     @classmethod
@@ -55,18 +64,23 @@ class Journal:
             return None
         journal = cls(path, file)
         whole = 0
-        for line in file:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break  # a kill while it was written: the last line
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):  # a kill while it was written
+                file.truncate(whole)
+                break
             whole += len(line)
+            try:
+                entry = _parse(line)
+            except ValueError as error:
+                journal.damage = f"line {number}: {error}"
+                continue
             if entry["op"] == "sent":
                 journal.sent, journal.run_id = entry["count"], entry["run_id"]
             else:
                 journal.entries.append(entry)
-        file.truncate(whole)
-        file.seek(whole)
+        if journal.damage:
+            journal.sent = 0
+        file.seek(0, os.SEEK_END)
         return journal
 
     def append(self, op: str, **fields: Any) -> None:
@@ -91,14 +105,30 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """All is sent."""
-        shutil.rmtree(self._files, ignore_errors=True)
-        self.path.unlink(missing_ok=True)
+        """All that can be read is sent."""
+        if self.damage:
+            self.path.replace(f"{self.path}{DAMAGED}")
+        else:
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(self._files, ignore_errors=True)
         self._file.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
+        if not self.damage:  # which stays as it was found
+            self._file.write(json.dumps(entry | {CHECKSUM: _checksum(entry)}).encode() + b"\n")
+            self._file.flush()
+
+
+def _checksum(entry: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(entry).encode())
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """A line as it was written. Raises ValueError."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or entry.pop(CHECKSUM, None) not in (None, _checksum(entry)) or "op" not in entry:
+        raise ValueError("has changed since it was written")
+    return entry
 
 
 def left_behind(folder: Path) -> Iterator[Journal]:
@@ -107,15 +137,15 @@ def left_behind(folder: Path) -> Iterator[Journal]:
         journal = Journal.open(path)
         if journal is None:
             continue
-        if not journal.entries:  # killed before it said what it is
+        if journal.entries or journal.damage:
+            yield journal
+        else:  # killed before it said what it is
             journal.remove()
-            continue
-        yield journal
 
 
 def _started(path: Path) -> int:
     try:
         with path.open() as file:
             return int(json.loads(file.readline() or "{}").get("time", 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return 0

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -408,10 +409,16 @@ def _gallery(row: Row | None, samples_dir: str | os.PathLike) -> dict[str, Any] 
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    """The DDPM's loss curve and sample grid; None for what is not there."""
+    """The DDPM's loss curve and sample grid; None for what is not there. A curve that cannot be read is left out."""
     found: dict[str, Any] = dict.fromkeys(("loss", "words", "samples"))
+    rows = []
     if (folder / "training.csv").exists():
-        rows = read_csv(folder / "training.csv", ("epoch", "train_loss"))
+        try:
+            rows = read_csv(folder / "training.csv", ("epoch", "train_loss"))
+        except DataError as error:
+            print(f"nrcg: warning: {error}; the report leaves out the loss curve", file=sys.stderr)
+            found["words"] = "without a loss curve: its training.csv cannot be read"
+    if rows:
         last = rows[-1]
         if last["epoch"] == 0 or math.isnan(last["train_loss"]):
             found["words"] = f"pretrained ({_origin(folder)}), not trained here"

@@ -30,7 +30,7 @@ from nrcg import __version__
 from nrcg.config import fingerprint
 from nrcg.errors import NrcgError
 from nrcg.files import atomic_write_text
-from nrcg.journal import Journal, left_behind
+from nrcg.journal import DAMAGED, ENDING, Journal, left_behind
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
@@ -362,17 +362,25 @@ class Sync:
 
     Attributes:
         runs: journals sent to their end.
-        failed: journals that the store refused, with the reason.
+        failed: journals that the store refused or that were damaged, with the reason.
     """
 
     runs: int = 0
     failed: tuple[str, ...] = ()
 
 
+def is_left_behind() -> bool:
+    """Whether `sync` may have something to do, unless tracking is off; cheap. What a living process logs counts too."""
+    return not _is_off("NRCG_TRACKING") and any(
+        path.suffix in (ENDING, INVOCATION_ENDING) for path in JOURNALS.glob("*")
+    )
+
+
 def sync() -> Sync:
     """Send what ended or killed processes left in their journals; nothing is sent twice.
 
-    To MLFLOW_TRACKING_URI where it is set, else to the store each journal names.
+    To MLFLOW_TRACKING_URI where it is set, else to the store each journal names. A damaged journal is set aside as
+    NAME.damaged once its whole lines are sent.
 
     Raises:
         NrcgError: a store cannot be reached; one line. The journals stay.
@@ -380,17 +388,32 @@ def sync() -> Sync:
     runs, failed = 0, []
     for journal in left_behind(JOURNALS):
         try:
-            uri = os.environ.get("MLFLOW_TRACKING_URI") or journal.entries[0]["uri"]
-            store = _reachable(uri)
-            try:
-                _send_whole(journal, store)
+            known = bool(journal.entries) and journal.entries[0]["op"] == "start"
+            if known:
+                _send_whole(journal, _reachable(os.environ.get("MLFLOW_TRACKING_URI") or journal.entries[0]["uri"]))
                 runs += 1
-            except Exception as error:
-                failed.append(f"{journal.entries[0]['name']} ({journal.path}): {_one_line(error)}")
+            else:
+                journal.damage = journal.damage or "line 1: is no start"
+                journal.remove()
+            if journal.damage:
+                sent = "its other lines were sent" if known else "which run it is of is not known"
+                failed.append(f"{journal.path}: {journal.damage}; {sent}; set aside as {journal.path.name}{DAMAGED}")
+        except NrcgError:
+            raise
+        except Exception as error:
+            failed.append(f"{journal.path}: {_one_line(error)}")
         finally:
             journal.close()
     for path in JOURNALS.glob(f"*{INVOCATION_ENDING}"):
-        _end_invocation(path)
+        try:
+            _end_invocation(path)
+        except NrcgError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            path.replace(f"{path}{DAMAGED}")  # its run is ended as that of any dead process
+            failed.append(f"{path}: {_one_line(error)}; set aside as {path.name}{DAMAGED}")
+        except Exception as error:
+            failed.append(f"{path}: {_one_line(error)}")
     return Sync(runs, tuple(failed))
 
 
@@ -401,8 +424,8 @@ def _reachable(uri: str) -> _Store:
         return store
     except Exception as error:
         raise NrcgError(
-            f"MLflow at {_without_password(uri)} cannot be reached ({_one_line(error)}); nothing is lost, "
-            "send it later by: nrcg track --sync"
+            f"MLflow at {_without_password(uri)} cannot be reached ({_one_line(error)}); what is not sent is kept, "
+            f"{_remedy(uri, error)}"
         ) from error
 
 
@@ -416,6 +439,8 @@ def _end_invocation(path: Path) -> None:
             return
         text = json.dumps({"status": "KILLED", "time": int(path.stat().st_mtime * 1000)})
     end = json.loads(text)
+    if end["status"] not in ("FINISHED", "FAILED", "KILLED") or not isinstance(end["time"], int):
+        raise ValueError("has changed since it was written")
     client = _reachable(tracking_uri()).client
     experiments = [found.experiment_id for found in client.search_experiments()]
     query = f"tags.`nrcg.invocation` = {_quoted(invocation)} and tags.`nrcg.kind` = '{KIND_INVOCATION}'"
@@ -724,7 +749,8 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
         branch: of git; None: any, the newest run of a method wins.
 
     Returns:
-        A row per method and scale; empty where the store has none or tracking is off.
+        A row per method and scale, with `mlflow_run_id` and `uid`, of its journal; empty where the store has none or
+        tracking is off.
 
     Raises:
         NrcgError: the store cannot be reached; one line.
@@ -760,7 +786,8 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
         method = setting.data.tags.get("method", "")
         if setting.data.tags.get("mlflow.parentRunId") == newest.get(method, ""):
             row = {"experiment": experiment, "method": method, "scale": float(setting.data.params["scale"])}
-            rows.append(row | setting.data.metrics | {"mlflow_run_id": setting.info.run_id})
+            known = {"mlflow_run_id": setting.info.run_id, "uid": setting.data.tags.get("nrcg.uid", "")}
+            rows.append(row | setting.data.metrics | known)
     return sorted(rows, key=lambda row: (list(newest).index(row["method"]), row["scale"]))
 
 
@@ -916,6 +943,14 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
+def _remedy(uri: str, error: BaseException) -> str:
+    """How to send what a failed store did not take."""
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and any(words in str(error) for words in ("file is not a database", "image is malformed")):
+        return f"move {Path(path).name}, which is damaged, away, then: nrcg track --sync"
+    return "send it later by: nrcg track --sync"
+
+
 def _one_line(error: BaseException) -> str:
     return _without_password(_cut(f"{type(error).__name__}: {error}".splitlines()[0], 300))
 
@@ -937,8 +972,8 @@ def _reported(uri: str) -> Iterator[None]:
         _warned = True
         where = "mlflow.db" if uri.startswith("sqlite:") else _without_password(uri)
         print(
-            f"nrcg: warning: tracking by MLflow at {where} fails, the job goes on; what it logs is kept, send it later "
-            f"by: nrcg track --sync ({_one_line(error)})",
+            f"nrcg: warning: tracking by MLflow at {where} fails, the job goes on; what it logs is kept, "
+            f"{_remedy(uri, error)} ({_one_line(error)})",
             file=sys.stderr,
             flush=True,
         )

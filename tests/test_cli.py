@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import TINY_SIZE, write_tiny_pipeline
+from toys import TINY_SIZE, logged_inputs, track_without_a_store, write_tiny_pipeline
 
 from nrcg import config
 from nrcg.classifiers import SmallCNN, save_classifier
@@ -377,7 +377,7 @@ def test_metrics_of_different_features_are_not_joined(columns, code, capsys):
         assert capsys.readouterr().err.startswith("nrcg: features differ and cannot be compared")
 
 
-def test_a_pretrained_classifier_takes_the_place_of_a_trained_one(tiny, tmp_path, capsys):
+def test_a_pretrained_classifier_takes_the_place_of_a_trained_one(tiny, tmp_path, capsys, monkeypatch):
     """Another net with more classes, as a state_dict; its groups are the data set's classes."""
     from torchvision.models import resnet18
 
@@ -395,8 +395,11 @@ def test_a_pretrained_classifier_takes_the_place_of_a_trained_one(tiny, tmp_path
     assert nrcg(*command) == 1
     assert_one_line(capsys, "it has 4 classes, the data set 3; give class_map")
     block["class_map"] = {"soccer": 2, "baseball": [0, 3], "basketball": 1}
+    track_without_a_store(monkeypatch, tmp_path)
     (tmp_path / "c.json").write_text(json.dumps(raw))
     assert nrcg(*command) == 0
+    name = json.loads((tiny / "data/dataset.json").read_text())["name"]
+    assert logged_inputs(tmp_path) == [(f"{name}/val", "validation"), ("judge",)]
     classifier = load_classifier(tmp_path / "judge")
     assert classifier.classes == CLASSES
     names = {path.name for path in (tmp_path / "judge").iterdir()}

@@ -119,6 +119,7 @@ def test_the_whole_chain_at_toy_size(tree, name):
     setting = results / "samples/non_robust_x0_ema99/scale1"
     shard = np.load(setting / "shard0000.npy")
     assert Trace.load(setting / "shard0000.trace.npz").grad_norm.shape == (8, 5)  # T - 1 guided steps
-    assert (setting / "trace.png").exists()
+    assert (results / "metrics/non_robust_x0_ema99/trace_scale1.png").exists()
+    assert all(path.name.startswith("shard") for path in setting.iterdir()), "DVC hashed it before the evaluation"
     assert shard.shape == (8, 16, 16, 3)
     assert "Nothing to be done" in snakemake(tree, name, "-n", "--configfile", "toy.json").stdout

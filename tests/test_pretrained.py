@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import TINY_SIZE, TINY_STEPS, write_tiny_pipeline
+from toys import TINY_SIZE, TINY_STEPS, logged_inputs, track_without_a_store, write_tiny_pipeline
 
 from nrcg import config
 from nrcg.cli import main
@@ -252,7 +252,8 @@ def test_a_class_conditional_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_verb_takes_it_in_the_trained_ones_place(tmp_path, data, prediction_type):
+def test_the_verb_takes_it_in_the_trained_ones_place(tmp_path, data, prediction_type, monkeypatch):
+    track_without_a_store(monkeypatch, tmp_path)
     source, out = tmp_path / "source", tmp_path / "models" / "toy" / "ddpm"
     as_old_layout(write_tiny_pipeline(tmp_path / "new", prediction_type=prediction_type), source)
     assert train_ddpm(tmp_path, str(source), data, out) == 0
@@ -271,6 +272,9 @@ def test_the_verb_takes_it_in_the_trained_ones_place(tmp_path, data, prediction_
     (row,) = read_csv(out / "training.csv", ("epoch", "train_loss"))
     assert (row["epoch"], math.isnan(row["train_loss"])) == (0, True)
     assert 0 < row["val_loss"] < 10  # an untrained network's
+    name = json.loads((data / "dataset.json").read_text())["name"]
+    images = [(f"{name}/train", "mean image"), (f"{name}/val", "validation")]
+    assert logged_inputs(tmp_path) == [*images, ("ddpm",)]
 
 
 def test_the_loss_of_a_known_network_is_right(tmp_path, data):

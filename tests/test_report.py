@@ -160,6 +160,17 @@ def test_broken_classifier_record_is_named(paths, tmp_path):
         report(tmp_path / "r.html", paths | {"models_dir": tmp_path / "models"})
 
 
+def test_an_unreadable_loss_curve_is_left_out_and_named(paths, tmp_path, capsys):
+    shutil.copytree(paths["models_dir"], tmp_path / "models")
+    broken = tmp_path / "models/ddpm/training.csv"
+    broken.write_bytes(broken.read_bytes()[:-3])
+    page = Page(report(tmp_path / "r.html", paths | {"models_dir": tmp_path / "models"}))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nrcg: warning: {broken}: ") and line.endswith("; the report leaves out the loss curve")
+    assert "its training.csv cannot be read" in page.text and "last training loss" not in page.text
+    assert "last training loss" in report(tmp_path / "whole.html", paths)
+
+
 def test_nothing_finite(paths, tmp_path):
     measured = [key for key, value in metric_rows()[0].items() if isinstance(value, float) and key != "scale"]
     rows = [row | dict.fromkeys(measured, NAN) | {"nonfinite": 128.0} for row in metric_rows()]

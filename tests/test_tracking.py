@@ -11,11 +11,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from synthetic import metric_rows
 
 from nrcg import tracking
 from nrcg.cli import main
 from nrcg.errors import NrcgError
 from nrcg.journal import Journal
+from nrcg.results import write_csv
 
 NAMES = ["job 0", "job 1", "job 2", "killed"]
 # What a job does, as a process of its own.
@@ -361,6 +363,78 @@ def test_a_methods_curve_and_the_rows_of_its_newest_run(client):
     assert tracking.read_rows("curve", branch="elsewhere") == tracking.read_rows("no such experiment") == []
 
 
+GIT = {f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+def git(*arguments: str) -> None:
+    subprocess.run(["git", *arguments], check=True, capture_output=True, env=os.environ | GIT)
+
+
+def log_sweep(rows: list[dict]) -> list[dict]:
+    """Log rows of metrics.csv as `nrcg evaluate` does; returns them with their runs' ids."""
+    logged = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        with tracking.run(rows[0]["experiment"], method, kind="evaluate", params={}, tags={"method": method}):
+            for row in (row for row in rows if row["method"] == method):
+                params, name = {"scale": row["scale"]}, f"{method} scale {row['scale']}"
+                with tracking.run(
+                    row["experiment"], name, kind="sample", params=params, tags={"method": method}
+                ) as run:
+                    run.log_metrics({key: number for key, number in row.items() if isinstance(number, float)})
+                logged.append(row | {"mlflow_run_id": run.id})
+    return logged
+
+
+def test_a_comparison_is_of_all_methods_and_the_newest_numbers(client, store, tmp_path, monkeypatch, capsys):
+    """MLflow's rows stand for an experiment only where they are of the runs that metrics.csv names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".gitignore").write_text(".nrcg\n")
+    path = tmp_path / "results/whole/metrics.csv"
+    git("init", "-q", "-b", "whole")
+    git("commit", "-q", "--allow-empty", "-m", "empty")  # without one there is no branch
+    rows = [row for row in metric_rows("whole") if row["method"] in ("robust", "non_robust")]
+    made = log_sweep(rows)
+
+    def compared(source: str = "whole") -> tuple[set[str], str]:
+        assert main(["compare", source]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (note,) = [line for line in lines if line.startswith(f"{source}: ")]
+        return {" ".join(line.split()[:2]) for line in lines if line.startswith(("robust ", "non_robust "))}, note
+
+    def write(rows: list[dict]) -> None:
+        write_csv(path, rows, list(rows[0]))
+
+    best = {"robust 20", "non_robust 5"}
+    assert compared()[1].startswith("whole: newest runs of branch whole in MLflow"), "there is no file"
+    write(made)
+    table, note = compared()
+    assert table == best and note.startswith("whole: newest runs of branch whole in MLflow")
+    uid = client.get_run(made[0]["mlflow_run_id"]).data.tags["nrcg.uid"]
+    write([made[0] | {"mlflow_run_id": f"pending-{uid}"}, *made[1:]])
+    assert "newest runs" in compared()[1], "sent later"
+    file = "whole: results/whole/metrics.csv, since MLflow"
+    write([made[0] | {"scale": 4.0}, *made[1:]])
+    assert compared() == (best, f"{file} lacks robust scale 4 (branch whole)")
+    write(made[1:])
+    assert compared() == (best, f"{file} holds beside them robust scale 5 (branch whole)")
+    # An untracked rerun of one method at other scales.
+    write([row for row in made if row["method"] == "robust"] + [rows[-1] | {"scale": 7.0, "mlflow_run_id": ""}])
+    assert compared() == ({"robust 20", "non_robust 7"}, f"{file} lacks non_robust scale 7 (branch whole)")
+    write([row | {"mlflow_run_id": ""} for row in made])
+    assert compared() == (best, f"{file} holds other runs of non_robust scale 5 and 4 more (branch whole)")
+
+    # A branch where one method alone ran anew.
+    git("checkout", "-q", "-b", "finer")
+    again = log_sweep([row for row in rows if row["method"] == "robust"])
+    write(again + [row for row in made if row["method"] == "non_robust"])
+    git("add", "results")
+    git("commit", "-q", "-m", "finer")
+    for source, where in (("whole", ""), ("finer:whole", " of git revision finer")):
+        reason = "MLflow lacks non_robust scale 5 and 1 more (branch finer)"
+        assert compared(source) == (best, f"{source}: results/whole/metrics.csv{where}, since {reason}")
+
+
 def test_switched_off_nothing_is_imported_or_written(tmp_path):
     code = (
         "import sys\n"
@@ -527,7 +601,7 @@ def test_a_server_that_is_down_costs_one_line_and_little_time(tmp_path, monkeypa
     kept = [path.read_text() for path in (tmp_path / ".nrcg/tracking").glob("*.jsonl")]
     assert len(kept) == 2
     assert not any("secret" in text for text in kept)
-    with pytest.raises(NrcgError, match="nothing is lost") as refused:
+    with pytest.raises(NrcgError, match="what is not sent is kept, send it later by: nrcg track --sync") as refused:
         tracking.sync()
     assert "secret" not in str(refused.value)
 
@@ -562,6 +636,99 @@ def test_the_journal_of_a_living_process_is_left_alone(tmp_path):
     assert (again.sent, again.run_id, again.entries) == (1, "id", [{"op": "start", "time": 1}])
     again.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def write_left(experiment: str, monkeypatch) -> Path:
+    """The journal of a run with three metrics whose process is gone, unsent."""
+    before = set(tracking.JOURNALS.glob("*.jsonl"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "_send", lambda *_: 1 / 0)
+        with tracking.run(experiment, "one", kind="test", params={}) as run:
+            for step in (1, 2, 3):
+                run.log_metrics({"loss": float(step)}, step)
+    (path,) = set(tracking.JOURNALS.glob("*.jsonl")) - before
+    assert len(path.read_bytes().splitlines()) == 5
+    return path
+
+
+def flip(path: Path, line: int, old: bytes, new: bytes) -> bytes:
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert old in lines[line - 1]
+    lines[line - 1] = lines[line - 1].replace(old, new)
+    path.write_bytes(b"".join(lines))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "old", "new", "said", "losses"),
+    [
+        (1, b'"op"', b'"oq"', "line 1: has changed since it was written; which run it is of is not known", None),
+        (1, b"{", b"\xff", "line 1: 'utf-8' codec can't decode", None),
+        (3, b'"op"', b'"oq"', "line 3: has changed since it was written; its other lines were sent", [1, 3]),
+        (3, b"2.0", b"7.0", "line 3: has changed since it was written; its other lines were sent", [1, 3]),
+        (3, b'"values"', b'"values', "line 3: Expecting ':' delimiter", [1, 3]),
+        (5, b'"status"', b'"statvs"', "line 5: has changed since it was written; its other lines", [1, 2, 3]),
+    ],
+)
+def test_a_damaged_journal_is_sent_as_far_as_it_is_whole_and_set_aside(
+    client, monkeypatch, capsys, line, old, new, said, losses
+):
+    experiment = f"damaged {line} {old!r}"
+    path = write_left(experiment, monkeypatch)
+    content = flip(path, line, old, new)
+    capsys.readouterr()
+    assert main(["track", "--sync"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"nrcg: not sent: {path}: {said}") and told.endswith(f"set aside as {path.name}.damaged")
+    aside = path.with_name(f"{path.name}.damaged")
+    assert aside.read_bytes() == content and not path.exists()
+    aside.unlink()
+    assert main(["track", "--sync"]) == 0
+    assert capsys.readouterr().err == ""
+    if losses is None:
+        assert client.get_experiment_by_name(experiment) is None
+        return
+    (stored,) = runs(client, experiment)
+    assert [entry.value for entry in client.get_metric_history(stored.info.run_id, "loss")] == losses
+    assert stored.info.status == ("KILLED" if line == 5 else "FINISHED")
+
+
+def test_damage_in_one_file_keeps_no_other_from_being_sent(client, monkeypatch, capsys):
+    """A journal without a checksum, of an earlier version, and an invocation's file among others."""
+    first, second = (write_left("beside", monkeypatch) for _ in range(2))
+    flip(first, 1, b"{", b"[")
+    entries = [json.loads(line) for line in second.read_text().splitlines()]
+    plain = [{key: value for key, value in entry.items() if key != "crc32"} for entry in entries]
+    second.write_text("".join(f"{json.dumps(entry)}\n" for entry in plain))
+    garbled = tracking.JOURNALS / f"{tracking.new_invocation()}.invocation"
+    garbled.write_text('{"status": "FINI')
+    capsys.readouterr()
+    assert main(["track", "--sync"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "1 run sent\n"
+    assert [line.split(": ")[2] for line in told.err.splitlines()] == [str(first), str(garbled)]
+    left = sorted(tracking.JOURNALS.glob("*"))
+    assert left == sorted(path.with_name(f"{path.name}.damaged") for path in (first, garbled))
+    for path in left:
+        path.unlink()
+    (stored,) = runs(client, "beside")
+    assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"loss": 3.0})
+
+
+def test_a_damaged_database_is_to_be_moved_away(store, tmp_path, monkeypatch, capsys):
+    content = (store / "mlflow.db").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(content[: len(content) // 2])
+    with tracking.run("cut off", "one", kind="test", params={}):
+        pass
+    monkeypatch.setattr(tracking, "_stores", {})
+    assert main(["track", "--sync"]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert all("move mlflow.db, which is damaged, away, then: nrcg track --sync" in line for line in told)
+    (tmp_path / "mlflow.db").rename(tmp_path / "old.db")
+    sync = [sys.executable, "-m", "nrcg.cli", "track", "--sync"]  # MLflow keeps a file that it has opened
+    assert subprocess.run(sync, check=True, capture_output=True, text=True).stdout == "1 run sent\n"
 
 
 def test_params_are_flattened():

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from test_workflow import processes_in
 
 from nrcg import config
 
@@ -47,16 +49,21 @@ def shrink(folder: Path) -> None:
     path.write_text(yaml.safe_dump(json.loads(json.dumps(raw)), sort_keys=False))
 
 
+def copy_repository(folder: Path) -> None:
+    """The tracked files, with the toy quickstart."""
+    for name in run(ROOT, "git ls-files").splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    shrink(folder)
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """A fresh clone with a folder remote, after the commands of docs/tracking.md."""
     base = tmp_path_factory.mktemp("versions")
     origin = base / "origin"
-    for name in run(ROOT, "git ls-files").splitlines():
-        if (ROOT / name).exists():
-            (origin / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, origin / name, follow_symlinks=False)
-    shrink(origin)
+    copy_repository(origin)
     run(origin, "git init -q -b main && git add -A && git commit -qm one")
     run(origin, "snakemake --cores 2")
     run(origin, "dvc commit -f && git add -A && git commit -qm results")
@@ -75,6 +82,32 @@ def adopted(clone):
     original = (clone / "config.yaml").read_text()
     yield clone
     (clone / "config.yaml").write_text(original)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/sh"])
+def test_a_kill_of_dvc_leaves_no_process_and_the_same_command_goes_on(tmp_path, shell):
+    """DVC runs its commands in the user's shell."""
+    tree = tmp_path / "tree"
+    copy_repository(tree)
+    run(tree, "git init -q -b main && git add -A && git commit -qm one")
+    environment = ENVIRONMENT | {"SHELL": shell}
+    repro = ["dvc", "repro", "ddpm@quickstart"]
+    with open(tmp_path / "said.txt", "w") as said:
+        dvc = subprocess.Popen(repro, cwd=tree, env=environment, stdout=said, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while not any(" train-ddpm " in line for line in processes_in(tree)):
+        assert dvc.poll() is None and time.monotonic() < deadline, (tmp_path / "said.txt").read_text()[-3000:]
+        time.sleep(0.05)
+    dvc.kill()
+    dvc.wait()
+    deadline = time.monotonic() + 10
+    while processes_in(tree) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_in(tree) == []
+    again = subprocess.run(repro, cwd=tree, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, (again.stdout + again.stderr)[-3000:]
+    assert (tree / "models/quickstart/ddpm/training.json").exists()
 
 
 def planned(output: str) -> dict[str, int]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from nrcg import config
+from nrcg.journal import Journal
 from nrcg.results import FORWARD_COLUMNS, METRICS_COLUMNS
 
 ROOT = Path(__file__).parent.parent
@@ -162,6 +163,35 @@ def test_the_reserved_names_are_the_rules():
     texts = [path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]]
     rules = {name for text in texts for name in re.findall(r"^rule (\w+):", text, re.MULTILINE)}
     assert rules == set(config.RULES)
+
+
+def test_what_a_dead_process_left_is_sent_at_the_next_start(tmp_path):
+    """Also where there is nothing to do; a server that is down costs a line."""
+    tree = copy_tree(tmp_path)
+    left = Journal.create(tree / ".nrcg/tracking")
+    names = {"uri": "", "experiment": "left", "name": "one", "parent": "", "invocation": ""}
+    left.append("start", time=1, params={}, tags={"nrcg.git_branch": "main", "nrcg.uid": left.uid}, **names)
+    left.close()
+    environment = {key: value for key, value in os.environ.items() if key != "NRCG_TRACKING"}
+
+    def start(uri: str, **more: str) -> subprocess.CompletedProcess:
+        words = command("--list-rules", "--configfile", "toy.yaml")
+        started = environment | {"MLFLOW_TRACKING_URI": uri} | more
+        run = subprocess.run(words, cwd=tree, env=started, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run
+
+    store = f"sqlite:///{tree / 'mlflow.db'}"
+    assert "nrcg:" not in start(store, NRCG_TRACKING="off").stderr and left.path.exists()
+    said = [line for line in start("http://127.0.0.1:1").stderr.splitlines() if line.startswith("nrcg: ")]
+    assert len(said) == 1 and "cannot be reached" in said[0] and left.path.exists()
+    assert "nrcg:" not in start(store).stderr
+    assert list((tree / ".nrcg/tracking").iterdir()) == []
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("left").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("one", "KILLED")
 
 
 # --- The toy experiment -----------------------------------------------------------------------------------------
@@ -354,6 +384,22 @@ def test_a_lost_result_is_made_anew(finished, name, expected):
         kept.rename(lost)
 
 
+@pytest.mark.slow
+def test_the_same_weights_trained_again_leave_nothing_but_the_report_to_do(finished, tmp_path):
+    """Tracked: what names the new run is no rule's input. training.csv, which the report shows, holds times."""
+    tree = shutil.copytree(finished, tmp_path / "tree", symlinks=True)
+    lost = [f"models/toy/{name}/training.csv" for name in ("ddpm", "classifiers/judge")]
+    for name in lost:
+        (tree / name).unlink()
+    environment = {key: value for key, value in os.environ.items() if key != "NRCG_TRACKING"}
+    environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tree / 'mlflow.db'}", "NRCG_LOG_MODELS": "off"}
+    words = command(*lost, "--cores", "2", "--configfile", "toy.yaml")
+    run = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tree / "mlflow.db").exists()
+    assert planned(snakemake(tree, "--dry-run", "toy", "--quiet", "rules").stdout) == {"report": 1}
+
+
 # --- Kills ------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +433,17 @@ def test_a_killed_run_leaves_no_process_and_a_plain_rerun_goes_on(tmp_path):
     assert processes_in(tree) == []
     assert not (tree / "models/toy/ddpm/training.json").exists()
 
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    toy = client.get_experiment_by_name("toy").experiment_id
+    assert {run.info.status for run in client.search_runs([toy])} == {"RUNNING"}
+    done = ["data/toyballs/dataset.json", *words[2:]]
+    nothing = subprocess.run(command(*done), cwd=tree, env=environment, capture_output=True, text=True)
+    assert "Nothing to be done" in nothing.stdout + nothing.stderr
+    statuses = {run.data.tags["nrcg.kind"]: run.info.status for run in client.search_runs([toy])}
+    assert statuses == {"invocation": "KILLED", "train": "KILLED", "dataset": "FINISHED"}
+
     rerun = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
     assert rerun.returncode == 0, rerun.stderr[-3000:]
     assert epochs()[0] > 1
@@ -395,10 +452,6 @@ def test_a_killed_run_leaves_no_process_and_a_plain_rerun_goes_on(tmp_path):
     assert not (tree / "models/toy/ddpm.checkpoint.pt").exists()
     assert not any(path.name.endswith(".tmp") for path in (tree / "models").rglob("*"))
 
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(environment["MLFLOW_TRACKING_URI"])
-    toy = client.get_experiment_by_name("toy").experiment_id
     found = client.search_runs([toy], "tags.mlflow.runName = 'train_ddpm'", order_by=["attributes.start_time"])
     assert [run.info.status for run in found] == ["KILLED", "FINISHED"]
     invocations = "tags.`nrcg.kind` = 'invocation'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,6 +131,21 @@ def log_prob(classifier: nn.Module, x: Tensor, target: int) -> Tensor:
     """(B,) log p(target | x), without a gradient."""
     with torch.no_grad():
         return class_log_prob(classifier(x), target)
+
+
+def track_without_a_store(monkeypatch, folder: Path) -> None:
+    """What is logged stays in the journals of `folder`: no server is at this address."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("NRCG_TRACKING", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+
+
+def logged_inputs(folder: Path) -> list[tuple[str, ...]]:
+    """(data set, what it is for) and (model,) of the one run in the journals of `folder`, in their order."""
+    (path,) = (folder / ".nrcg/tracking").glob("*.jsonl")
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    keys = {"dataset": ("name", "context"), "model": ("name",)}
+    return [tuple(entry[key] for key in keys[entry["op"]]) for entry in entries if entry["op"] in keys]
 
 
 def write_tiny_pipeline(folder: str | Path, channels: int = 3, seed: int = 0, **scheduler: object) -> Path:

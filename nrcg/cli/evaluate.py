@@ -138,6 +138,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             device,
             record=read_reference_record(Path(arguments.reference)),
             cache=Path(arguments.cache),
+            traces=Path(arguments.out).with_suffix(""),
             ddpm=None if arguments.ddpm is None else Path(arguments.ddpm),
         )
         best = best_per_method([row | {"best_by": settings.evaluation.best_by} for row in rows])[settings.method]

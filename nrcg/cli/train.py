@@ -106,9 +106,7 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
         if not ranks.main:
             return None
         scheduler = build_scheduler(config.schedule)
-        training.save_pipeline(
-            out, unet, scheduler, mean, record | {"num_processes": ranks.count, "mlflow_run_id": run.id}, log
-        )
+        training.save_pipeline(out, unet, scheduler, mean, record | {"num_processes": ranks.count}, log)
         _draw_grid(unet, scheduler, config, mean, precision, out / "samples.png")
         run.log_artifact(out / "samples.png", "samples")
         run.log_model(out, "ddpm")
@@ -153,6 +151,8 @@ def _import_ddpm(arguments: argparse.Namespace, settings: TrainDDPMStep, manifes
     mean = mean_image(arguments.data)
     params = {"experiment": settings.experiment, "pretrained": origin, "schedule": config.schedule.model_dump()}
     with tracking.run(settings.experiment, "train_ddpm", kind="train", params=params, tags=data_tags(manifest)) as run:
+        log_dataset(run, manifest, arguments.data, "train", "mean image")
+        log_dataset(run, manifest, arguments.data, "val", "validation")
         row = pretrained.pretrained_row(
             pipe,
             training.Images(*open_split(arguments.data, "val"), device),
@@ -161,10 +161,11 @@ def _import_ddpm(arguments: argparse.Namespace, settings: TrainDDPMStep, manifes
             precision=precision,
         )
         run.log_metrics({"val_loss": row["val_loss"]})
-        record = _record(settings, manifest, device, precision) | {"pretrained": origin, "mlflow_run_id": run.id}
+        record = _record(settings, manifest, device, precision) | {"pretrained": origin}
         training.save_pipeline(out, pipe.unet, pipe.scheduler, mean, record, [row])
         _draw_grid(pipe.unet, pipe.scheduler, config, mean, precision, out / "samples.png")
         run.log_artifact(out / "samples.png", "samples")
+        run.log_model(out, "ddpm")
 
 
 def add_train_classifier(verbs: Verbs) -> None:
@@ -238,7 +239,6 @@ def train_classifier(arguments: argparse.Namespace) -> None:
                 "channels": manifest["channels"],
                 "batch_norm_momentum": config.batch_norm_momentum,
                 "validation_accuracy": log[-1]["val_accuracy"],
-                "mlflow_run_id": run.id,
                 **_record(settings, manifest, device, precision),
             },
         )
@@ -267,6 +267,7 @@ def _import_classifier(arguments: argparse.Namespace, settings: TrainClassifierS
     params = {"experiment": settings.experiment, "role": settings.role, "classifier": config.model_dump()}
     name = f"train_{settings.role}"
     with tracking.run(settings.experiment, name, kind="train", params=params, tags=data_tags(manifest)) as run:
+        log_dataset(run, manifest, arguments.data, "val", "validation")
         val = training.Images(*open_split(arguments.data, "val"), device)
         accuracy = training.accuracy(classifier, val)
         print(f"{config.pretrained}: {100 * accuracy:.1f} % of the validation images right", flush=True)
@@ -281,7 +282,6 @@ def _import_classifier(arguments: argparse.Namespace, settings: TrainClassifierS
             "image_size": manifest["image_size"],
             "pretrained": config.pretrained,
             "validation_accuracy": accuracy,
-            "mlflow_run_id": run.id,
         }
         save_classifier(out, classifier.module, record | _record(settings, manifest, device, torch.float32))
         run.log_model(out, settings.role)

@@ -11,7 +11,12 @@ from nrcg.errors import ConfigError, DataError
 from nrcg.features import resolve_features
 from nrcg.files import join_group, remove_leftovers
 from nrcg.integrity import refuse_damaged_sources, set_aside_damaged
-from nrcg.tracking import new_invocation
+from nrcg.processes import end_with_parent
+from nrcg.tracking import is_left_behind, new_invocation
+
+# DVC, of which Snakemake is a child, names itself in dvc.yaml: without it the workflow must not go on.
+if workflow.is_main_process and (dvc := os.environ.pop("NRCG_PARENT", "")):
+    end_with_parent(int(dvc))
 
 try:
     # Snakemake reads these too, but lets a key stand twice.
@@ -37,6 +42,19 @@ def clear_up():
         sys.exit(f"nrcg: {error}")
     for line in set_aside_damaged(Path()):
         print(f"nrcg: {line}", file=sys.stderr)
+    send_leftovers()
+
+
+def send_leftovers():
+    """Close the tracking runs that a kill left, and send what a server that was down has missed. A process of its own
+    with a limit: no trouble of the store may stop the workflow."""
+    if not is_left_behind():
+        return
+    command = [sys.executable, "-m", "nrcg.cli", "track", "--sync"]
+    try:
+        subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        print("nrcg: warning: runs of before are not all sent yet; send them by: nrcg track --sync", file=sys.stderr)
 
 
 if workflow.is_main_process:
