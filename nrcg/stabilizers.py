@@ -35,6 +35,9 @@ class Stabilizer(ABC):
 class Identity(Stabilizer):
     """No smoothing."""
 
+    def __repr__(self) -> str:
+        return "Identity()"
+
     def reset(self) -> None:
         pass
 

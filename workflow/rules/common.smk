@@ -88,6 +88,7 @@ FIGURES = (
     "best_samples",
 )
 
+# What a lost file of a model is missed for. Not its training.csv and samples.png, which are not worth a training.
 DDPM = (
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -95,10 +96,8 @@ DDPM = (
     "unet/diffusion_pytorch_model.safetensors",
     "data_mean.npy",
     "training.json",
-    "training.csv",
-    "samples.png",
 )
-CLASSIFIER = ("config.json", "model.safetensors", "training.csv", "accuracy_over_t.csv")
+CLASSIFIER = ("config.json", "model.safetensors", "accuracy_over_t.csv")
 
 
 wildcard_constraints:
