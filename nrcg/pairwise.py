@@ -200,7 +200,7 @@ def _smallest_in_columns(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, t
 def _exact_squares(a: np.ndarray, rows: np.ndarray, b: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Squared distances of some pairs, in float64."""
     found = np.empty(len(rows))
-    step = max(1, 2**22 // a.shape[1])
+    step = max(1, 2**18 // a.shape[1])
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         apart = torch.from_numpy(a[rows[part]]).double().sub_(torch.from_numpy(b[columns[part]]))

@@ -474,4 +474,4 @@ def test_a_flipped_byte_of_the_data_is_refused(tiny, tmp_path, capsys):
     content[-1] ^= 1
     path.write_bytes(content)
     assert nrcg(*CLASSIFIER.format(tiny=tiny).split(), "--data", tmp_path / "copy/data") == 1
-    assert_one_line(capsys, f"nrcg: {path}: has changed since it was written (SHA-256 differs); run: nrcg dataset ")
+    assert_one_line(capsys, f"nrcg: {path}: has changed since it was written (SHA-256 differs); ")
