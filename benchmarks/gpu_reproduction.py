@@ -557,13 +557,15 @@ def speed(call: Call) -> None:
 
 
 def sampling_jobs(call: Call, experiment: str, settings: Sequence[tuple[str, float]]) -> list[Job]:
-    """Shards of each method and scale, each followed by its evaluation."""
+    """The reference, then shards of each method and scale, each followed by its evaluation."""
     from nrcg.config import format_scale, load
 
     config = load(call.config())
     sampling, results = config.experiments[experiment].sampling, call.work / "results" / experiment
     shards = range(-(-sampling.num_samples // sampling.shard_size))
-    jobs = []
+    reference = results / "reference.json"
+    paths = {"data": call.data, "classifiers": call.models / "classifiers"}
+    jobs = [Job(verb(call, "reference", experiment=experiment, **paths, out=reference), str(reference))]
     for method, scale in settings:
         text, guide = format_scale(scale), config.methods[method].classifier
         folder, made = results / "samples" / method / f"scale{text}", metrics_path(call.work, experiment, method, text)
@@ -576,8 +578,8 @@ def sampling_jobs(call: Call, experiment: str, settings: Sequence[tuple[str, flo
             argv = verb(call, "sample", experiment=experiment, shard=shard, out=path, **flags)
             kind = f"{config.methods[method].input if guide else 'none'}"
             jobs.append(Job(argv, str(path.with_suffix(".json")), kind, sampling.shard_size))
-        paths = {"samples": results / "samples", "data": call.data, "classifiers": call.models / "classifiers"}
-        argv = verb(call, "evaluate", experiment=experiment, method=method, scales=[text], **paths, out=made)
+        compared = paths | {"samples": results / "samples", "reference": reference}
+        argv = verb(call, "evaluate", experiment=experiment, method=method, scales=[text], **compared, out=made)
         keep = {"keep": KEPT_SAMPLES[experiment], "folder": str(folder)}
         kept = str(results / "kept" / method / f"scale{text}")
         jobs.append(Job([*argv, "--threads", "2"], str(made), beside=True, kept=kept, **keep))

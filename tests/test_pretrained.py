@@ -383,8 +383,10 @@ def test_the_published_256_pixel_model_goes_through_sampling_and_evaluation(tmp_
     shards.mkdir(parents=True)
     for ending in ("npy", "json"):
         (tmp_path / "drawn" / f"samples.{ending}").rename(shards / f"shard0000.{ending}")
+    step = (*step, "--classifiers", "classifiers")
+    peaks.append(peak_memory_gib("reference", *step, "--out", "reference.json"))
     method = ("--method", "non_robust_x0_ema99", "--scales", 10, "--samples", "samples")
-    peaks.append(peak_memory_gib("evaluate", *step, *method, "--classifiers", "classifiers", "--out", "metrics.csv"))
+    peaks.append(peak_memory_gib("evaluate", *step, *method, "--reference", "reference.json", "--out", "metrics.csv"))
     (row,) = read_csv(tmp_path / "metrics.csv", ("accuracy_judge", "fd_judge", "cfd_judge"))
     assert 0 <= row["accuracy_judge"] <= 1
     assert row["fd_judge"] > 0
