@@ -342,7 +342,7 @@ def test_the_published_256_pixel_model_goes_through_sampling_and_evaluation(tmp_
     del unet
     settings = {"classes": CLASSES, "diameter": (0.3, 0.7), "seed": 0, "workers": 1}
     write_sportballs(tmp_path / "data", image_size=256, num_train=24, num_val=1, **settings)
-    for role in ("judge", "non_robust"):
+    for role in config.ROLES:
         save_classifier(
             tmp_path / "classifiers" / role,
             SmallCNN(3),
