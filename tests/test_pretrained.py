@@ -342,7 +342,7 @@ def test_the_published_256_pixel_model_goes_through_sampling_and_evaluation(tmp_
     del unet
     settings = {"classes": CLASSES, "diameter": (0.3, 0.7), "seed": 0, "workers": 1}
     write_sportballs(tmp_path / "data", image_size=256, num_train=24, num_val=1, **settings)
-    for role in config.ROLES:
+    for role in ("judge", "non_robust"):
         save_classifier(
             tmp_path / "classifiers" / role,
             SmallCNN(3),
@@ -355,7 +355,6 @@ def test_the_published_256_pixel_model_goes_through_sampling_and_evaluation(tmp_
         "pretrained": "celebahq",
         "schedule": {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
     }
-    toy["sampling"] |= {"num_samples": 4}
     (tmp_path / "toy.yaml").write_text(json.dumps(raw))
     step = ("--config", "toy.yaml", "--experiment", "toy", "--data", "data")
     peaks = [peak_memory_gib("train-ddpm", *step, "--out", "ddpm")]
@@ -372,22 +371,17 @@ def test_the_published_256_pixel_model_goes_through_sampling_and_evaluation(tmp_
         "--stabilizer",
         "ema:0.99",
     )
-    drawn = ("--sampler", "ddim", "--steps", 2, "--num-samples", 4, "--batch-size", 1, "--out", "drawn")
+    drawn = ("--sampler", "ddim", "--steps", 2, "--num-samples", 6, "--batch-size", 1, "--out", "drawn")
     peaks.append(peak_memory_gib("sample", "--ddpm", "ddpm", *guided, *drawn))
     samples = np.load(tmp_path / "drawn" / "samples.npy")
-    assert (samples.shape, samples.dtype) == ((4, 256, 256, 3), np.uint8)
+    assert (samples.shape, samples.dtype) == ((6, 256, 256, 3), np.uint8)
     record = json.loads((tmp_path / "drawn" / "samples.json").read_text())
     assert record["nonfinite"] == 0
 
-    shards = tmp_path / "samples" / "non_robust_x0_ema99" / "scale10"
-    shards.mkdir(parents=True)
-    for ending in ("npy", "json"):
-        (tmp_path / "drawn" / f"samples.{ending}").rename(shards / f"shard0000.{ending}")
-    step = (*step, "--classifiers", "classifiers")
-    peaks.append(peak_memory_gib("reference", *step, "--out", "reference.json"))
-    method = ("--method", "non_robust_x0_ema99", "--scales", 10, "--samples", "samples")
-    peaks.append(peak_memory_gib("evaluate", *step, *method, "--reference", "reference.json", "--out", "metrics.csv"))
-    (row,) = read_csv(tmp_path / "metrics.csv", ("accuracy_judge", "fd_judge", "cfd_judge"))
-    assert 0 <= row["accuracy_judge"] <= 1
+    judged = ("--features", "judge", "--classifier", "classifiers/judge")
+    sides = ("--samples", "drawn", "--reference", "data/train/images.npy")
+    peaks.append(peak_memory_gib("evaluate", *sides, *judged, "--out", "metrics.json"))
+    row = json.loads((tmp_path / "metrics.json").read_text())
+    assert (row["num_samples"], row["num_reference"]) == (6, 24)
     assert row["fd_judge"] > 0
     assert max(peaks) < 8
