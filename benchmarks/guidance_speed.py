@@ -14,8 +14,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -194,15 +192,13 @@ def main() -> None:
     if arguments.variant:
         print(json.dumps(measure(arguments)))
         return
-    found: dict[str, list[dict]] = {variant: [] for variant in arguments.variants}
-    flags = ["batch-size", "size", "steps", "device", "precision", "threads"]
-    for _ in range(arguments.repeats):
-        for variant in arguments.variants:
-            command = [sys.executable, __file__, "--variant", variant]
-            for flag in flags:
-                value = getattr(arguments, flag.replace("-", "_"))
-                command += [f"--{flag}", str(value)] if value is not None else []
-            found[variant].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+    from variants import measure_in_turn, write_json
+
+    flags = {
+        name: getattr(arguments, name.replace("-", "_"))
+        for name in ("batch-size", "size", "steps", "device", "precision", "threads")
+    }
+    found = measure_in_turn(__file__, arguments.variants, arguments.repeats, flags)
     print("| variant | images/s (median) | times plain (min to max) | peak MiB | share of plain | noise's share |")
     print("|---|---|---|---|---|---|")
     summary = {}
@@ -224,9 +220,7 @@ def main() -> None:
     if "full" in summary:
         used = 100 * summary["full"]["share_of_peak"]
         print(f"\nThe full gradient uses {used:.1f} % of what a large matrix product reaches on this device.")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"summary": summary, "runs": found}, indent=2) + "\n")
+    write_json(arguments.json, summary, found)
 
 
 if __name__ == "__main__":

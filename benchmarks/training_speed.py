@@ -17,8 +17,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -219,19 +217,15 @@ def main() -> None:
     if arguments.variant:
         print(json.dumps(measure(arguments)))
         return
-    found: dict[str, list[dict]] = {variant: [] for variant in arguments.variants}
-    for _ in range(arguments.repeats):
-        for variant in arguments.variants:
-            command = [sys.executable, __file__, "--variant", variant, *(["--toy"] if arguments.toy else [])]
-            for flag in ("batch-size", "size", "seconds", "device"):
-                command += [f"--{flag}", str(getattr(arguments, flag.replace("-", "_")))]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[variant].append(json.loads(output.splitlines()[-1]))
+    from variants import measure_in_turn, write_json
+
+    flags = {
+        name: getattr(arguments, name.replace("-", "_")) for name in ("batch-size", "size", "seconds", "device", "toy")
+    }
+    found = measure_in_turn(__file__, arguments.variants, arguments.repeats, flags)
     table, summary = summarize(found)
     print(table)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"summary": summary, "runs": found}, indent=2) + "\n")
+    write_json(arguments.json, summary, found)
 
 
 def summarize(found: dict[str, list[dict]]) -> tuple[str, dict]:

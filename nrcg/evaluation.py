@@ -305,7 +305,7 @@ def classifier_quality(classifier: Classifier, images: np.ndarray, labels: np.nd
 def open_references(
     settings: ReferenceStep | EvaluateStep,
     data: Path,
-    classifiers: Path,
+    judge: Classifier,
     cache: Path,
     device: torch.device,
     progress: Callable[[int], object] = lambda images: None,
@@ -315,7 +315,6 @@ def open_references(
     The images of the target class in the validation split are what diversity is held against.
     """
     config = settings.evaluation
-    judge = load_classifier(classifiers / "judge").to(device)
     target = class_index(judge.classes, settings.target)
     manifest = load_manifest(data)
     images, labels = open_split(data, "train")
@@ -365,16 +364,15 @@ def describe_reference(
         protocols: a dict per protocol; classifiers: role -> `classifier_quality` on the validation images.
     """
     images, labels = open_split(data, "val")
+    loaded = {role: load_classifier(classifiers / role).to(device) for role in ROLES}
     with Progress(f"reference {settings.experiment}", len(open_split(data, "train")[0]), "image") as bar:
-        extractors, references = open_references(settings, data, classifiers, cache, device, bar.set)
+        extractors, references = open_references(settings, data, loaded["judge"], cache, device, bar.set)
     for extractor, reference in zip(extractors, references, strict=True):
         if reference.target is not None:
             _warn_of_rank(f"{extractor.name}, target class", reference.target.statistics.n, extractor.dim)
     return {
         "protocols": [{"name": one.name, "dim": one.everything.statistics.dim, **one.identity} for one in references],
-        "classifiers": {
-            role: classifier_quality(load_classifier(classifiers / role).to(device), images, labels) for role in ROLES
-        },
+        "classifiers": {role: classifier_quality(one, images, labels) for role, one in loaded.items()},
     }
 
 
@@ -436,7 +434,7 @@ def evaluate_method(
     guide = load_classifier(classifiers / guide_role).to(device)
     target = class_index(judge.classes, settings.target)
     manifest = load_manifest(data)
-    extractors, references = open_references(settings, data, classifiers, cache, device)
+    extractors, references = open_references(settings, data, judge, cache, device)
     made_by = {"method": settings.method, "settings": sample_settings(settings).fingerprint()}
     if ddpm is not None:
         made_by["weights_sha256"] = {"ddpm": weights_hash(ddpm)}

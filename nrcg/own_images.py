@@ -10,11 +10,8 @@ import csv
 import hashlib
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ import torch
 
 from nrcg.batching import BatchSize, in_batches
 from nrcg.classifiers import Classifier, class_index
+from nrcg.datasets import in_threads
 from nrcg.errors import DataError
 from nrcg.evaluation import evaluate_features, predict
 from nrcg.features import Extractor, extract, find_inception, find_torcheval, load_extractor, resolve_features
@@ -39,6 +37,8 @@ GIVEN = "given"
 AUTO_BATCH = 64
 CHUNK = 256
 CHUNK_BYTES = 2**28
+UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged archive raises."""
 HEADINGS = ("label", "labels", "class", "target", "category", "y")
 FEW = 50
 """Below so many images a side, a warning says that intervals are rough."""
@@ -128,25 +128,9 @@ def _open_folder(path: Path, names: list[str], labels: str | Path | None, image_
             raise DataError(f"{path / name}: {error}") from error
 
     def chunks() -> Iterator[Images]:
-        yield from _chunked(_in_threads(read, [names[i] for i in order]))
+        yield from _chunked(in_threads(read, [names[i] for i in order], min(8, processors())))
 
     return Side(path, len(names), None, None if found is None else found[order], chunks, image_size=image_size)
-
-
-def _in_threads(read: Callable[[str], np.ndarray], names: Sequence[str]) -> Iterator[np.ndarray]:
-    """read(name) of each in order, a few ahead: Pillow decodes without the interpreter's lock."""
-    workers = min(8, processors())
-    with ThreadPoolExecutor(workers) as pool:
-        rest = iter(names)
-        ahead = deque(pool.submit(read, name) for name in islice(rest, 2 * workers))
-        try:
-            while ahead:
-                image = ahead.popleft().result()
-                ahead.extend(pool.submit(read, name) for name in islice(rest, 1))
-                yield image
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def _chunked(images: Iterator[np.ndarray]) -> Iterator[Images]:
@@ -199,7 +183,7 @@ def _open_archive(path: Path, labels: str | Path | None, image_size: int | None)
             with np.load(path, allow_pickle=False) as archive:
                 if "arr_1" in archive.files and archive["arr_1"].shape == shape[:1]:
                     found = archive["arr_1"].astype(str)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except UNREADABLE as error:
             raise DataError(f"{path}: its labels, arr_1, cannot be read ({error})") from None
 
     def rows() -> Iterator[np.ndarray]:
@@ -209,7 +193,7 @@ def _open_archive(path: Path, labels: str | Path | None, image_size: int | None)
             for _ in range(shape[0]):
                 try:
                     data = file.read(size)
-                except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                except UNREADABLE as error:
                     raise DataError(f"{path}: damaged ({error})") from None
                 if len(data) < size:
                     raise DataError(f"{path}: cut off")
@@ -232,7 +216,7 @@ def _header(file, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         return read(file)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: damaged, arr_0 cannot be read ({error})") from None
 
 

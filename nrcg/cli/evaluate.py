@@ -292,7 +292,7 @@ def _tune_method(
     guide, judge = (load_classifier(classifiers / role).to(device) for role in roles)
     target = class_index(judge.classes, sampled.target)
     manifest = load_manifest(data)
-    extractors, references = open_references(evaluated, data, classifiers, Path(REFERENCE_CACHE), device)
+    extractors, references = open_references(evaluated, data, judge, Path(REFERENCE_CACHE), device)
     key = {
         "sample": sampled.fingerprint(),
         "evaluate": evaluated.fingerprint(),
