@@ -490,11 +490,12 @@ def salvage(call: Call, checkpoint: Path) -> None:
     from diffusers import DDPMPipeline
 
     from nrcg import config
-    from nrcg.datasets import load_manifest, mean_image
-    from nrcg.diffusion import DATA_MEAN_FILE, build_scheduler, build_unet
-    from nrcg.export import export_ddpm
+    from nrcg.csv_files import write_csv
+    from nrcg.data.arrays import load_manifest, mean_image
+    from nrcg.diffusion.storage import DATA_MEAN_FILE
+    from nrcg.diffusion.unet import build_scheduler, build_unet
     from nrcg.files import atomic_save_array
-    from nrcg.results import write_csv
+    from nrcg.training.export import export_ddpm
 
     settings = config.step_settings(config.load(call.config()), EXPERIMENT, "train_ddpm")
     manifest = load_manifest(call.data)
@@ -558,7 +559,8 @@ def speed(call: Call) -> None:
 
 def sampling_jobs(call: Call, experiment: str, settings: Sequence[tuple[str, float]]) -> list[Job]:
     """The reference, then shards of each method and scale, each followed by its evaluation."""
-    from nrcg.config import format_scale, load
+    from nrcg.config import load
+    from nrcg.layout import format_scale
 
     config = load(call.config())
     sampling, results = config.experiments[experiment].sampling, call.work / "results" / experiment
@@ -601,7 +603,8 @@ def sweep(call: Call, minutes: float) -> None:
 
 def best_scales(call: Call) -> dict[str, float]:
     """Each method's scale of lowest class-conditional distance in the sweep."""
-    from nrcg.results import best_per_method, read_metrics
+    from nrcg.report.best import best_per_method
+    from nrcg.report.columns import read_metrics
 
     rows = [
         row for path in (call.work / "results" / EXPERIMENT / "metrics").glob("*.csv") for row in read_metrics(path)

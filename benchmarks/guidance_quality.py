@@ -78,13 +78,13 @@ def measure(arguments: argparse.Namespace, rows: list[dict], keep: Callable[[lis
     import torch
 
     from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline, load_classifier
-    from nrcg.classifiers import class_index
-    from nrcg.config import scaled_beta
-    from nrcg.datasets import open_split, to_uint8
-    from nrcg.diffusion import resolve_device, resolve_precision
-    from nrcg.evaluation import evaluate_images
-    from nrcg.features import JudgeExtractor
-    from nrcg.references import make_reference
+    from nrcg.classifiers.logits import class_index
+    from nrcg.data.arrays import open_split, to_uint8
+    from nrcg.devices import resolve_device, resolve_precision
+    from nrcg.evaluation.evaluate import evaluate_images
+    from nrcg.evaluation.features import JudgeExtractor
+    from nrcg.evaluation.references import make_reference
+    from nrcg.guidance.stabilizers import scaled_beta
 
     device = resolve_device(arguments.device)
     precision = resolve_precision("auto", device)
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the quality.csv that is there")
     parser.add_argument("--draw-only", action="store_true", help="table and picture from the quality.csv that is there")
     arguments = parser.parse_args()
-    from nrcg.results import write_csv
+    from nrcg.csv_files import write_csv
 
     csv = arguments.out / "quality.csv"
     if arguments.draw_only:

@@ -32,9 +32,9 @@ def models(size: int):
     """The paper's U-Net and classifier with random weights."""
     import torch
 
-    from nrcg.classifiers import build_module
+    from nrcg.classifiers.architectures import build_module
     from nrcg.config import UNetConfig
-    from nrcg.diffusion import build_unet
+    from nrcg.diffusion.unet import build_unet
 
     torch.manual_seed(0)
     return build_unet(UNetConfig(**PUBLISHED), size, 3), build_module("mobilenet_v3_small", 3, 0.1).eval()
@@ -44,7 +44,7 @@ def plain_steps(unet, classifier, batch_size: int, size: int, steps: int, device
     """Seconds of some guided steps of the plain version (eq. 1 with eq. 5 and EMA 0.99)."""
     import torch
 
-    from nrcg.diffusion import Schedule
+    from nrcg.diffusion.schedule import Schedule
 
     unet, classifier = unet.to(device), classifier.to(device)
     schedule = Schedule.linear(400, 1e-4, 0.02)
@@ -74,8 +74,8 @@ def our_steps(unet, classifier, variant: str, batch_size: int, size: int, steps:
 
     from nrcg import EMA, Classifier, ClassifierGuidance, GuidedDDPMPipeline
     from nrcg.config import ScheduleConfig
-    from nrcg.diffusion import build_scheduler
-    from nrcg.sampling import guided_sample, start_samples
+    from nrcg.diffusion.unet import build_scheduler
+    from nrcg.guidance.sampling import guided_sample, start_samples
 
     pipe = GuidedDDPMPipeline(
         unet, build_scheduler(ScheduleConfig(num_train_timesteps=400, beta_start=1e-4, beta_end=0.02))
@@ -105,7 +105,7 @@ def our_steps(unet, classifier, variant: str, batch_size: int, size: int, steps:
 
 def noise_seconds(batch_size: int, size: int, device) -> float:
     """Seconds to draw one step's noise."""
-    from nrcg.noise import sample_noise
+    from nrcg.diffusion.noise import sample_noise
 
     repeats = 10
     for number in range(repeats + 1):  # the first is the warm-up
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     import torch
     from flops import peak_flops
 
-    from nrcg.diffusion import resolve_device, resolve_precision
+    from nrcg.devices import resolve_device, resolve_precision
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

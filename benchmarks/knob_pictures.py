@@ -73,7 +73,7 @@ KNOBS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 def stabilizer(name: str, num_steps: int) -> Any:
     """A stabilizer with betas for this number of steps."""
     from nrcg import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, UnitNorm
-    from nrcg.config import scaled_beta
+    from nrcg.guidance.stabilizers import scaled_beta
 
     adam = (scaled_beta(0.9, num_steps), scaled_beta(0.999, num_steps), 1e-4)
     return {
@@ -91,9 +91,9 @@ def stabilizer(name: str, num_steps: int) -> Any:
 def draw(models: Path, target: str, setting: dict[str, Any]) -> Any:
     """(N, H, W, C) uint8 samples of one row."""
     from nrcg import ClassifierGuidance, GuidedDDPMPipeline, load_classifier
-    from nrcg.classifiers import class_index
-    from nrcg.datasets import to_uint8
-    from nrcg.schedules import parse
+    from nrcg.classifiers.logits import class_index
+    from nrcg.data.arrays import to_uint8
+    from nrcg.guidance.scales import parse
 
     values = BASE | setting
     pipe = GuidedDDPMPipeline.from_pretrained(models / "ddpm").use_sampler(values["sampler"])
@@ -147,9 +147,7 @@ def main() -> None:
     parser.add_argument("--knobs", nargs="+", choices=KNOBS, default=list(KNOBS))
     arguments = parser.parse_args()
     from nrcg import load_classifier
-    from nrcg.classifiers import class_index
-    from nrcg.evaluation import predict
-    from nrcg.metrics import target_share
+    from nrcg.classifiers.logits import class_index, predict, target_share
 
     judge = load_classifier(arguments.models / "classifiers" / "judge")
     target = class_index(judge.classes, arguments.target)

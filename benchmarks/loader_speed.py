@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from nrcg.config import UNetConfig
-from nrcg.diffusion import Schedule, autocast, build_unet, resolve_device, resolve_precision
-from nrcg.loading import Images, batches_from
+from nrcg.devices import autocast, resolve_device, resolve_precision
+from nrcg.diffusion.schedule import Schedule
+from nrcg.diffusion.unet import build_unet
+from nrcg.training.feed import Images, batches_from
 
 
 def write_images(path: Path, count: int, size: int) -> None:

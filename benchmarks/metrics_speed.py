@@ -54,11 +54,11 @@ def main() -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    from nrcg.evaluation import feature_estimates
-    from nrcg.intervals import bootstrap_intervals
-    from nrcg.metrics import FeatureStatistics, frechet_distance
-    from nrcg.pairwise import across, kernel_estimate, mean_pair_distance, neighbour_estimates, within
-    from nrcg.references import Reference, ReferenceSet
+    from nrcg.evaluation.evaluate import feature_estimates
+    from nrcg.evaluation.frechet import FeatureStatistics, frechet_distance
+    from nrcg.evaluation.intervals import bootstrap_intervals
+    from nrcg.evaluation.pairwise import across, kernel_estimate, mean_pair_distance, neighbour_estimates, within
+    from nrcg.evaluation.references import Reference, ReferenceSet
 
     num, dim = arguments.num, arguments.dim
     real, samples = features(num, dim, 0), features(num, dim, 1)

@@ -1,4 +1,4 @@
-"""How much faster is `nrcg.sportballs.render` than pasting one rotated sprite at a time?
+"""How much faster is `nrcg.data.sportballs.render` than pasting one rotated sprite at a time?
 
 Both draw the same attributes on the same cores in the same run, repeat by repeat in turn. The loop is timed on a
 subset and scaled per image; ours draws all images. The loop is Pillow's, as one would write it: rotate the sprite
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nrcg import sportballs
+from nrcg.data import sportballs
 
 SETTING = {"classes": sportballs.CLASSES, "diameter": (0.3, 0.7)}
 PIECE = 2000  # images per call, as much as the data set writer draws at once

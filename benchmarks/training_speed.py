@@ -4,7 +4,7 @@ The plain loop is written as published ones are by their description: a DataLoad
 normalised float tensor on the CPU, float32 parameters in contiguous format, everything eager, float16 autocast with a
 GradScaler (float32 without a GPU), AdamW, gradient clipping, a cosine schedule, an exponential moving average of the
 weights, the loss read at each step for the progress bar. `plain` reads in its own process, as DataLoader does unless
-told otherwise; `plain_workers` has four processes for it. Ours is `nrcg.training.train_ddpm` as `nrcg train-ddpm` calls
+told otherwise; `plain_workers` has four processes for it. Ours is `nrcg.training.ddpm.train_ddpm` as `nrcg train-ddpm` calls
 it. All use the same U-Net (the paper's), the same SportBalls and the same batch. Each measurement runs in a process of
 its own; variants alternate, ratios are taken in pairs.
 
@@ -49,7 +49,7 @@ def draw_images(size: int, count: int):
     """SportBalls (count, size, size, 3) uint8."""
     import numpy as np
 
-    from nrcg import sportballs
+    from nrcg.data import sportballs
 
     setting = {"classes": ["baseball", "basketball", "soccer"], "diameter": (0.3, 0.7)}
     return sportballs.render(0, np.arange(count), image_size=size, **setting)[0]
@@ -67,7 +67,7 @@ def plain_loop(config, images, device, precision, workers: int, seconds: float) 
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    from nrcg.diffusion import build_unet
+    from nrcg.diffusion.unet import build_unet
 
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
 
@@ -122,9 +122,9 @@ def our_loop(config, images, device, precision, seconds: float) -> tuple[int, fl
     import numpy as np
     from flops import now
 
-    from nrcg import training
+    from nrcg.training import ddpm, trainer
 
-    pictures = training.Images(images, np.zeros(len(images), np.int64), device)
+    pictures = ddpm.Images(images, np.zeros(len(images), np.int64), device)
     began, result, looked = 0.0, (0, 0.0), WARM_UP
 
     def on_step(step: int) -> None:
@@ -139,7 +139,7 @@ def our_loop(config, images, device, precision, seconds: float) -> tuple[int, fl
                 raise _Enough
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
-        training.train_ddpm(
+        ddpm.train_ddpm(
             config,
             pictures,
             pictures,
@@ -147,7 +147,7 @@ def our_loop(config, images, device, precision, seconds: float) -> tuple[int, fl
             channels=images.shape[3],
             device=device,
             precision=precision,
-            checkpoint=training.Checkpoint(Path(folder) / "checkpoint.pt", "", config.checkpoint_minutes),
+            checkpoint=trainer.Checkpoint(Path(folder) / "checkpoint.pt", "", config.checkpoint_minutes),
             on_step=on_step,
             on_epoch=lambda row: None,
             on_samples=lambda unet, epoch: None,
@@ -160,7 +160,7 @@ def step_flops(config, size: int) -> int:
     import torch
     from flops import count_flops
 
-    from nrcg.diffusion import build_unet
+    from nrcg.diffusion.unet import build_unet
 
     unet, x = build_unet(config.unet, size, 3), torch.zeros(1, 3, size, size)
     return count_flops(lambda: unet(x, torch.tensor([1])).sample.sum().backward())
@@ -174,7 +174,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     import torch
     from flops import peak_flops
 
-    from nrcg.diffusion import resolve_device, resolve_precision
+    from nrcg.devices import resolve_device, resolve_precision
 
     device = resolve_device(arguments.device)
     config = ddpm_config(arguments.batch_size, arguments.toy)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nrcg.classifiers import Classifier
-    from nrcg.guidance import ClassifierGuidance
-    from nrcg.sampling import GuidedDDPMPipeline
-    from nrcg.specs import load_classifier
-    from nrcg.stabilizers import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, Stabilizer, UnitNorm
+    from nrcg.classifiers.adapter import Classifier
+    from nrcg.classifiers.specs import load_classifier
+    from nrcg.guidance.guidance import ClassifierGuidance
+    from nrcg.guidance.pipeline import GuidedDDPMPipeline
+    from nrcg.guidance.stabilizers import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, Stabilizer, UnitNorm
 
 _HOME = {
     "Adam": "stabilizers",

@@ -1,5 +1,9 @@
 """The errors that a command prints as one line, without a traceback."""
 
+from __future__ import annotations
+
+import os
+
 
 class NrcgError(Exception):
     """A user's mistake or a damaged file: the CLI prints it as one line."""
@@ -10,4 +14,14 @@ class ConfigError(NrcgError, ValueError):
 
 
 class DataError(NrcgError):
-    """A file that is missing, cut off or does not hold what it should; the message names it and its remedy."""
+    """A file or a device that is missing, damaged or does not hold what it should.
+
+    Args:
+        reason: What is wrong; with a `path`, of that file.
+        path: The file, where it is one that this package has written and can write anew. The message begins with it;
+            the command line adds what to do about it.
+    """
+
+    def __init__(self, reason: str, path: str | os.PathLike | None = None):
+        super().__init__(reason if path is None else f"{os.fspath(path)}: {reason}")
+        self.path = path

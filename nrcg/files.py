@@ -205,3 +205,19 @@ def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(folder: str | Path) -> str | None:
+    """SHA-256 of a model's weights as its own record states it; None for a model without one.
+
+    Raises:
+        DataError: the record is damaged.
+    """
+    for name in ("training.json", "config.json"):
+        path = Path(folder) / name
+        if path.exists():
+            try:
+                return read_record(path).get("sha256")
+            except (OSError, ValueError) as error:
+                raise DataError(f"damaged ({error})", path) from None
+    return None

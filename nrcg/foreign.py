@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nrcg.classifiers import build_module, replace_first_conv
-from nrcg.diffusion import freeze
+from nrcg.classifiers.architectures import build_module, replace_first_conv
+from nrcg.devices import freeze
 from nrcg.errors import DataError
+from nrcg.evaluation.frechet import FeatureStatistics
 from nrcg.files import sha256_file
-from nrcg.metrics import FeatureStatistics
-from nrcg.sampling import SUPPORTED, GuidedDDPMPipeline
+from nrcg.guidance.pipeline import SUPPORTED, GuidedDDPMPipeline
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
+
 
 INCEPTION_DIM = 2048
 ROUNDING = 1e-4

@@ -24,13 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nrcg import training
-from nrcg.classifiers import CONFIG_FILE, Classifier, save_classifier
+from nrcg.classifiers.adapter import Classifier
+from nrcg.classifiers.storage import CONFIG_FILE, save_classifier
 from nrcg.config import ROLES, ExperimentConfig
-from nrcg.datasets import load_manifest, mean_image, open_split, to_uint8, to_unit
-from nrcg.diffusion import DATA_MEAN_FILE, Schedule
+from nrcg.csv_files import write_csv
+from nrcg.data.arrays import load_manifest, mean_image, open_split, to_uint8, to_unit
+from nrcg.data.pictures import sample_grid, save_png
+from nrcg.diffusion.noise import sample_noise
+from nrcg.diffusion.schedule import Schedule
+from nrcg.diffusion.storage import DATA_MEAN_FILE
 from nrcg.errors import ConfigError, DataError
-from nrcg.figures import sample_grid, save_png
+from nrcg.evaluation.frechet import FeatureStatistics
 from nrcg.files import atomic_save_array, atomic_write_text, replace_folder, sha256_file, temporary_name
 from nrcg.foreign import (
     STATISTICS_KEYS,
@@ -46,24 +50,21 @@ from nrcg.foreign import (
     read_torcheval_state,
     refuse_pointer,
 )
-from nrcg.metrics import FeatureStatistics
-from nrcg.noise import sample_noise
-from nrcg.results import write_csv
-from nrcg.sampling import GuidedDDPMPipeline
+from nrcg.guidance.pipeline import GuidedDDPMPipeline
+from nrcg.training import ddpm
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
+
 IMAGE_SIZES = {"celeba": 64, "sportballs": 64, "celebahq": 256}
 """Images' height and width of each published experiment."""
-
 CLASSES = {
     "celeba": ("female", "male"),
     "celebahq": ("female", "male"),
     "sportballs": ("baseball", "basketball", "volleyball", "soccer"),
 }
 """Classes in the order of the released classifiers' labels. CelebA's are the values 0 and 1 of its attribute Male."""
-
 CLASSIFIER_FILES = {
     "classic-aardvark-104": ("celeba", "non_robust"),
     "golden-leaf-103": ("celeba", "robust"),
@@ -72,18 +73,12 @@ CLASSIFIER_FILES = {
     "summer-snowflake-110": ("celebahq", "non_robust"),
 }
 """Names of the classifiers that the released sampling script loads: they do not say what they are."""
-
 UNUSED_FILES = ("sleek-river-105", "upbeat-leaf-106")
 """Classifiers of SportBalls that the released analysis scripts load, but not the sampling."""
-
 TENSOR_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-
 NUM_LOSS_IMAGES = 64
 """Validation images of the imported diffusion model's loss."""
 NUM_GRID_STEPS = 50
-
-
-# --- What lies where --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -343,9 +338,6 @@ def _kind(path: Path) -> tuple[str | None, str]:
     return None, "no torcheval state: real_sum, real_cov_sum or num_real_images is missing"
 
 
-# --- Importing --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Imported:
     """What an import did, or in a dry run would do.
@@ -551,9 +543,6 @@ def _data_notes(
     return notes
 
 
-# --- Writing ----------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` when it is whole, and leaves nothing behind otherwise."""
@@ -619,7 +608,7 @@ def _validation_loss(ddpm: ReleasedDDPM, data: Path, device: torch.device) -> fl
 
 def _draw_grid(ddpm: ReleasedDDPM, path: Path, device: torch.device) -> None:
     """A few unguided samples in few steps: whether the model draws what it should is seen at a glance."""
-    from nrcg.progress import Progress
+    from nrcg.pipeline.progress import Progress
 
     pipe = GuidedDDPMPipeline(ddpm.unet, ddpm.scheduler).to(device).use_sampler("ddim")
     count = 16 if ddpm.unet.config.sample_size <= 64 else 4
@@ -658,13 +647,13 @@ def _write_classifier(
     with _whole_folder(folder) as new:
         # Where the labels mean other classes there is no accuracy.
         if data is not None and load_manifest(data)["classes"] == names:
-            images = training.Images(*open_split(data, "val"), device)
+            images = ddpm.Images(*open_split(data, "val"), device)
             adapter = Classifier(classifier.module).to(device)
-            accuracy = training.accuracy(adapter, images)
+            accuracy = classifier.accuracy(adapter, images)
             settings["validation_accuracy"] = accuracy
             columns = ["epoch", "step", "train_loss", "val_accuracy", "learning_rate"]
             write_csv(new / "training.csv", [{"val_accuracy": accuracy}], columns)
-            rows = training.accuracy_over_t(adapter, schedule, images)
+            rows = classifier.accuracy_over_t(adapter, schedule, images)
             write_csv(new / "accuracy_over_t.csv", rows, ["t", "accuracy"])
             note = f"{folder}: {100 * accuracy:.1f} % of the validation images of {data} right"
             if item.role == "non_robust" and accuracy < 1.5 / len(names):

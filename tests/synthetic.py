@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nrcg.config import format_scale
-from nrcg.results import FORWARD_COLUMNS, METRICS_COLUMNS, write_csv
+from nrcg.csv_files import write_csv
+from nrcg.layout import format_scale
+from nrcg.report.columns import FORWARD_COLUMNS, METRICS_COLUMNS
 
 STEPS = 100
 CLASSES = ["baseball", "basketball", "soccer"]
@@ -137,7 +138,7 @@ def write_results(root: Path, *, experiment: str = "quickstart", size: int = 24,
 
 
 def _write_models(models: Path, size: int) -> None:
-    from nrcg.figures import sample_grid, save_png
+    from nrcg.data.pictures import sample_grid, save_png
 
     curve = [
         {

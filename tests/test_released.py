@@ -16,15 +16,15 @@ from torcheval.metrics import FrechetInceptionDistance
 from torchvision.models import mobilenet_v3_small
 
 from nrcg import cli, released
-from nrcg.classifiers import load_classifier
+from nrcg.classifiers.storage import load_classifier
 from nrcg.config import load, merge, parse, read_yaml
-from nrcg.datasets import write_sportballs
-from nrcg.diffusion import Schedule
+from nrcg.data.sportballs import write_sportballs
+from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import ConfigError, DataError
+from nrcg.evaluation.frechet import FeatureStatistics
+from nrcg.files import weights_hash
 from nrcg.foreign import read_ddpm, read_torcheval_state
-from nrcg.metrics import FeatureStatistics
 from nrcg.released import Item, find_released, import_released, parse_assignment
-from nrcg.shards import weights_hash
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -240,7 +240,7 @@ def test_the_sampler_runs_on_imported_folders(imported, tmp_path, target, capsys
 
 def test_the_two_targets_of_one_logit_pull_apart(imported):
     """log p(female) and log p(male) of one logit have gradients of opposite sign."""
-    from nrcg.guidance import ClassifierGuidance
+    from nrcg.guidance.guidance import ClassifierGuidance
 
     classifier = load_classifier(imported[0] / "celeba/classifiers/robust")
     schedule, x = Schedule.linear(4, 0.01, 0.5), torch.zeros(1, 3, 64, 64)

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nrcg.classifiers import class_log_prob
-from nrcg.diffusion import Schedule
-from nrcg.guidance import ClassifierGuidance, GuidedStep, PredictNoise
-from nrcg.samplers import DDPM
-from nrcg.sampling import guided_sample
+from nrcg.classifiers.logits import class_log_prob
+from nrcg.diffusion.schedule import Schedule
+from nrcg.guidance.guidance import ClassifierGuidance, GuidedStep, PredictNoise
+from nrcg.guidance.samplers import DDPM
+from nrcg.guidance.sampling import guided_sample
 
 TINY_STEPS = 6
 TINY_SIZE = 8

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nrcg import distributed, training
 from nrcg.config import ClassifierConfig, DDPMConfig
-from nrcg.diffusion import Schedule
-from nrcg.loading import Images
+from nrcg.diffusion.schedule import Schedule
+from nrcg.training import classifier, ddpm, distributed, trainer
+from nrcg.training.feed import Images
 
 SIZE = 8
 NUM_IMAGES = 40
@@ -69,13 +69,13 @@ def _work(folder: Path, config: dict, checkpoint_minutes: float, environment: di
     os.environ |= environment
     torch.set_num_threads(1)
     ranks, device = distributed.join(CPU)
-    checkpoint = training.Checkpoint(folder / "checkpoint.pt", "a", checkpoint_minutes)
+    checkpoint = trainer.Checkpoint(folder / "checkpoint.pt", "a", checkpoint_minutes)
 
     def on_step(done: int) -> None:
         steps.value = done
 
     if "architecture" in config:
-        model, log = training.train_classifier(
+        model, log = classifier.train_classifier(
             ClassifierConfig(**config),
             SCHEDULE,
             TRAIN,
@@ -88,7 +88,7 @@ def _work(folder: Path, config: dict, checkpoint_minutes: float, environment: di
             on_epoch=lambda row: None,
         )
     else:
-        model, log = training.train_ddpm(
+        model, log = ddpm.train_ddpm(
             DDPMConfig(**config),
             TRAIN,
             VAL,

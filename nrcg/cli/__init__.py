@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.verb(arguments) or 0
     except NrcgError as error:
-        print(f"nrcg: {error}", file=sys.stderr)
+        print(f"nrcg: {explained(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -52,6 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"nrcg: {error.filename or 'a file'}: {error.strerror}; {DISK_ERRORS[error.errno]}", file=sys.stderr)
         return 1
+
+
+def explained(error: NrcgError) -> str:
+    """An error's line, with what to do about its file."""
+    path = getattr(error, "path", None)
+    if path is None:
+        return str(error)
+    from nrcg.pipeline.remedies import remedy
+
+    return f"{error}; {remedy(path)}"
 
 
 def _die_with_parent() -> None:

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nrcg.cli.shared import Verbs, add_verb, choose_device, log_dataset, positive, print_table, read_settings, versions
+from nrcg.cli.arguments import Verbs, add_verb, choose_device, positive, print_table, read_settings
 from nrcg.config import load
 from nrcg.errors import ConfigError, DataError
+from nrcg.provenance import versions
+from nrcg.steps.common import log_dataset
 
 if TYPE_CHECKING:
     from nrcg.config import ImageData, SportBallsData
-    from nrcg.sources import Listing
+    from nrcg.data.sources import Listing
 
 
 def add_dataset(verbs: Verbs) -> None:
@@ -25,7 +27,7 @@ def add_dataset(verbs: Verbs) -> None:
 def dataset(arguments: argparse.Namespace) -> None:
     """Make a data set: draw it, or read, check and convert raw images."""
     from nrcg import tracking
-    from nrcg.datasets import load_manifest
+    from nrcg.data.arrays import load_manifest
 
     settings = read_settings(arguments, "dataset")
     name = f"dataset {settings.dataset.name}"
@@ -40,8 +42,8 @@ def dataset(arguments: argparse.Namespace) -> None:
 
 
 def _draw_dataset(arguments: argparse.Namespace, data: SportBallsData) -> None:
-    from nrcg.datasets import write_sportballs
-    from nrcg.progress import Progress
+    from nrcg.data.sportballs import write_sportballs
+    from nrcg.pipeline.progress import Progress
 
     with Progress(f"dataset {data.name}", data.num_train + data.num_val, "image") as bar:
         write_sportballs(
@@ -59,8 +61,8 @@ def _draw_dataset(arguments: argparse.Namespace, data: SportBallsData) -> None:
 
 
 def _convert_dataset(arguments: argparse.Namespace, data: ImageData) -> None:
-    from nrcg.conversion import convert
-    from nrcg.progress import Progress
+    from nrcg.data.conversion import convert
+    from nrcg.pipeline.progress import Progress
 
     try:
         listing = _list_images(data)
@@ -95,9 +97,9 @@ def _convert_dataset(arguments: argparse.Namespace, data: ImageData) -> None:
 
 def _list_images(data: ImageData) -> Listing:
     """The raw images that the configuration names."""
-    from nrcg.celeba import list_celeba
-    from nrcg.folders import list_folders, list_labelled
-    from nrcg.parquet import list_parquet
+    from nrcg.data.celeba import list_celeba
+    from nrcg.data.folders import list_folders, list_labelled
+    from nrcg.data.parquet import list_parquet
 
     limits = {"num_train": data.num_train, "num_val": data.num_val}
     if data.source == "celeba":

@@ -8,15 +8,10 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from nrcg.cli.shared import (
+from nrcg.cli.arguments import (
     Verbs,
     add_verb,
-    checked_data,
     choose_device,
-    data_tags,
-    draw_samples,
-    log_dataset,
-    method_guidance,
     nonnegative,
     open_pipeline,
     positive,
@@ -25,17 +20,11 @@ from nrcg.cli.shared import (
     print_table,
     read_settings,
 )
-from nrcg.config import (
-    BestBy,
-    EvaluateStep,
-    ReferenceStep,
-    SampleStep,
-    format_scale,
-    get_experiment,
-    load,
-    step_settings,
-)
+from nrcg.config import BestBy, EvaluateStep, ReferenceStep, SampleStep, get_experiment, load, step_settings
 from nrcg.errors import ConfigError, DataError
+from nrcg.layout import format_scale
+from nrcg.steps.common import checked_data, data_tags, log_dataset
+from nrcg.steps.sample import draw_samples, method_guidance
 
 REFERENCE_CACHE = ".nrcg/references"
 """Where features of reference images are kept; safe to delete."""
@@ -51,8 +40,8 @@ def add_reference(verbs: Verbs) -> None:
 
 def reference(arguments: argparse.Namespace) -> None:
     """What every method is compared with: features of the training images, and how good the classifiers are."""
-    from nrcg.evaluation import describe_reference
     from nrcg.files import write_record
+    from nrcg.steps.reference import describe_reference
 
     settings: ReferenceStep = read_settings(arguments, "reference")
     checked_data(arguments.data)
@@ -115,8 +104,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
             raise ConfigError(" ".join(str(error).split())) from error
         return
     from nrcg import tracking
-    from nrcg.evaluation import evaluate_method, read_reference_record
-    from nrcg.results import best_per_method, frechet_columns, write_csv
+    from nrcg.csv_files import write_csv
+    from nrcg.report.best import best_per_method
+    from nrcg.report.columns import frechet_columns
+    from nrcg.steps.evaluate import evaluate_method
+    from nrcg.steps.reference import read_reference_record
 
     for flag in ("method", "scales", "data", "classifiers", "out"):
         if getattr(arguments, flag) is None and (flag != "method" or arguments.experiment):
@@ -152,10 +144,11 @@ def _evaluate_own(arguments: argparse.Namespace) -> None:
     import contextlib
     import math
 
+    from nrcg.csv_files import write_csv
+    from nrcg.evaluation.custom_images import evaluate_own, open_side
     from nrcg.files import atomic_write_text
-    from nrcg.own_images import evaluate_own, open_side
-    from nrcg.progress import Progress
-    from nrcg.results import format_interval, format_number, write_csv
+    from nrcg.pipeline.progress import Progress
+    from nrcg.report.tables import format_interval, format_number
 
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None and (out.suffix not in (".json", ".csv") or out.is_dir()):
@@ -216,9 +209,9 @@ def add_tune(verbs: Verbs) -> None:
 
 def tune(arguments: argparse.Namespace) -> None:
     """Search for the best guidance scale of a method."""
-    from nrcg import tune as search
+    from nrcg.evaluation.pairwise import DENSITY_K
     from nrcg.files import atomic_write_text, exclusive
-    from nrcg.pairwise import DENSITY_K
+    from nrcg.pipeline import tune as search
 
     config = load(arguments.config)
     experiment = get_experiment(config, arguments.experiment)
@@ -277,12 +270,14 @@ def _tune_method(
     import tempfile
 
     from nrcg import tracking
-    from nrcg.classifiers import class_index, load_classifier
+    from nrcg.classifiers.logits import class_index
+    from nrcg.classifiers.storage import load_classifier
     from nrcg.config import fingerprint
-    from nrcg.datasets import load_manifest
-    from nrcg.evaluation import evaluate_images, open_references
-    from nrcg.shards import weights_hash
-    from nrcg.tune import search
+    from nrcg.data.arrays import load_manifest
+    from nrcg.evaluation.evaluate import evaluate_images
+    from nrcg.files import weights_hash
+    from nrcg.pipeline.tune import search
+    from nrcg.steps.reference import open_references
 
     classifiers, method, sampling = models / "classifiers", sampled.guidance, sampled.sampling
     arguments.ddpm = str(models / "ddpm")
@@ -366,7 +361,9 @@ def add_collect(verbs: Verbs) -> None:
 
 def collect(arguments: argparse.Namespace) -> None:
     """Join the methods' metrics into metrics.csv and summary.json."""
-    from nrcg.results import check_comparable, extractor, read_metrics, summarize, write_csv
+    from nrcg.csv_files import write_csv
+    from nrcg.report.best import summarize
+    from nrcg.report.columns import check_comparable, extractor, read_metrics
 
     tables = {path: read_metrics(path) for path in arguments.metrics}
     extractors = {path: extractor(rows) for path, rows in tables.items()}

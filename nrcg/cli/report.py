@@ -7,9 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from nrcg.cli.shared import Verbs, add_verb, read_settings, versions
-from nrcg.config import ReportStep, format_scale
+from nrcg.cli.arguments import Verbs, add_verb, read_settings
+from nrcg.config import ReportStep
 from nrcg.errors import DataError, NrcgError
+from nrcg.layout import format_scale
+from nrcg.provenance import versions
 
 
 def add_figures(verbs: Verbs) -> None:
@@ -19,7 +21,7 @@ def add_figures(verbs: Verbs) -> None:
 
 def figures(arguments: argparse.Namespace) -> None:
     """Draw the figures."""
-    from nrcg.figures import make_figures
+    from nrcg.report.figures import make_figures
 
     settings: ReportStep = read_settings(arguments, "report")
     make_figures(
@@ -44,7 +46,7 @@ def add_report(verbs: Verbs) -> None:
 def report(arguments: argparse.Namespace) -> None:
     """Write the self-contained HTML report."""
     from nrcg import tracking
-    from nrcg.report import write_report
+    from nrcg.report.page import write_report
 
     settings: ReportStep = read_settings(arguments, "report")
     write_report(
@@ -95,7 +97,7 @@ def add_compare(verbs: Verbs) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print the comparison table of experiments, from MLflow or from metrics.csv."""
-    from nrcg.results import format_comparison, format_table
+    from nrcg.report.tables import format_comparison, format_table
 
     sources = arguments.experiments or ["quickstart"]
     tables, notes = {}, []
@@ -136,7 +138,7 @@ def _read_source(source: str, files: bool) -> tuple[list[dict], str]:
 
 def _with_distances(rows: list[dict]) -> list[dict]:
     """The rows where a table can be made of them, else none. Raises DataError."""
-    from nrcg.results import frechet_columns
+    from nrcg.report.columns import frechet_columns
 
     return rows if rows and frechet_columns(rows) else []
 
@@ -144,7 +146,7 @@ def _with_distances(rows: list[dict]) -> list[dict]:
 def _read_file(experiment: str, revision: str) -> tuple[list[dict], str]:
     """metrics.csv of the working tree or of a git revision, and where it is. Raises DataError."""
     from nrcg import tracking
-    from nrcg.results import parse_metrics, read_metrics
+    from nrcg.report.columns import parse_metrics, read_metrics
 
     path = f"results/{experiment}/metrics.csv"
     if not revision:

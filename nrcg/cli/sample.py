@@ -7,22 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nrcg.cli.shared import (
+from nrcg.cli.arguments import (
     Verbs,
     add_verb,
-    checked_data,
     choose_device,
-    draw_samples,
-    log_dataset,
-    method_guidance,
     nonnegative,
     open_pipeline,
     positive,
     positive_or_auto,
     read_settings,
 )
-from nrcg.config import SampleStep, format_scale
+from nrcg.config import SampleStep
 from nrcg.errors import ConfigError
+from nrcg.layout import format_scale
+from nrcg.steps.common import checked_data, log_dataset
+from nrcg.steps.sample import draw_samples, method_guidance
 
 GRID_SAMPLES = 256
 """Samples in grid.png of `nrcg sample`, as many as the paper's fig. 9 shows."""
@@ -83,8 +82,8 @@ def sample(arguments: argparse.Namespace) -> None:
 def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
     from nrcg import tracking
-    from nrcg.classifiers import load_classifier
-    from nrcg.shards import weights_hash
+    from nrcg.classifiers.storage import load_classifier
+    from nrcg.files import weights_hash
 
     for flag in ("method", "scale", "shard"):
         if getattr(arguments, flag) is None:
@@ -145,8 +144,9 @@ def _sample_own(arguments: argparse.Namespace) -> None:
     """`nrcg sample --ddpm ... --classifier ... --out DIR`: PNGs, samples.npy and a grid."""
     from PIL import Image
 
-    from nrcg.figures import sample_grid, save_png, save_trace_figure
-    from nrcg.trace import Trace
+    from nrcg.data.pictures import sample_grid, save_png
+    from nrcg.guidance.trace import Trace
+    from nrcg.report.figures import save_trace_figure
 
     if arguments.ddpm is None:
         raise ConfigError("--ddpm: missing; give a diffusers folder or hub id")
@@ -190,17 +190,17 @@ def _sample_own(arguments: argparse.Namespace) -> None:
 
 def _own_guidance(arguments: argparse.Namespace) -> Any:
     """Guidance as the flags of `nrcg sample` ask for it, or None."""
-    from nrcg import schedules, stabilizers
-    from nrcg.classifiers import class_index
-    from nrcg.guidance import ClassifierGuidance
-    from nrcg.specs import load_classifier
+    from nrcg.classifiers.logits import class_index
+    from nrcg.classifiers.specs import load_classifier
+    from nrcg.guidance import scales, stabilizers
+    from nrcg.guidance.guidance import ClassifierGuidance
 
     try:
         stabilizer = stabilizers.parse(arguments.stabilizer)
     except ValueError as error:
         raise ConfigError(f"--stabilizer: {error}") from None
     try:
-        scale = schedules.parse(arguments.scale_schedule, 1.0 if arguments.scale is None else arguments.scale)
+        scale = scales.parse(arguments.scale_schedule, 1.0 if arguments.scale is None else arguments.scale)
     except ValueError as error:
         raise ConfigError(f"--scale-schedule: {error}") from None
     if arguments.classifier is None:
@@ -240,14 +240,17 @@ def forward(arguments: argparse.Namespace) -> None:
     """Forward analysis: figs. 1 to 4."""
     import torch
 
-    from nrcg import stabilizers, tracking
-    from nrcg.classifiers import class_index, load_classifier
+    from nrcg import tracking
+    from nrcg.classifiers.logits import class_index
+    from nrcg.classifiers.storage import load_classifier
     from nrcg.config import stabilizer_name
-    from nrcg.datasets import load_manifest, open_split, to_unit
-    from nrcg.progress import Progress
-    from nrcg.results import FORWARD_COLUMNS, write_csv
-    from nrcg.sampling import GuidedDDPMPipeline
-    from nrcg.sensitivity import forward_analysis
+    from nrcg.csv_files import write_csv
+    from nrcg.data.arrays import load_manifest, open_split, to_unit
+    from nrcg.guidance import stabilizers
+    from nrcg.guidance.pipeline import GuidedDDPMPipeline
+    from nrcg.guidance.sensitivity import forward_analysis
+    from nrcg.pipeline.progress import Progress
+    from nrcg.report.columns import FORWARD_COLUMNS
 
     settings = read_settings(arguments, "forward")
     config = settings.forward

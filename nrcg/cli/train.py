@@ -8,23 +8,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nrcg.cli.shared import (
+from nrcg.cli.arguments import (
     Verbs,
     add_verb,
-    checked_data,
     choose_device,
-    choose_precision,
-    cuda_uuids,
-    data_tags,
-    device_name,
-    log_dataset,
     nonnegative,
     positive_or_zero,
     read_settings,
-    versions,
 )
 from nrcg.config import ROLES, DDPMConfig, StepSettings, TrainClassifierStep, TrainDDPMStep
+from nrcg.devices import cuda_uuids, device_name
 from nrcg.errors import ConfigError
+from nrcg.provenance import versions
+from nrcg.steps.common import checked_data, data_tags, log_dataset
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +39,13 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
     """Train the diffusion model, or take a pretrained one."""
     import contextlib
 
-    from nrcg import distributed, tracking, training
-    from nrcg.datasets import mean_image, open_split
-    from nrcg.diffusion import build_scheduler, resolve_device
-    from nrcg.progress import Progress
+    from nrcg import tracking
+    from nrcg.data.arrays import mean_image, open_split
+    from nrcg.devices import resolve_device, resolve_precision
+    from nrcg.diffusion import storage
+    from nrcg.diffusion.unet import build_scheduler
+    from nrcg.pipeline.progress import Progress
+    from nrcg.training import ddpm, distributed, feed, trainer
 
     settings: TrainDDPMStep = read_settings(arguments, "train_ddpm")
     config, manifest = settings.ddpm, checked_data(arguments.data)
@@ -58,15 +57,15 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
         if count > 1:
             return _launch(arguments, device, count)
     ranks, device = distributed.join(choose_device(arguments, settings)[0])
-    precision = choose_precision(arguments, settings, device)
-    train = training.Images(*open_split(arguments.data, "train"), device)
-    val = training.Images(*open_split(arguments.data, "val"), device)
+    precision = resolve_precision(settings.precision, device)
+    train = feed.Images(*open_split(arguments.data, "train"), device)
+    val = feed.Images(*open_split(arguments.data, "val"), device)
     record = _record(settings, manifest, device, precision)
     out = Path(arguments.out)
-    checkpoint = training.Checkpoint(
+    checkpoint = trainer.Checkpoint(
         out.with_name(f"{out.name}.checkpoint.pt"), _identity(settings, manifest), config.checkpoint_minutes
     )
-    steps = config.epochs * training.steps_per_epoch(len(train), config.batch_size)
+    steps = config.epochs * feed.steps_per_epoch(len(train), config.batch_size)
     mean = mean_image(arguments.data)
     with contextlib.ExitStack() as stack:
         run, bar = tracking.NullRun(), None
@@ -87,7 +86,7 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
         def ignore(*_: object) -> None:
             """The other processes write nothing."""
 
-        unet, log = training.train_ddpm(
+        unet, log = ddpm.train_ddpm(
             config,
             train,
             val,
@@ -106,7 +105,7 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
         if not ranks.main:
             return None
         scheduler = build_scheduler(config.schedule)
-        training.save_pipeline(out, unet, scheduler, mean, record | {"num_processes": ranks.count}, log)
+        storage.save_pipeline(out, unet, scheduler, mean, record | {"num_processes": ranks.count}, log)
         _draw_grid(unet, scheduler, config, mean, precision, out / "samples.png")
         run.log_artifact(out / "samples.png", "samples")
         run.log_model(out, "ddpm")
@@ -115,7 +114,7 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
 
 def _launch(arguments: argparse.Namespace, device: torch.device, count: int) -> int:
     """Run this very command in several processes, each with its own GPU."""
-    from nrcg import distributed
+    from nrcg.training import distributed
 
     environment = {}
     if device.type == "cuda" and os.environ.get("NRCG_WORKFLOW"):
@@ -132,8 +131,10 @@ def _import_ddpm(arguments: argparse.Namespace, settings: TrainDDPMStep, manifes
     """A pretrained model into the folder of the trained one, with the data set's mean image."""
     from diffusers.utils import logging
 
-    from nrcg import pretrained, tracking, training
-    from nrcg.datasets import mean_image, open_split
+    from nrcg import tracking
+    from nrcg.data.arrays import mean_image, open_split
+    from nrcg.diffusion import storage
+    from nrcg.training import feed, pretrained
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it warns of every key and file name that only old models have
@@ -155,14 +156,14 @@ def _import_ddpm(arguments: argparse.Namespace, settings: TrainDDPMStep, manifes
         log_dataset(run, manifest, arguments.data, "val", "validation")
         row = pretrained.pretrained_row(
             pipe,
-            training.Images(*open_split(arguments.data, "val"), device),
+            feed.Images(*open_split(arguments.data, "val"), device),
             num_images=config.num_val_images,
             batch_size=min(config.batch_size, _grid_batch(manifest["image_size"])),
             precision=precision,
         )
         run.log_metrics({"val_loss": row["val_loss"]})
         record = _record(settings, manifest, device, precision) | {"pretrained": origin}
-        training.save_pipeline(out, pipe.unet, pipe.scheduler, mean, record, [row])
+        storage.save_pipeline(out, pipe.unet, pipe.scheduler, mean, record, [row])
         _draw_grid(pipe.unet, pipe.scheduler, config, mean, precision, out / "samples.png")
         run.log_artifact(out / "samples.png", "samples")
         run.log_model(out, "ddpm")
@@ -179,12 +180,14 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     """Train one classifier, or take a pretrained one."""
     import torch
 
-    from nrcg import tracking, training
-    from nrcg.classifiers import save_classifier
-    from nrcg.datasets import open_split
-    from nrcg.diffusion import Schedule
-    from nrcg.progress import Progress
-    from nrcg.results import write_csv
+    from nrcg import tracking
+    from nrcg.classifiers.storage import save_classifier
+    from nrcg.csv_files import write_csv
+    from nrcg.data.arrays import open_split
+    from nrcg.diffusion.schedule import Schedule
+    from nrcg.pipeline.progress import Progress
+    from nrcg.training import classifier as training_of
+    from nrcg.training import feed, trainer
 
     settings = read_settings(arguments, "train_classifier", arguments.role)
     config, manifest = settings.classifier, checked_data(arguments.data)
@@ -194,14 +197,14 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     device, precision = choose_device(arguments, settings)
     if device.type == "cpu" and settings.precision == "auto":
         precision = torch.float32  # bfloat16 slows depthwise convolutions down on a CPU
-    train = training.Images(*open_split(arguments.data, "train"), device)
-    val = training.Images(*open_split(arguments.data, "val"), device)
+    train = feed.Images(*open_split(arguments.data, "train"), device)
+    val = feed.Images(*open_split(arguments.data, "val"), device)
     schedule = Schedule.from_config(settings.schedule)
     out, name = Path(arguments.out), f"train_{settings.role}"
-    checkpoint = training.Checkpoint(
+    checkpoint = trainer.Checkpoint(
         out.with_name(f"{out.name}.checkpoint.pt"), _identity(settings, manifest), config.checkpoint_minutes
     )
-    steps = config.epochs * training.steps_per_epoch(len(train), config.batch_size)
+    steps = config.epochs * feed.steps_per_epoch(len(train), config.batch_size)
     with (
         tracking.run(
             settings.experiment, name, kind="train", params=settings.model_dump(), tags=data_tags(manifest)
@@ -210,7 +213,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     ):
         log_dataset(run, manifest, arguments.data, "train", "training")
         log_dataset(run, manifest, arguments.data, "val", "validation")
-        classifier, log = training.train_classifier(
+        classifier, log = training_of.train_classifier(
             config,
             schedule,
             train,
@@ -223,7 +226,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
             on_resume=bar.resume,
             on_epoch=lambda row: _log_epoch(run, row),
         )
-        over_t = training.accuracy_over_t(classifier, schedule, val)
+        over_t = training_of.accuracy_over_t(classifier, schedule, val)
         for row in over_t:
             run.log_metrics({"accuracy_at_t": row["accuracy"]}, step=row["t"])
         out.mkdir(parents=True, exist_ok=True)
@@ -250,11 +253,14 @@ def _import_classifier(arguments: argparse.Namespace, settings: TrainClassifierS
     """A classifier by its SPEC into the folder of a trained one, its accuracy measured on the validation images."""
     import torch
 
-    from nrcg import specs, tracking, training
-    from nrcg.classifiers import save_classifier
-    from nrcg.datasets import open_split
-    from nrcg.diffusion import Schedule
-    from nrcg.results import write_csv
+    from nrcg import tracking
+    from nrcg.classifiers import specs
+    from nrcg.classifiers.storage import save_classifier
+    from nrcg.csv_files import write_csv
+    from nrcg.data.arrays import open_split
+    from nrcg.diffusion.schedule import Schedule
+    from nrcg.training import classifier as training_of
+    from nrcg.training import feed
 
     config, out = settings.classifier, Path(arguments.out)
     device, _ = choose_device(arguments, settings)
@@ -268,11 +274,11 @@ def _import_classifier(arguments: argparse.Namespace, settings: TrainClassifierS
     name = f"train_{settings.role}"
     with tracking.run(settings.experiment, name, kind="train", params=params, tags=data_tags(manifest)) as run:
         log_dataset(run, manifest, arguments.data, "val", "validation")
-        val = training.Images(*open_split(arguments.data, "val"), device)
-        accuracy = training.accuracy(classifier, val)
+        val = feed.Images(*open_split(arguments.data, "val"), device)
+        accuracy = training_of.accuracy(classifier, val)
         print(f"{config.pretrained}: {100 * accuracy:.1f} % of the validation images right", flush=True)
         run.log_metrics({"val_accuracy": accuracy})
-        over_t = training.accuracy_over_t(classifier, Schedule.from_config(settings.schedule), val)
+        over_t = training_of.accuracy_over_t(classifier, Schedule.from_config(settings.schedule), val)
         out.mkdir(parents=True, exist_ok=True)
         row = {"epoch": 0, "step": 0, "train_loss": float("nan"), "val_accuracy": accuracy}
         write_csv(out / "training.csv", [row], list(row))
@@ -300,7 +306,7 @@ def export_ddpm(arguments: argparse.Namespace) -> None:
     import torch
     from diffusers.utils import logging
 
-    from nrcg.export import export_ddpm
+    from nrcg.training.export import export_ddpm
 
     logging.disable_progress_bar()
     dtype, most = getattr(torch, arguments.dtype), int(1e6 * arguments.max_shard_mb)
@@ -317,7 +323,7 @@ def export_classifier(arguments: argparse.Namespace) -> None:
     """Write a classifier in half precision."""
     import torch
 
-    from nrcg.export import export_classifier
+    from nrcg.training.export import export_classifier
 
     export_classifier(arguments.classifier, arguments.out, dtype=getattr(torch, arguments.dtype))
 
@@ -331,9 +337,9 @@ def _draw_grid(unet: Any, scheduler: Any, config: DDPMConfig, mean: Any, precisi
     """A grid of 36 unguided samples by all steps; large ones on a CPU, where that takes hours, are few, by DDIM."""
     import torch
 
-    from nrcg.datasets import to_uint8
-    from nrcg.figures import sample_grid, save_png
-    from nrcg.sampling import GuidedDDPMPipeline
+    from nrcg.data.arrays import to_uint8
+    from nrcg.data.pictures import sample_grid, save_png
+    from nrcg.guidance.pipeline import GuidedDDPMPipeline
 
     size = mean.shape[-1]
     pipe = GuidedDDPMPipeline(unet, scheduler)

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nrcg.cli.shared import Verbs, add_verb, device_flag, device_name, print_table
+from nrcg.cli.arguments import Verbs, add_verb, device_flag, print_table
 from nrcg.config import get_experiment, load, write_schema
+from nrcg.devices import device_name
 from nrcg.errors import DataError
 from nrcg.processes import processors
 
 if TYPE_CHECKING:
     from nrcg.config import ExperimentConfig
-    from nrcg.plan import Estimate, Step
+    from nrcg.pipeline.plan import Estimate, Step
 
 
 def add_run(verbs: Verbs) -> None:
@@ -30,8 +31,8 @@ def add_run(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run Snakemake with bars instead of pages of log."""
-    from nrcg.plan import job_weights
-    from nrcg.progress import watch
+    from nrcg.pipeline.plan import job_weights
+    from nrcg.pipeline.progress import watch
 
     weights = job_weights(load("config.yaml"), arguments.experiment)
     _use_this_environment()
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_results(experiment: str) -> None:
-    from nrcg.results import format_table, read_metrics
+    from nrcg.report.columns import read_metrics
+    from nrcg.report.tables import format_table
 
     folder = Path("results") / experiment
     print(format_table(read_metrics(folder / "metrics.csv")))
@@ -65,7 +67,7 @@ def add_plan(verbs: Verbs) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Estimate an experiment before it starts: jobs, images, U-Net passes, hours, disk."""
-    from nrcg.plan import image_counts, make_plan, plan_notes, plan_rows
+    from nrcg.pipeline.plan import image_counts, make_plan, plan_notes, plan_rows
 
     config = load(arguments.config)
     settings = get_experiment(config, arguments.experiment)
@@ -80,7 +82,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def _measured(arguments: argparse.Namespace, settings: ExperimentConfig, steps: Sequence[Step]) -> Estimate:
     """What the steps' operations cost on the device at hand."""
-    from nrcg.plan import Estimate, find_unet
+    from nrcg.pipeline.plan import Estimate, find_unet
 
     print("measuring ...", file=sys.stderr, flush=True)
     began, busy = time.perf_counter(), time.process_time()
@@ -88,8 +90,8 @@ def _measured(arguments: argparse.Namespace, settings: ExperimentConfig, steps: 
     import torch
     import torchvision.models  # noqa: F401
 
-    from nrcg import timing
-    from nrcg.diffusion import resolve_device, resolve_precision
+    from nrcg.devices import resolve_device, resolve_precision
+    from nrcg.pipeline import timing
 
     start = time.process_time() - busy
     device = resolve_device(arguments.device or settings.device)
@@ -139,7 +141,7 @@ def adopt(arguments: argparse.Namespace) -> None:
     """Take over the files that `dvc pull` brought: checks their checksums and settings against dvc.lock, then tells
     Snakemake that they are up to date."""
     from nrcg.config import read_yaml
-    from nrcg.integrity import refuse_damaged_sources
+    from nrcg.pipeline.integrity import refuse_damaged_sources
 
     _use_this_environment()
     settings = load("config.yaml").experiments

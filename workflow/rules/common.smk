@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 from nrcg import config as nrcg_config
-from nrcg.config import ROLES, format_scale
+from nrcg.config import ROLES
+from nrcg.layout import format_scale
 from nrcg.devices import count_nvidia_gpus, has_nvidia_gpu
 from nrcg.errors import ConfigError, DataError
-from nrcg.features import resolve_features
+from nrcg.evaluation.features import resolve_features
 from nrcg.files import join_group, remove_leftovers
-from nrcg.integrity import refuse_damaged_sources, set_aside_damaged
+from nrcg.pipeline.integrity import refuse_damaged_sources, set_aside_damaged
 from nrcg.processes import end_with_parent
 from nrcg.tracking import is_left_behind, new_invocation
 

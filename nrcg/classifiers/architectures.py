@@ -1,0 +1,73 @@
+"""TODO classifiers.architectures."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import Tensor, nn
+
+from nrcg.errors import DataError
+
+
+class SmallCNN(nn.Module):
+    """Four 3 x 3 convolutions with batch norm, pooled over the image: a judge that is cheap on a CPU.
+
+    Args:
+        num_classes: K.
+        width: channels of the first layer; the features before the last linear layer have 2 * width.
+    """
+
+    def __init__(self, num_classes: int, width: int = 32):
+        super().__init__()
+        channels = (3, width, width, 2 * width, 2 * width)
+        layers: list[nn.Module] = []
+        for level, (inside, outside) in enumerate(itertools.pairwise(channels)):
+            layers += [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.SiLU()]
+            if level % 2:
+                layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, K) logits."""
+        return self.head(self.body(x).mean(dim=(2, 3)))
+
+
+def build_module(architecture: str, num_classes: int, batch_norm_momentum: float) -> nn.Module:
+    """A randomly initialised classification network.
+
+    Args:
+        architecture: `small_cnn` or the name of a torchvision classification model.
+        num_classes: K, the number of logits.
+        batch_norm_momentum: share of a batch in the running statistics of batch norm.
+
+    Raises:
+        DataError: no such architecture.
+    """
+    if architecture == "small_cnn":
+        module: nn.Module = SmallCNN(num_classes)
+    else:
+        from torchvision import models
+
+        # get_model would also build detection and segmentation models.
+        if architecture not in models.list_models(module=models):
+            raise DataError(
+                f"architecture {architecture!r} is unknown; allowed: small_cnn or a torchvision model's name"
+            )
+        module = models.get_model(architecture, weights=None, num_classes=num_classes)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = batch_norm_momentum
+    return module
+
+
+def replace_first_conv(module: nn.Module, in_channels: int, bias: bool) -> None:
+    """Give a torchvision MobileNetV3 another first convolution, untrained: for other channels, or with a bias.
+
+    Args:
+        module: its first layer is `features[0][0]`; changed in place.
+    """
+    old = module.features[0][0]
+    module.features[0][0] = nn.Conv2d(
+        in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, bias=bias
+    )

@@ -1,0 +1,108 @@
+"""What the verbs share: types of arguments, their settings, their device."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from nrcg.config import StepSettings, checked_device, read_step_settings
+from nrcg.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""Where a module declares its verbs."""
+
+
+def add_verb(
+    verbs: Verbs, name: str, verb: Callable, *, step: bool = False, compute: bool = False
+) -> argparse.ArgumentParser:
+    """The parser of one verb, explained by the docstring of its function.
+
+    Args:
+        step: it is a step of the pipeline: --config and --experiment.
+        compute: it computes with torch: --device and --threads.
+    """
+    sub = verbs.add_parser(name, help=(verb.__doc__ or "").splitlines()[0], description=verb.__doc__)
+    sub.set_defaults(verb=verb)
+    if step:
+        sub.add_argument("--config", required=True, help="config.yaml, or a step's settings file")
+        sub.add_argument("--experiment", help="which experiment of config.yaml")
+    if compute:
+        sub.add_argument("--device", type=device_flag, help="auto, cpu, cuda, cuda:N; default: the config's")
+        sub.add_argument("--threads", type=positive, help="CPU threads")
+    return sub
+
+
+def device_flag(text: str) -> str:
+    """Type of an argument: auto, cpu, cuda or cuda:N."""
+    try:
+        return checked_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    """Type of an argument: a whole number >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
+    return int(text)
+
+
+def positive_or_auto(text: str) -> int | str:
+    """Type of an argument: a whole number >= 1, or auto."""
+    return text if text == "auto" else positive(text)
+
+
+def positive_or_zero(text: str) -> int:
+    """Type of an argument: a whole number >= 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def nonnegative(text: str) -> float:
+    """Type of an argument: a finite number >= 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
+    return value
+
+
+def read_settings(arguments: argparse.Namespace, step: str, part: str | None = None) -> Any:
+    """The settings of a step, of the experiment and file that --experiment and --config name."""
+    return read_step_settings(arguments.config, step, arguments.experiment, part)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def choose_device(arguments: argparse.Namespace, settings: StepSettings | None) -> tuple[torch.device, torch.dtype]:
+    """Device and precision: the flags', else the settings', else auto and float32."""
+    from nrcg.devices import acquire_device, resolve_precision
+
+    device = acquire_device(arguments.device or getattr(settings, "device", "auto"), arguments.threads)
+    precision = getattr(arguments, "precision", None) or getattr(settings, "precision", "float32")
+    return device, resolve_precision(precision, device)
+
+
+def open_pipeline(
+    arguments: argparse.Namespace, settings: StepSettings | None
+) -> tuple[Any, torch.device, torch.dtype]:
+    """The pipeline of --ddpm on its device, that device, and the precision."""
+    from diffusers.utils import logging
+
+    from nrcg.guidance.pipeline import GuidedDDPMPipeline
+
+    logging.disable_progress_bar()  # a bar for two files
+    device, precision = choose_device(arguments, settings)
+    if arguments.ddpm is None:
+        raise ConfigError("--ddpm: missing; give the folder of the diffusion model")
+    return GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device), device, precision

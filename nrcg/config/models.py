@@ -1,0 +1,166 @@
+"""TODO config.models."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from nrcg.config.basics import Fraction, Positive, Section
+
+
+class UNetConfig(Section):
+    """diffusers UNet2DModel."""
+
+    block_out_channels: Annotated[list[Positive], Field(min_length=1)] = Field(
+        description="Channels per level; each level after the first halves the resolution."
+    )
+    attention: list[bool] = Field(description="Self-attention per level, as long as block_out_channels.")
+    layers_per_block: Positive = Field(description="Residual layers per level.")
+    attention_head_dim: Positive = Field(description="Channels per attention head.")
+    norm_num_groups: Positive = Field(description="Groups of the group norm; divides every channel count.")
+    dropout: Fraction = Field(description="Dropout probability while training.")
+
+    @model_validator(mode="after")
+    def _check(self) -> UNetConfig:
+        if len(self.attention) != len(self.block_out_channels):
+            raise ValueError("attention: one entry for each entry of block_out_channels")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"norm_num_groups: {self.norm_num_groups} does not divide {channels} channels")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate of AdamW.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(description="Steps of linear warm-up.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(description="Decoupled weight decay.")
+    grad_clip: Annotated[float, Field(gt=0)] = Field(description="Largest 2-norm of the gradient.")
+
+
+class ScheduleConfig(Section):
+    """The forward process (eq. 2), in the terms of diffusers' schedulers."""
+
+    num_train_timesteps: Annotated[int, Field(ge=2)] = Field(description="T, the number of diffusion steps.")
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(description="beta_1; squaredcos_cap_v2 does not use it.")
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(description="beta_T; squaredcos_cap_v2 does not use it.")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
+        default="linear",
+        description="linear in beta (published), in its root (latent diffusion), or the cosine of improved DDPM.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.beta_start > self.beta_end:
+            raise ValueError("beta_start: must not be larger than beta_end")
+        return self
+
+
+class DDPMConfig(Section):
+    """The unconditional diffusion model: trained from scratch, or a pretrained one."""
+
+    pretrained: str | None = Field(
+        default=None,
+        description="A diffusers folder, or a hub id (optionally ID@REVISION), taken instead of training; null trains. "
+        "The schedule must be the model's own; the keys of the training are not used.",
+    )
+    schedule: ScheduleConfig
+    unet: UNetConfig
+    epochs: Positive = Field(description="Passes over the training images.")
+    batch_size: Positive = Field(description="Images per optimiser step, over all processes.")
+    micro_batch_size: Positive | None = Field(
+        default=None,
+        description="Images at once on a device, the gradients being summed; null: all of a step's. Takes less memory, "
+        "changes the result by rounding alone.",
+    )
+    num_processes: Positive | Literal["auto"] = Field(
+        default="auto",
+        description="Processes that share each batch; auto: one per GPU that the job has, 1 on a CPU. Changes the "
+        "result by rounding alone.",
+    )
+    optimizer: OptimizerConfig
+    ema_decay: Fraction = Field(description="Largest decay of the weight EMA; the saved weights are the EMA's.")
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
+        description="A checkpoint at least this often; a killed training goes on from the last."
+    )
+    num_val_images: Positive = Field(description="Validation images of the loss per epoch.")
+    sample_every: Annotated[int, Field(ge=0)] = Field(description="A sample grid each n epochs; 0: only at the end.")
+    seed: Annotated[int, Field(ge=0)]
+
+    @field_validator("pretrained")
+    @classmethod
+    def _pretrained(cls, source: str | None) -> str | None:
+        if source is not None and not source.strip():
+            raise ValueError("empty; give a diffusers folder or hub id, or null to train")
+        return source
+
+    @field_validator("num_processes", mode="before")
+    @classmethod
+    def _num_processes(cls, number: Any) -> Any:
+        # A union's own message would speak of each of its types.
+        if number != "auto" and (type(number) is not int or number < 1):
+            raise ValueError(f"{number!r} is no number of processes; a whole number >= 1 or auto is allowed")
+        return number
+
+    @model_validator(mode="after")
+    def _one_image_per_process(self) -> DDPMConfig:
+        if self.num_processes != "auto" and self.num_processes > self.batch_size:
+            raise ValueError(f"num_processes: {self.num_processes} processes cannot share {self.batch_size} images")
+        return self
+
+
+class ClassifierConfig(Section):
+    """One classifier, trained here or `pretrained`. `noised` images follow eq. 2, each at its own t uniform over the
+    steps."""
+
+    pretrained: str | None = Field(
+        default=None,
+        description="A folder, torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER or python:MODULE:FACTORY; null"
+        " trains one. The training's settings then do not matter.",
+    )
+    class_map: dict[str, int | str | list[int | str]] | None = Field(
+        default=None,
+        description="pretrained: for each of dataset.classes the classifier's class, by name or number, or a list of"
+        " classes whose probabilities add up.",
+    )
+    architecture: str = Field(description="mobilenet_v3_small, small_cnn, or another torchvision model's name.")
+    noised: bool = Field(description="Train on noised images (robust) or on clean ones.")
+    epochs: Positive
+    batch_size: Positive
+    optimizer: OptimizerConfig
+    batch_norm_momentum: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="torchvision's MobileNetV3 ships 0.01, too slow for short trainings."
+    )
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
+        default=10, description="A checkpoint at least this often; a killed training goes on from the last."
+    )
+    seed: Annotated[int, Field(ge=0)]
+
+    @field_validator("architecture")
+    @classmethod
+    def _architecture(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"{name!r} is no torchvision model name; for example: mobilenet_v3_small")
+        return name
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifierConfig:
+        if self.class_map is not None and self.pretrained is None:
+            raise ValueError("class_map: is for a pretrained classifier; one trained here has the data set's classes")
+        return self
+
+
+class ClassifiersConfig(Section):
+    non_robust: ClassifierConfig
+    robust: ClassifierConfig
+    judge: ClassifierConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifiersConfig:
+        for role, noised in (("non_robust", False), ("robust", True), ("judge", False)):
+            if getattr(self, role).noised != noised:
+                raise ValueError(f"{role}.noised: must be {str(noised).lower()}, or the role is not what it says")
+        return self

@@ -1,0 +1,50 @@
+"""TODO config.schema."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+from nrcg.config.experiment import ExperimentConfig
+from nrcg.config.methods import MethodConfig
+
+
+def write_schema(path: str | os.PathLike) -> None:
+    """Write the JSON schema of config.yaml, for editors. An experiment may leave out any key that
+    `defaults` gives, so at the file's level nothing is required."""
+    Path(path).write_text(json.dumps(json_schema(), indent=2) + "\n")
+
+
+def json_schema() -> dict:
+    """JSON schema of config.yaml, generated from the models above."""
+    schema = ExperimentConfig.model_json_schema(ref_template="#/$defs/{model}")
+    definitions = schema.pop("$defs")
+    definitions |= MethodConfig.model_json_schema(ref_template="#/$defs/{model}").pop("$defs", {})
+    definitions["ExperimentConfig"] = schema
+    definitions["MethodConfig"] = {
+        key: value for key, value in MethodConfig.model_json_schema().items() if key != "$defs"
+    }
+    partial = {name: copy.deepcopy(body) for name, body in definitions.items() if name != "StabilizerConfig"}
+    for body in partial.values():
+        if body is not definitions["MethodConfig"]:
+            body.pop("required", None)
+    # What `defaults` says of the data set fits every source, so that more than one of them may match.
+    partial["ExperimentConfig"]["properties"]["dataset"] = {
+        "anyOf": partial["ExperimentConfig"]["properties"]["dataset"]["oneOf"],
+        "description": ExperimentConfig.model_fields["dataset"].description,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "nrcg config.yaml",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["defaults", "methods", "experiments"],
+        "properties": {
+            "defaults": {"$ref": "#/$defs/ExperimentConfig"},
+            "methods": {"type": "object", "additionalProperties": {"$ref": "#/$defs/MethodConfig"}},
+            "experiments": {"type": "object", "additionalProperties": {"$ref": "#/$defs/ExperimentConfig"}},
+        },
+        "$defs": partial | {"StabilizerConfig": definitions["StabilizerConfig"]},
+    }

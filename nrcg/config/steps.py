@@ -1,0 +1,227 @@
+"""TODO config.steps."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ValidationError
+
+from nrcg.config.basics import ROLES, Name, Precision, Role, Section, fingerprint
+from nrcg.config.data import DatasetConfig
+from nrcg.config.experiment import Config, EvaluationConfig, ForwardConfig, SamplingConfig, get_experiment
+from nrcg.config.messages import _explain
+from nrcg.config.methods import MethodConfig
+from nrcg.config.models import ClassifierConfig, ClassifiersConfig, DDPMConfig, ScheduleConfig
+from nrcg.config.reading import parse, read_yaml
+from nrcg.errors import ConfigError
+from nrcg.files import atomic_write_text
+
+
+class StepSettings(Section):
+    """Settings of one step of one experiment."""
+
+    experiment: Name
+    # Where a job runs and in which batches changes no result, so it must not make results stale.
+    UNAFFECTING: ClassVar[tuple[str, ...]] = ()
+
+    def fingerprint(self) -> str:
+        """Changes when, and only when, a setting changes that can change the step's result."""
+        settings = self.model_dump(mode="json")
+        for dotted in self.UNAFFECTING:
+            *path, key = dotted.split(".")
+            section = settings
+            for part in path:
+                section = section[part]
+            section.pop(key, None)  # not every source of images has it
+        return fingerprint(settings)
+
+
+class DatasetStep(StepSettings):
+    # Experiments may share a data set; images are the same whoever has put them there.
+    UNAFFECTING = ("experiment", "dataset.download")
+    dataset: DatasetConfig
+
+
+class TrainDDPMStep(StepSettings):
+    UNAFFECTING = (
+        "device",
+        "ddpm.checkpoint_minutes",
+        "ddpm.sample_every",
+        "ddpm.micro_batch_size",
+        "ddpm.num_processes",
+    )
+    device: str
+    precision: Precision
+    ddpm: DDPMConfig
+
+    def fingerprint(self) -> str:
+        if self.ddpm.pretrained is None:
+            return super().fingerprint()
+        return fingerprint({"ddpm": self.ddpm.model_dump(mode="json", include={"pretrained", "schedule"})})
+
+
+class TrainClassifierStep(StepSettings):
+    UNAFFECTING = ("device", "classifier.checkpoint_minutes")
+    device: str
+    precision: Precision
+    role: Role
+    classifier: ClassifierConfig
+    schedule: ScheduleConfig
+
+    def fingerprint(self) -> str:
+        if self.classifier.pretrained is None:
+            return super().fingerprint()
+        classifier = self.classifier.model_dump(mode="json", include={"pretrained", "class_map"})
+        schedule = self.schedule.model_dump(mode="json")
+        return fingerprint({"classifier": classifier, "role": self.role, "schedule": schedule})
+
+
+class ForwardStep(StepSettings):
+    UNAFFECTING = ("device", "forward.batch_size")
+    device: str
+    precision: Precision
+    target: str
+    clip_pred_x0: bool
+    forward: ForwardConfig
+
+
+class SampleStep(StepSettings):
+    # num_samples says how many shards there are; a shard that is whole stays whole. The rule passes each shard's size.
+    UNAFFECTING = ("device", "sampling.batch_size", "sampling.num_samples")
+    device: str
+    precision: Precision
+    target: str
+    method: str
+    guidance: MethodConfig
+    sampling: SamplingConfig
+
+
+class ReferenceStep(StepSettings):
+    UNAFFECTING = ("device", "evaluation.best_by")
+    device: str
+    target: str
+    evaluation: EvaluationConfig
+
+
+class EvaluateStep(StepSettings):
+    UNAFFECTING = ("device", "sampling.batch_size", "evaluation.best_by")
+    device: str
+    precision: Precision
+    target: str
+    method: str
+    guidance: MethodConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+
+
+class ReportStep(StepSettings):
+    description: str
+    target: str
+    classes: list[str]
+    dataset: DatasetConfig
+    ddpm: DDPMConfig
+    classifiers: ClassifiersConfig
+    forward: ForwardConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+    methods: dict[str, MethodConfig]
+    sweep: dict[str, list[float]]
+
+
+STEPS: dict[str, type[StepSettings]] = {
+    "dataset": DatasetStep,
+    "train_ddpm": TrainDDPMStep,
+    "train_classifier": TrainClassifierStep,
+    "forward": ForwardStep,
+    "sample": SampleStep,
+    "reference": ReferenceStep,
+    "evaluate": EvaluateStep,
+    "report": ReportStep,
+}
+
+
+def step_settings(config: Config, experiment: str, step: str, part: str | None = None) -> StepSettings:
+    """The settings that one step reads.
+
+    Args:
+        step: a key of STEPS.
+        part: the role for `train_classifier`, the method for `sample` and `evaluate`, else None.
+
+    Raises:
+        ConfigError: unknown experiment, role or method.
+    """
+    settings = get_experiment(config, experiment)
+    values: dict[str, Any] = {"experiment": experiment}
+    for field in STEPS[step].model_fields:
+        if field in type(settings).model_fields:
+            values[field] = getattr(settings, field)
+    if step == "train_classifier":
+        if part not in ROLES:
+            raise ConfigError(f"role {part!r} is unknown; allowed: {', '.join(ROLES)}")
+        values |= {"role": part, "schedule": settings.ddpm.schedule}
+        values["classifier"] = getattr(settings.classifiers, part)
+    if step in ("sample", "evaluate"):
+        if part not in config.methods:
+            raise ConfigError(f"method {part!r} is unknown; allowed: {', '.join(config.methods)}")
+        values |= {"method": part, "guidance": config.methods[part]}
+    if step == "forward":
+        values["clip_pred_x0"] = settings.sampling.clip_pred_x0
+    if step == "report":
+        values["classes"] = settings.dataset.classes
+        values["methods"] = {name: config.methods[name] for name in settings.sweep}
+    return STEPS[step](**{key: _plain(value) for key, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value
+
+
+def write_step_settings(
+    config: Config,
+    experiment: str,
+    step: str,
+    part: str | None = None,
+    folder: str | os.PathLike = ".nrcg/config",
+) -> str:
+    """Write a step's settings to `<folder>/<experiment>/<step>[-<part>]-<fingerprint>.json`; return the path.
+
+    A job that is under way keeps the settings it was started with, also when config.yaml is edited meanwhile.
+    """
+    settings = step_settings(config, experiment, step, part)
+    name = "-".join(filter(None, (step, part, settings.fingerprint())))
+    path = Path(folder) / experiment / f"{name}.json"
+    text = json.dumps({"step": step, "settings": settings.model_dump(mode="json")}, indent=1) + "\n"
+    if not path.exists() or path.read_text() != text:
+        atomic_write_text(path, text)
+    return path.as_posix()
+
+
+def read_step_settings(
+    path: str | os.PathLike, step: str, experiment: str | None = None, part: str | None = None
+) -> StepSettings:
+    """Settings of a step, from a settings file written above or from a whole config.yaml.
+
+    Raises:
+        ConfigError: the file is missing, cut off, for another step, or invalid.
+    """
+    raw = read_yaml(path)  # JSON is YAML
+    if "settings" not in raw:
+        config = parse(raw, str(path))
+        if experiment is None:
+            raise ConfigError(
+                f"{path} holds several experiments; name one by --experiment: {', '.join(config.experiments)}"
+            )
+        return step_settings(config, experiment, step, part)
+    if raw.get("step") != step:
+        raise ConfigError(f"{path}: holds the settings of the step {raw.get('step')!r}, not of {step!r}")
+    try:
+        return STEPS[step].model_validate(raw["settings"])
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error, STEPS[step])}") from None

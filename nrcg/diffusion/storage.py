@@ -1,0 +1,88 @@
+"""TODO diffusion.storage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nrcg.errors import DataError
+from nrcg.files import atomic_save_array, naming, read_record, replace_folder, sha256_file, temporary_name, write_record
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, UNet2DModel
+
+
+DATA_MEAN_FILE = "data_mean.npy"
+"""Mean training image beside a pipeline's weights: (C, H, W) float32 in [-1, 1], for the start `data_mean`."""
+RECORD_FILE = "training.json"
+"""What made a pipeline's folder, with the checksums of its files."""
+WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+def read_data_mean(folder: str | Path) -> Tensor | None:
+    """The mean training image stored with a pipeline, (C, H, W) in [-1, 1], or None where there is none."""
+    path = Path(folder) / DATA_MEAN_FILE
+    if not path.exists():
+        return None
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot be read ({error})", path) from None
+
+
+def check_pipeline_files(folder: Path) -> None:
+    """Compare a pipeline folder with the checksums of its training.json; one without that file passes.
+
+    Raises:
+        DataError: a file has changed, or training.json is damaged.
+    """
+    record_path = folder / RECORD_FILE
+    if not record_path.exists():
+        return
+    try:
+        record = read_record(record_path)
+        sums = dict(record.get("files") or {WEIGHTS_FILE: record["sha256"]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"damaged ({error})", record_path) from None
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError("not found", path)
+        if sha256_file(path) != expected:
+            raise DataError(f"damaged (not what {RECORD_FILE} says, checksum)", path)
+
+
+def save_pipeline(
+    folder: Path,
+    unet: UNet2DModel,
+    scheduler: SchedulerMixin,
+    data_mean: np.ndarray,
+    record: dict,
+    log: list[dict[str, float]],
+) -> None:
+    """Write a diffusers pipeline folder as a whole, with the mean training image, training.csv and training.json.
+
+    Args:
+        data_mean: (C, H, W) in [-1, 1].
+        record: settings, data and versions; the weights' SHA-256 is added, and under `files` that of every file.
+    """
+    from diffusers import DDPMPipeline
+
+    from nrcg.csv_files import write_csv
+
+    new = temporary_name(folder)
+    try:
+        with naming(folder):
+            DDPMPipeline(unet, scheduler).save_pretrained(new)
+            atomic_save_array(new / DATA_MEAN_FILE, data_mean.astype(np.float32))
+            sums = {path.relative_to(new).as_posix(): sha256_file(path) for path in new.rglob("*") if path.is_file()}
+            write_csv(new / "training.csv", log, list(log[0]))
+            write_record(new / RECORD_FILE, record | {"sha256": sums[WEIGHTS_FILE], "files": sums})
+            replace_folder(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

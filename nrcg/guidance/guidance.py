@@ -1,0 +1,242 @@
+"""Classifier guidance: the gradient that shifts the reverse process towards a class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nrcg.classifiers.adapter import probe
+from nrcg.classifiers.logits import class_log_prob, logits_of
+from nrcg.devices import freeze
+from nrcg.diffusion.objectives import Prediction, as_prediction
+from nrcg.diffusion.schedule import Schedule
+from nrcg.guidance.scales import ScaleSchedule
+from nrcg.guidance.stabilizers import Identity, Stabilizer
+
+PredictNoise = Callable[[Tensor, int], Tensor | Prediction]
+"""eps_theta: (x_t (B, C, H, W), t in 1..T) to eps (B, C, H, W) in float32, or to a Prediction."""
+GradMode = Literal["full", "checkpoint", "no_jacobian"]
+GRAD_MODES: tuple[str, ...] = ("full", "checkpoint", "no_jacobian")
+
+
+@dataclass(frozen=True)
+class GuidedStep:
+    """What one step's classifier pass gives.
+
+    Attributes:
+        grad: g_t = grad_{x_t} log p(target | .), (B, C, H, W), not smoothed, not scaled.
+        prediction: the U-Net's, detached; the sampler goes on with it.
+        logits: (B, K) of the classifier, detached, float32.
+    """
+
+    grad: Tensor
+    prediction: Prediction
+    logits: Tensor
+
+
+def log_prob_gradient(
+    classifier: Callable[[Tensor], Tensor], target: int, x: Tensor, see: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """grad_x log p(target | see(x)): of x itself, or through what the classifier is shown (eqs. 4 and 6).
+
+    Args:
+        x: (B, C, H, W) float32.
+        see: maps x to the classifier's images, differentiably; None shows x itself.
+
+    Returns:
+        The gradient (B, C, H, W), in float32 unless x is float64, and the logits (B, K), detached.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        seen = x if see is None else see(x)
+        logits = logits_of(classifier(seen))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # One sum over the batch: no sample's log-probability depends on another's image.
+        (grad,) = torch.autograd.grad(class_log_prob(logits, target).sum(), seen)
+        if see is not None:
+            # Each sample's gradient goes through the U-Net at size one: a float16 U-Net flushes small ones to zero.
+            size = grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+            grad = torch.autograd.grad(seen, x, grad / size)[0] * size
+    return grad.to(torch.promote_types(grad.dtype, torch.float32)), logits.detach()
+
+
+class ClassifierGuidance:
+    """Guides a sampler towards a class by a classifier's gradient (eq. 1, algorithm 1).
+
+    Args:
+        classifier: images (B, C, H, W) in [-1, 1] to (B, K) logits, or to an object with `.logits`; one logit means
+            binary. Wrap a model that expects other values or sizes in `nrcg.Classifier`. It is put into eval mode
+            (batch statistics would couple the samples) and its parameters are frozen.
+        target: class index.
+        scale: s of eq. 1, >= 0; or a function of the share of the trajectory that is left, t / T in (0, 1], such as
+            `nrcg.guidance.scales.Linear(10.0, 0.0)`.
+        input: `pred_x0`, the classifier sees the one-step denoised image and the gradient goes through the U-Net
+            (eq. 5); or `x_t`, it sees the noisy image, for classifiers that were trained on the noise.
+        stabilizer: smooths the gradient over the steps, e.g. `EMA(0.99)`; None smooths nothing.
+        clip_pred_x0: clip the image that the classifier sees to [-1, 1]. A clipped pixel's gradient is zero.
+        grad_mode: how the gradient of `pred_x0` passes the U-Net. `full` stores its activations; `checkpoint` computes
+            them twice and stores less; `no_jacobian` takes the noise prediction for a constant, which is cheap and
+            another, rougher gradient.
+        every_k: a new gradient each k-th step; between, the stabilizer is fed with the last one.
+        skip_above: a probability. While p(target | what the classifier sees) of a sample was above it at the last step,
+            that sample's gradient is taken for zero, and its U-Net pass is the cheap one without a gradient:
+            grad log p = (1 - p) * grad(logit margin) vanishes as p goes to 1. Decided for each sample by itself, so
+            the samples still do not depend on the batch. 1 skips nothing.
+        time_conditioned: the classifier takes (images, timesteps (B,) in 0..T-1), as noise-aware classifiers do that
+            were trained for guidance (Dhariwal and Nichol 2021); for input `x_t`.
+
+    Attributes:
+        last: the GuidedStep of the last gradient.
+        fresh: whether the last step took a new gradient (see every_k).
+        guide: what the stabilizer made of it, (B, C, H, W), not scaled.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        target: int,
+        scale: float | ScaleSchedule = 1.0,
+        input: Literal["pred_x0", "x_t"] = "pred_x0",
+        stabilizer: Stabilizer | None = None,
+        clip_pred_x0: bool = True,
+        grad_mode: GradMode = "full",
+        every_k: int = 1,
+        skip_above: float = 1.0,
+        time_conditioned: bool = False,
+    ):
+        if input not in ("pred_x0", "x_t"):
+            raise ValueError(f"input: {input!r} is unknown; allowed: pred_x0, x_t")
+        if grad_mode not in GRAD_MODES:
+            raise ValueError(f"grad_mode: {grad_mode!r} is unknown; allowed: {', '.join(GRAD_MODES)}")
+        if every_k < 1:
+            raise ValueError(f"every_k: {every_k} is less than 1")
+        if not 0.0 < skip_above <= 1.0:
+            raise ValueError(f"skip_above: {skip_above} is no probability in (0, 1]")
+        if not callable(scale) and not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"scale: {scale} is not a finite number >= 0")
+        if target < 0:
+            raise ValueError(f"target: {target} is negative")
+        if time_conditioned and input != "x_t":
+            raise ValueError("time_conditioned: a denoised image has no step; it goes with input x_t")
+        self.classifier = freeze(classifier)
+        self.target = int(target)
+        self.scale = scale if callable(scale) else float(scale)
+        self.input = input
+        self.stabilizer = stabilizer if stabilizer is not None else Identity()
+        self.clip_pred_x0 = clip_pred_x0
+        self.grad_mode = grad_mode
+        self.every_k = int(every_k)
+        self.skip_above = float(skip_above)
+        self.time_conditioned = time_conditioned
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every trajectory: before each batch of samples."""
+        self.stabilizer.reset()
+        self._steps = 0
+        self.last: GuidedStep | None = None
+        self.guide: Tensor | None = None
+        self.fresh = False
+
+    def scale_at(self, share_left: float) -> float:
+        """s at a share t / T of the trajectory."""
+        return float(self.scale(share_left)) if callable(self.scale) else self.scale
+
+    def to(self, device: torch.device) -> ClassifierGuidance:
+        """Move the classifier to a device."""
+        self.classifier.to(device)
+        return self
+
+    def classifier_at(self, t: int) -> Callable[[Tensor], Tensor]:
+        """The classifier of images at step t, 1..T."""
+        if not self.time_conditioned:
+            return self.classifier
+        return lambda x: self.classifier(x, torch.full((len(x),), t - 1, device=x.device))
+
+    def check(self, x: Tensor) -> None:
+        """Try the classifier on images shaped like x (B, C, H, W).
+
+        Raises:
+            ValueError: it cannot take them, gives no (B, K) logits, has no gradient, or has no class `target`.
+            TypeError: it gives no tensor.
+        """
+        num_classes = probe(self.classifier_at(1), x[:1])
+        if self.target >= num_classes:
+            raise ValueError(f"target: {self.target} is no class of the classifier, which has {num_classes}")
+
+    def __call__(
+        self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule
+    ) -> tuple[Prediction, Tensor]:
+        """One step of a trajectory: the U-Net's prediction and s * stabilizer(g_t), shaped like x_t.
+
+        Where every_k says so, the last step's gradient is used again.
+        """
+        self.fresh = self.last is None or self._steps % self.every_k == 0
+        if self.fresh:
+            self.last = self._gated_gradient(x_t, t, predict_noise, schedule)
+            prediction = self.last.prediction
+        else:
+            with torch.no_grad():
+                prediction = as_prediction(predict_noise(x_t, t))
+        self._steps += 1
+        self.guide = self.stabilizer(self.last.grad)
+        return prediction, self.scale_at(t / schedule.num_steps) * self.guide
+
+    def _gated_gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
+        """`gradient` of the samples that skip_above lets through; zero, and no gradient's cost, for the others."""
+        if self.skip_above == 1.0 or self.last is None:
+            return self.gradient(x_t, t, predict_noise, schedule)
+        confident = class_log_prob(self.last.logits, self.target) > math.log(self.skip_above)
+        doubtful, sure = (~confident).nonzero()[:, 0], confident.nonzero()[:, 0]
+        parts = []
+        if len(doubtful):
+            parts.append(self.gradient(x_t[doubtful], t, predict_noise, schedule))
+        if len(sure):
+            parts.append(self._no_gradient(x_t[sure], t, predict_noise, schedule))
+        back = torch.cat([doubtful, sure]).argsort()
+        shares = [part.prediction.log_variance_share for part in parts]
+        return GuidedStep(
+            grad=torch.cat([part.grad for part in parts])[back],
+            prediction=Prediction(
+                torch.cat([part.prediction.eps for part in parts])[back],
+                None if shares[0] is None else torch.cat(shares)[back],
+            ),
+            logits=torch.cat([part.logits for part in parts])[back],
+        )
+
+    @torch.no_grad()
+    def _no_gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
+        """A step whose gradient is taken for zero; the logits tell whether that still holds."""
+        prediction = as_prediction(predict_noise(x_t, t))
+        seen = x_t if self.input == "x_t" else schedule.pred_x0(x_t, prediction.eps, t, clip=self.clip_pred_x0)
+        return GuidedStep(torch.zeros_like(x_t), prediction, logits_of(self.classifier_at(t)(seen)).float())
+
+    def gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
+        """g_t of eq. 1, of x_t itself or through the one-step denoised image (eqs. 5 and 6).
+
+        Args:
+            x_t: (B, C, H, W) float32.
+            t: step, 1..T.
+        """
+        if self.input == "x_t":
+            with torch.no_grad():
+                prediction = as_prediction(predict_noise(x_t, t))
+            grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t)
+            return GuidedStep(grad, prediction, logits)
+        predicted: list[Prediction] = []
+
+        def one_step_denoised(x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(self.grad_mode != "no_jacobian"):
+                predicted.append(as_prediction(predict_noise(x, t)))
+            return schedule.pred_x0(x, predicted[0].eps, t, clip=self.clip_pred_x0)
+
+        grad, logits = log_prob_gradient(self.classifier, self.target, x_t, one_step_denoised)
+        return GuidedStep(grad, predicted[0].detach(), logits)

@@ -1,0 +1,312 @@
+"""Guided DDPM sampling (algorithm 1) and the diffusers pipeline around it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from nrcg.batching import BatchSize, in_batches, largest_batch
+from nrcg.data.arrays import to_uint8
+from nrcg.devices import autocast, freeze
+from nrcg.diffusion.objectives import Prediction, to_eps
+from nrcg.diffusion.schedule import Schedule
+from nrcg.diffusion.storage import check_pipeline_files, read_data_mean
+from nrcg.errors import DataError
+from nrcg.guidance.guidance import ClassifierGuidance, PredictNoise
+from nrcg.guidance.samplers import DDIM, DDPM, DPMSolverPP, Sampler
+from nrcg.guidance.sampling import guided_sample, start_samples
+from nrcg.guidance.trace import Trace, TraceRecorder
+
+_PLAIN = {"thresholding": (False,)}
+SUPPORTED: dict[str, dict[str, tuple]] = {
+    "DDPMScheduler": _PLAIN | {"clip_sample_range": (1.0,), "variance_type": DDPM.VARIANCES},
+    "DDIMScheduler": _PLAIN | {"clip_sample_range": (1.0,), "set_alpha_to_one": (True,)},
+    "DPMSolverMultistepScheduler": _PLAIN
+    | {
+        "algorithm_type": ("dpmsolver++",),
+        "solver_order": (2,),
+        "solver_type": ("midpoint",),
+        "final_sigmas_type": ("zero",),
+        "use_karras_sigmas": (False,),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "use_flow_sigmas": (False,),
+        "use_lu_lambdas": (False,),
+    },
+}
+"""Schedulers whose mathematics is implemented, and the settings of them that are. Others are refused: a guidance that
+is silently left out would be worse."""
+SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
+
+
+@dataclass
+class GuidedOutput(BaseOutput):
+    """What a pipeline call gives.
+
+    Attributes:
+        images: PIL images.
+        samples: (N, C, H, W) float32 in [-1, 1].
+        nonfinite: (N,) bool, samples that turned non-finite; they stand as they were at the step before.
+        seconds: wall time of the sampling alone.
+        trace: what the guidance did in each step, where asked for.
+    """
+
+    images: list[Image.Image]
+    samples: Tensor
+    nonfinite: Tensor
+    seconds: float
+    trace: Trace | None = None
+
+
+class GuidedDDPMPipeline(DDPMPipeline):
+    """diffusers' DDPMPipeline with classifier guidance and a seed for each sample.
+
+    Opens any folder or hub id of an unconditional DDPM. Called with guidance=None it is the plain DDPM. A call puts the
+    U-Net into eval mode and freezes its parameters.
+    """
+
+    data_mean: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> GuidedDDPMPipeline:
+        """As diffusers'; also reads the mean training image where the folder holds one.
+
+        Raises:
+            DataError: a local folder without a pipeline, or with damaged files.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.exists() and not (folder / "model_index.json").exists():
+            raise DataError("not found", folder / "model_index.json")
+        check_pipeline_files(folder)
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except Exception as error:
+            if not folder.exists():
+                raise DataError(f"{folder}: no such folder, and no such diffusers model could be fetched") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"damaged ({reason})", folder / "model_index.json") from error
+        pipe.data_mean = read_data_mean(folder) if folder.exists() else None
+        pipe.set_progress_bar_config(leave=False)
+        return pipe
+
+    def schedule(self) -> Schedule:
+        """The scheduler's abar."""
+        return Schedule.from_scheduler(self.scheduler)
+
+    def use_sampler(self, name: str) -> GuidedDDPMPipeline:
+        """Exchange the scheduler for another with the same betas: `ddpm`, `ddim`, `dpmpp` (DPM-Solver++ 2M), or
+        `model`, which leaves it as it is.
+
+        Raises:
+            ValueError: another name.
+        """
+        if name == "model":
+            return self
+        if name not in SAMPLERS:
+            raise ValueError(f"sampler: {name!r} is unknown; allowed: model, {', '.join(SAMPLERS)}")
+        # Trailing: fewer steps start at T, where the noise is what sampling starts from.
+        scheduler = getattr(diffusers, SAMPLERS[name])
+        self.scheduler = scheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
+        return self
+
+    def sampler(self, eta: float = 0.0) -> Sampler:
+        """The scheduler's mathematics, with a place for the guidance.
+
+        Args:
+            eta: for DDIM, share of the ancestral sampler's noise, in [0, 1].
+
+        Raises:
+            ValueError: a scheduler or a setting of it that is not supported.
+        """
+        name = type(self.scheduler).__name__
+        if name not in SUPPORTED:
+            raise ValueError(f"scheduler {name} is not supported; allowed: {', '.join(SUPPORTED)}")
+        config = self.scheduler.config
+        for key, allowed in SUPPORTED[name].items():
+            if config.get(key, allowed[0]) not in allowed:  # older versions lack some keys
+                raise ValueError(
+                    f"scheduler {key} {config[key]!r} is not supported; allowed: {', '.join(map(str, allowed))}"
+                )
+        if eta and name != "DDIMScheduler":
+            raise ValueError(f"eta: {eta} is for a DDIMScheduler; the pipeline has a {name}")
+        schedule, clip = self.schedule(), bool(config.get("clip_sample", False))
+        if name == "DDIMScheduler":
+            return DDIM(schedule, clip, eta)
+        if name == "DPMSolverMultistepScheduler":
+            return DPMSolverPP(schedule, False)  # as diffusers': the solver knows no clip_sample
+        return DDPM(schedule, clip, config["variance_type"])
+
+    def timesteps(self, num_inference_steps: int | None = None) -> list[int]:
+        """The steps t in 1..T that are taken, falling, as the scheduler spaces them; None takes all T.
+
+        Raises:
+            ValueError: not between 1 and T.
+        """
+        num_steps = len(self.scheduler.betas)
+        if num_inference_steps is None:
+            return list(range(num_steps, 0, -1))
+        if not 1 <= num_inference_steps <= num_steps:
+            raise ValueError(f"num_inference_steps: {num_inference_steps} is not in 1..{num_steps}")
+        self.scheduler.set_timesteps(num_inference_steps)
+        # Some spacings round two steps to one.
+        return list(dict.fromkeys(int(t) + 1 for t in self.scheduler.timesteps))
+
+    def noise_predictor(self, precision: torch.dtype) -> PredictNoise:
+        """The U-Net as a function of (x_t, t) with t in 1..T, under autocast, float32 in and out, whatever it predicts.
+
+        Raises:
+            ValueError: a prediction type that is not supported.
+        """
+        unet, schedule = freeze(self.unet), self.schedule()
+        kind = self.scheduler.config["prediction_type"]
+        channels = unet.config.in_channels
+        to_eps(torch.zeros(1, 1), torch.zeros(1, 1), 1, schedule, kind)  # an unknown kind is refused here
+
+        def predict_noise(x: Tensor, t: int) -> Prediction:
+            with autocast(x.device, precision):
+                output = unet(x, torch.full((len(x),), t - 1, device=x.device)).sample.to(x.dtype)
+            share = (output[:, channels:] + 1.0) / 2.0 if output.shape[1] == 2 * channels else None
+            return Prediction(to_eps(output[:, :channels], x, t, schedule, kind), share)
+
+        return predict_noise
+
+    def __call__(
+        self,
+        num_samples: int = 1,
+        batch_size: BatchSize = 16,
+        seed: int = 0,
+        guidance: ClassifierGuidance | None = None,
+        *,
+        first_sample: int = 0,
+        start: str = "auto",
+        num_inference_steps: int | None = None,
+        eta: float = 0.0,
+        precision: torch.dtype = torch.float32,
+        trace: bool = False,
+        on_step: Callable[[int], None] | None = None,
+    ) -> GuidedOutput:
+        """Draw samples.
+
+        Args:
+            num_samples: N.
+            batch_size: samples at once; changes memory and speed, never the samples. `auto` measures how many fit.
+                Where memory runs out all the same, a batch is done again in halves.
+            seed: sample i depends on (seed, first_sample + i) alone.
+            guidance: None samples the plain DDPM.
+            first_sample: global index of the first sample, to draw a run in parts.
+            start: `standard_normal`, `data_mean`, or `auto`: data_mean where the folder holds it.
+            num_inference_steps: steps taken, 1..T; None takes all. Set `pipe.scheduler` to a DDIMScheduler or a
+                DPMSolverMultistepScheduler for samplers that need few.
+            eta: for DDIM, share of the ancestral sampler's noise, in [0, 1].
+            precision: autocast of the U-Net; x_t, the gradient and the stabilizer stay in float32.
+            trace: record gradient norms and cosines, log-probabilities and clipped pixels of each step (`nrcg.trace`).
+            on_step: called after each step with the number of steps done, of num_samples times the steps taken;
+                instead of the progress bar.
+
+        Raises:
+            ValueError: a setting or a scheduler that is not supported, a classifier that does not fit.
+            DataError: a single sample does not fit into the memory.
+        """
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("batch_size", 1 if batch_size == "auto" else batch_size, 1),
+            ("first_sample", first_sample, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: {value!r} is no whole number >= {least}")
+        if trace and (guidance is None or guidance.scale == 0):
+            raise ValueError("trace: needs guidance with a scale above 0")
+        sampler, timesteps, device = self.sampler(eta), self.timesteps(num_inference_steps), self.device
+        data_mean = self._start_mean(start)
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (self.unet.config.in_channels, height, width)
+        if guidance is not None:
+            guidance.to(device).check(torch.empty(1, *shape, device=device))
+        predict_noise = self.noise_predictor(precision)
+        if guidance is not None and guidance.grad_mode == "checkpoint":
+            self.unet.enable_gradient_checkpointing()
+        elif getattr(self.unet, "is_gradient_checkpointing", False):
+            self.unet.disable_gradient_checkpointing()
+        if batch_size == "auto":
+            batch_size = self._largest_batch(num_samples, shape, predict_noise, guidance)
+        bar = None
+        if on_step is None:
+            bar = self.progress_bar(total=len(timesteps) * num_samples)
+            on_step = _set_bar(bar)
+        parts: list[Trace] = []
+
+        def draw(batch: range) -> tuple[Tensor, Tensor]:
+            indices = range(first_sample + batch.start, first_sample + batch.stop)
+            recorder = TraceRecorder() if trace else None
+            done = itertools.count(batch.start * len(timesteps) + len(batch), len(batch))
+            x, nonfinite = guided_sample(
+                start_samples(sampler.schedule, seed, indices, shape, device, data_mean, timesteps[0]),
+                predict_noise,
+                sampler,
+                timesteps,
+                seed=seed,
+                samples=indices,
+                guidance=guidance,
+                recorder=recorder,
+                on_step=lambda: on_step(next(done)),
+            )
+            if recorder is not None:
+                parts.append(recorder.result())
+            return x.clamp(-1.0, 1.0).cpu(), nonfinite.cpu()
+
+        began = time.perf_counter()
+        try:
+            drawn = in_batches(num_samples, batch_size, draw)
+        finally:
+            if bar is not None:
+                bar.close()
+            if guidance is not None:
+                guidance.reset()  # its state holds the last batch's gradients
+        seconds = time.perf_counter() - began
+        samples = torch.cat([x for x, _ in drawn])
+        return GuidedOutput(
+            images=[Image.fromarray(image.squeeze()) for image in to_uint8(samples)],
+            samples=samples,
+            nonfinite=torch.cat([nonfinite for _, nonfinite in drawn]),
+            seconds=seconds,
+            trace=Trace.join(parts) if trace else None,
+        )
+
+    def _largest_batch(
+        self, most: int, shape: Sequence[int], predict_noise: PredictNoise, guidance: ClassifierGuidance | None
+    ) -> int:
+        schedule = self.schedule()
+
+        def one_step(num_images: int) -> None:
+            x = torch.zeros(num_images, *shape, device=self.device)
+            if guidance is None:
+                with torch.no_grad():
+                    predict_noise(x, schedule.num_steps)
+            else:
+                guidance.gradient(x, schedule.num_steps, predict_noise, schedule)
+
+        return largest_batch(one_step, most, self.device)
+
+    def _start_mean(self, start: str) -> Tensor | None:
+        if start not in ("auto", "standard_normal", "data_mean"):
+            raise ValueError(f"start: {start!r} is unknown; allowed: auto, standard_normal, data_mean")
+        if start == "data_mean" and self.data_mean is None:
+            raise ValueError("start: data_mean needs the file data_mean.npy beside the pipeline's model_index.json")
+        return None if start == "standard_normal" else self.data_mean
+
+
+def _set_bar(bar: Any) -> Callable[[int], None]:
+    """A tqdm bar as an on_step."""
+    return lambda done: bar.update(done - bar.n)

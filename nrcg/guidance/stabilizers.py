@@ -1,0 +1,301 @@
+"""Smoothing of the guidance gradient over the steps of a trajectory (section 2.5 of the paper).
+
+A stabilizer is called once a step with the gradients of a batch, from t = T down to 1, and keeps its state for each
+sample apart. `reset` before each batch of trajectories: state carried over would mix in other images' gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nrcg.config import StabilizerConfig
+
+
+PUBLISHED_STEPS = 400
+"""T of the paper: the number of steps for which `config.yaml` states a stabilizer's betas."""
+
+
+def scaled_beta(beta: float, num_steps: int) -> float:
+    """beta^(400/T): the beta whose window spans the same share of T steps as `beta` does of the
+    published 400 (method settings of arXiv 2507.00687, section 3)."""
+    return beta ** (PUBLISHED_STEPS / num_steps)
+
+
+class Stabilizer(ABC):
+    """Maps a step's gradients (B, C, H, W) to the ones that guide, of the same shape, in float32."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget every trajectory; the next call starts from zero state."""
+
+    @abstractmethod
+    def __call__(self, grad: Tensor) -> Tensor: ...
+
+
+class Identity(Stabilizer):
+    """No smoothing."""
+
+    def __repr__(self) -> str:
+        return "Identity()"
+
+    def reset(self) -> None:
+        pass
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad
+
+
+class EMA(Stabilizer):
+    """eq. 7: m_t = beta m_{t+1} + (1 - beta) g_t, from m = 0, without debiasing.
+
+    Args:
+        beta: momentum per step, in [0, 1). Its window is 1 / (1 - beta) steps.
+    """
+
+    def __init__(self, beta: float):
+        self.beta = _checked_beta("beta", beta)
+        self.reset()
+
+    def reset(self) -> None:
+        self._mean: Tensor | None = None
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if self._mean is None:
+            self._mean = torch.zeros_like(grad)
+        self._mean = self.beta * self._mean + (1.0 - self.beta) * grad
+        return self._mean
+
+    def __repr__(self) -> str:
+        return f"EMA({self.beta:g})"
+
+
+class Adam(Stabilizer):
+    """eq. 8: m_t / (sqrt(v_t) + eps) with the moving averages m_t of g_t and v_t of its square, from 0.
+
+    As published there is no debiasing: the first steps are amplified, up to 6.6 times for (0.9, 0.999).
+
+    Args:
+        beta1: momentum of the mean, in [0, 1).
+        beta2: momentum of the mean square, in [0, 1).
+        eps: added to the root; large against the gradients it turns ADAM into a scaled EMA.
+        debias: divide m_t and v_t by 1 - beta^n after n steps (Kingma and Ba 2015, algorithm 1).
+    """
+
+    def __init__(self, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-4, debias: bool = False):
+        self.beta1, self.beta2 = _checked_beta("beta1", beta1), _checked_beta("beta2", beta2)
+        if not eps > 0:
+            raise ValueError(f"eps: {eps} is not positive")
+        self.eps = eps
+        self.debias = debias
+        self.reset()
+
+    def reset(self) -> None:
+        self._mean: Tensor | None = None
+        self._square: Tensor | None = None
+        self._steps = 0
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if self._mean is None or self._square is None:
+            self._mean, self._square = torch.zeros_like(grad), torch.zeros_like(grad)
+        self._mean = self.beta1 * self._mean + (1.0 - self.beta1) * grad
+        self._square = self.beta2 * self._square + (1.0 - self.beta2) * grad.square()
+        self._steps += 1
+        mean, square = self._mean, self._square
+        if self.debias:
+            mean, square = mean / (1.0 - self.beta1**self._steps), square / (1.0 - self.beta2**self._steps)
+        return mean / (square.sqrt() + self.eps)
+
+    def __repr__(self) -> str:
+        debias = ", debias=True" if self.debias else ""
+        return f"Adam({self.beta1:g}, {self.beta2:g}, eps={self.eps:g}{debias})"
+
+
+class UnitNorm(Stabilizer):
+    """Each sample's gradient at 2-norm one: the scale alone says how far a step goes. A zero gradient stays zero."""
+
+    def reset(self) -> None:
+        pass
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad / _norms(grad).clamp(min=torch.finfo(grad.dtype).tiny)
+
+    def __repr__(self) -> str:
+        return "UnitNorm()"
+
+
+class NormClip(Stabilizer):
+    """Each sample's gradient at a 2-norm of at most max_norm."""
+
+    def __init__(self, max_norm: float):
+        self.max_norm = _checked_positive("max_norm", max_norm)
+
+    def reset(self) -> None:
+        pass
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return _clip(grad, self.max_norm)
+
+    def __repr__(self) -> str:
+        return f"NormClip({self.max_norm:g})"
+
+
+class AdaptiveClip(Stabilizer):
+    """Each sample's gradient at a 2-norm of at most `factor` times the moving average of its own norms so far.
+
+    In the forward analysis a few images at a few steps have gradients many times the usual, so that the standard
+    deviation of the gradient sensitivity is larger than its mean. A fixed bound would need tuning for each classifier;
+    a bound that follows the trajectory removes the outliers alone. Meant before an EMA:
+    `Chain(AdaptiveClip(), EMA(b))`.
+
+    Args:
+        factor: of the average norm, > 0.
+        beta: momentum of the average, in [0, 1).
+    """
+
+    def __init__(self, factor: float = 2.0, beta: float = 0.9):
+        self.factor, self.beta = _checked_positive("factor", factor), _checked_beta("beta", beta)
+        self.reset()
+
+    def reset(self) -> None:
+        self._norm: Tensor | None = None
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if self._norm is None:
+            self._norm = _norms(grad)
+        clipped = _clip(grad, self.factor * self._norm)
+        # The clipped norm, or one outlier would raise the bound for the next.
+        self._norm = self.beta * self._norm + (1.0 - self.beta) * _norms(clipped)
+        return clipped
+
+    def __repr__(self) -> str:
+        return f"AdaptiveClip({self.factor:g}, {self.beta:g})"
+
+
+class Chain(Stabilizer):
+    """Stabilizers one after the other, each fed with the last one's result."""
+
+    def __init__(self, *stabilizers: Stabilizer):
+        self.stabilizers = stabilizers
+
+    def reset(self) -> None:
+        for stabilizer in self.stabilizers:
+            stabilizer.reset()
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        for stabilizer in self.stabilizers:
+            grad = stabilizer(grad)
+        return grad
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.stabilizers))})"
+
+
+def _norms(grad: Tensor) -> Tensor:
+    """(B, 1, 1, 1) 2-norm of each sample."""
+    return grad.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+
+
+def _clip(grad: Tensor, bound: Tensor | float) -> Tensor:
+    return grad * (bound / _norms(grad).clamp(min=torch.finfo(grad.dtype).tiny)).clamp(max=1.0)
+
+
+def _checked_positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"{name}: {value} is not positive")
+    return float(value)
+
+
+def _checked_beta(name: str, beta: float) -> float:
+    if not 0.0 <= beta < 1.0:
+        raise ValueError(f"{name}: {beta} is not in [0, 1)")
+    return float(beta)
+
+
+def from_config(config: StabilizerConfig, num_steps: int) -> Stabilizer:
+    """A stabilizer of `config.yaml` for a trajectory of num_steps steps.
+
+    The config's betas hold at the published 400 steps; here they become beta^(400 / num_steps).
+
+    Raises:
+        ValueError: one's own class that cannot be imported or made.
+    """
+    if config.name == "chain":
+        return Chain(*(from_config(part, num_steps) for part in config.of))
+    if config.name == "ema":
+        return EMA(scaled_beta(config.beta, num_steps))
+    if config.name in ("adam", "adam_debiased"):
+        beta1, beta2 = scaled_beta(config.beta1, num_steps), scaled_beta(config.beta2, num_steps)
+        return Adam(beta1, beta2, config.eps, debias=config.name == "adam_debiased")
+    if config.name == "unit_norm":
+        return UnitNorm()
+    if config.name == "norm_clip":
+        return NormClip(config.max_norm)
+    if config.name == "adaptive_clip":
+        return AdaptiveClip(config.factor, scaled_beta(config.beta, num_steps))
+    if config.name == "none":
+        return Identity()
+    try:
+        return _own_class(*config.name.split(":"))(**(config.arguments or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"stabilizer {config.name!r}: {error}") from None
+
+
+def parse(spec: str) -> Stabilizer:
+    """A stabilizer from the shell, or several joined by `+`, as in `adaptive_clip+ema:0.99`; betas are per step.
+
+    `none`, `ema:BETA`, `adam[:BETA1,BETA2,EPS]`, `adam_debiased[:...]`, `unit_norm`, `norm_clip:MAX`,
+    `adaptive_clip[:FACTOR,BETA]`, or one's own class as `module:Class[:numbers]`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    parts = [_parse_one(part) for part in spec.split("+")]
+    return parts[0] if len(parts) == 1 else Chain(*parts)
+
+
+def _parse_one(spec: str) -> Stabilizer:
+    name, *arguments = spec.split(":")
+    known = {
+        "none": (Identity, (0,)),
+        "ema": (EMA, (1,)),
+        "adam": (Adam, (0, 3)),
+        "adam_debiased": (functools.partial(Adam, debias=True), (0, 3)),
+        "unit_norm": (UnitNorm, (0,)),
+        "norm_clip": (NormClip, (1,)),
+        "adaptive_clip": (AdaptiveClip, (0, 2)),
+    }
+    try:
+        if name not in known and arguments and arguments[0].isidentifier():
+            make: Callable[..., Stabilizer] = _own_class(name, arguments.pop(0))
+            counts = None
+        else:
+            make, counts = known[name]
+        numbers = [float(part) for part in arguments[0].split(",")] if arguments else []
+        if len(arguments) <= 1 and (counts is None or len(numbers) in counts):
+            return make(*numbers)
+    except (KeyError, TypeError):
+        pass
+    except ValueError as error:
+        raise ValueError(f"stabilizer {spec!r}: {error}") from None
+    raise ValueError(
+        f"stabilizer {spec!r} is unknown; allowed: none, ema:BETA, adam[:BETA1,BETA2,EPS], adam_debiased[:...], "
+        "unit_norm, norm_clip:MAX, adaptive_clip[:FACTOR,BETA], MODULE:CLASS[:NUMBERS]"
+    )
+
+
+def _own_class(module: str, name: str) -> Callable[..., Stabilizer]:
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Stabilizer)):
+        raise ValueError(f"{module}.{name} is no subclass of nrcg.Stabilizer")
+    return found

@@ -1,0 +1,53 @@
+"""What to do about a file that is missing or damaged: added to a DataError by the command line alone."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from nrcg.config import ROLES
+
+MADE = re.compile(rf"data/[^/]+/.+|models/[^/]+/(ddpm|classifiers/({'|'.join(ROLES)}))/.+|results/[^/]+/(?!tune/).+")
+"""Files that Snakemake makes, by their path from its folder."""
+VERSIONED = ("data", "models")
+"""Folders of which `dvc checkout` brings single files back."""
+OTHERWISE = {
+    "ddpm": "restore it, or train one (see nrcg train-ddpm --help)",
+    "classifier": "restore it, or make the classifier anew (see nrcg train-classifier --help)",
+    "dataset": "restore it, or make the data set anew (see nrcg dataset --help)",
+}
+"""Kind of a folder outside the workflow -> what to do."""
+KINDS = {
+    "model_index.json": "ddpm",
+    "training.json": "ddpm",
+    "data_mean.npy": "ddpm",
+    "model.safetensors": "classifier",
+    "dataset.json": "dataset",
+    "images.npy": "dataset",
+    "labels.npy": "dataset",
+    "mean.npy": "dataset",
+}
+
+
+def remedy(path: str | Path) -> str:
+    """What to do about a file that this package has written.
+
+    Where Snakemake makes it, these are commands that work as they stand, in its folder: a damaged file is removed
+    first, since Snakemake does not start while one is there.
+    """
+    path = Path(path).absolute()
+    name = path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else ""
+    if not MADE.fullmatch(name) or not Path("Snakefile").is_file():
+        in_unet = path.parent.name in ("unet", "scheduler")
+        kind = KINDS.get(path.name) or ("ddpm" if in_unet else "classifier" if path.name == "config.json" else "")
+        return OTHERWISE.get(kind, "restore it or delete it")
+    if name.endswith(".trace.npz"):  # drawn with the images
+        path, name = (Path(str(one).removesuffix(".trace.npz") + ".npy") for one in (path, name))
+    name = shlex.quote(str(name))
+    remove = f"rm {name} && " if path.exists() else ""
+    # Targets stand first: --resources takes all that follows it.
+    make = f"{remove}snakemake {name} --cores all --resources gpu=1"
+    if name.partition("/")[0] not in VERSIONED:
+        return f"make it anew: {make}"
+    return f"restore it (under DVC: {remove}dvc checkout {name}), or make it anew with all that belongs to it: {make}"

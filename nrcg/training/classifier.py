@@ -1,0 +1,131 @@
+"""TODO training.classifier."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from nrcg.classifiers.adapter import Classifier
+from nrcg.classifiers.architectures import build_module
+from nrcg.classifiers.logits import predicted_class
+from nrcg.config import ClassifierConfig
+from nrcg.devices import autocast, freeze
+from nrcg.diffusion.noise import spawn_seed
+from nrcg.diffusion.schedule import Schedule
+from nrcg.training.feed import Images, batches_from, steps_per_epoch
+from nrcg.training.trainer import (
+    Checkpoint,
+    LogRow,
+    OnEpoch,
+    OnStep,
+    _naming_memory,
+    _random_state,
+    _set_random_state,
+    _step_noise,
+    _Trainer,
+)
+
+
+def train_classifier(
+    config: ClassifierConfig,
+    schedule: Schedule,
+    train: Images,
+    val: Images,
+    *,
+    num_classes: int,
+    device: torch.device,
+    precision: torch.dtype,
+    checkpoint: Checkpoint,
+    on_step: OnStep,
+    on_epoch: OnEpoch,
+    on_resume: OnStep = lambda step: None,
+) -> tuple[Classifier, list[LogRow]]:
+    """Train a classifier by cross-entropy; a robust one on images noised by eq. 2, each at its own t in 1..T.
+
+    Args:
+        on_resume: called with the number of steps that a checkpoint brings.
+
+    Returns:
+        The classifier, frozen, and a row per epoch: epoch, step, train_loss, val_accuracy, learning_rate.
+    """
+    torch.manual_seed(spawn_seed(config.seed, 0, 3))
+    module = build_module(config.architecture, num_classes, config.batch_norm_momentum)
+    module = module.to(device, memory_format=torch.channels_last)
+    classifier = Classifier(module).to(device)
+    per_epoch = steps_per_epoch(len(train), config.batch_size)
+    trainer = _Trainer(module, config.optimizer, per_epoch * config.epochs, device, precision)
+    total = torch.zeros((), device=device)
+    state = checkpoint.load()
+    if state is not None:
+        trainer.load_state_dict(state["trainer"])
+        total = state["epoch_loss"].to(device)
+        _set_random_state(state["random"], device)
+        on_resume(trainer.step)
+    feed = train.batches(batches_from(len(train), config.batch_size, config.seed, trainer.step, config.epochs))
+    with _naming_memory("batch_size", f"{config.batch_size} images at once on {device} are too many: take fewer"):
+        for epoch in range(len(trainer.log), config.epochs):
+            classifier.train()
+            while trainer.step < (epoch + 1) * per_epoch:
+                x, labels = next(feed)
+                if config.noised:
+                    t, noise = _step_noise(config.seed, trainer.step, x.shape, schedule.num_steps, device)
+                    x = schedule.q_sample(x, t, noise)
+                with autocast(device, precision):
+                    logits = classifier(x)
+                loss = F.cross_entropy(logits.float(), labels)
+                trainer.backward(loss)
+                trainer.update()
+                total += loss.detach()
+                on_step(trainer.step)
+                if checkpoint.due():
+                    random = _random_state(device)  # dropout's
+                    checkpoint.save({"trainer": trainer.state_dict(), "epoch_loss": total.cpu(), "random": random})
+            row = {
+                "epoch": epoch + 1,
+                "step": trainer.step,
+                "train_loss": total.item() / per_epoch,
+                "val_accuracy": accuracy(classifier.eval(), val),
+                "learning_rate": trainer.learning_rate,
+            }
+            trainer.log.append(row)
+            on_epoch(row)
+            total = torch.zeros((), device=device)
+    return freeze(classifier), trainer.log
+
+
+@torch.no_grad()
+def accuracy(
+    classifier: Classifier,
+    images: Images,
+    *,
+    schedule: Schedule | None = None,
+    t: int = 0,
+    num_images: int | None = None,
+    batch_size: int = 256,
+) -> float:
+    """Share of images classified rightly, in float32; noised by eq. 2 to step t when a schedule is given.
+
+    Args:
+        num_images: the first ones only; None takes all.
+    """
+    count = len(images) if num_images is None else min(num_images, len(images))
+    right = 0
+    for first in range(0, count, batch_size):
+        x, labels = images.batch(torch.arange(first, min(first + batch_size, count)))
+        if schedule is not None and t > 0:
+            _, noise = _step_noise(t, first, x.shape, schedule.num_steps, x.device)
+            x = schedule.q_sample(x, t, noise)
+        right += int((predicted_class(classifier(x)) == labels).sum())
+    return right / count
+
+
+def accuracy_over_t(
+    classifier: Classifier, schedule: Schedule, images: Images, *, num_points: int = 21, num_images: int = 512
+) -> list[LogRow]:
+    """Accuracy on noised images at evenly spaced t from 0 to T: rows t, accuracy."""
+    points = sorted({round(share) for share in np.linspace(0, schedule.num_steps, num_points)})
+    return [
+        {"t": t, "accuracy": accuracy(classifier, images, schedule=schedule, t=t, num_images=num_images)}
+        for t in points
+    ]

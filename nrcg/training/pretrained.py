@@ -1,0 +1,125 @@
+"""A pretrained diffusion model in the place of a trained one: opened, checked against the configuration, measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+
+from nrcg.config import ScheduleConfig
+from nrcg.diffusion.schedule import Schedule
+from nrcg.errors import ConfigError, DataError
+from nrcg.guidance.pipeline import GuidedDDPMPipeline
+from nrcg.training.ddpm import ddpm_validation_loss
+from nrcg.training.feed import Images
+from nrcg.training.trainer import LogRow
+
+KEY = "ddpm.pretrained"
+BETA_TOLERANCE = 1e-3
+"""Relative; diffusers keeps betas in float32, and files state them with few digits."""
+CPU_LOSS_PIXELS = 2**20
+"""Pixels of the images whose loss is measured on a CPU: 256 images of 64 x 64, 16 of 256 x 256."""
+
+
+def open_pretrained(source: str) -> tuple[GuidedDDPMPipeline, dict[str, str | None]]:
+    """Open a diffusers folder, or fetch a hub id.
+
+    Both layouts are read: subfolders unet/ and scheduler/, and the old one with everything at the top; weights as
+    safetensors or as an old `.bin`, which is read without running code from it.
+
+    Args:
+        source: a folder, a hub id, or ID@REVISION.
+
+    Returns:
+        The pipeline, and what it is: source and revision (the hub's commit; None for a folder).
+
+    Raises:
+        DataError: it is not there, cannot be fetched, or is damaged.
+    """
+    if Path(source).is_dir():
+        return GuidedDDPMPipeline.from_pretrained(source), {"source": source, "revision": None}
+    name, _, revision = source.partition("@")
+    try:
+        # Fetches what an unconditional DDPM consists of; code from the hub is never run.
+        folder = Path(DDPMPipeline.download(name, revision=revision or None))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{KEY}: {source}: no such folder, and not to be had from the hub ({reason})") from error
+    return GuidedDDPMPipeline.from_pretrained(folder), {"source": name, "revision": folder.name}
+
+
+def check_pretrained(
+    pipe: GuidedDDPMPipeline, schedule: ScheduleConfig, *, image_size: int, channels: int, source: str
+) -> None:
+    """Check that a model is an unconditional one that the sampler knows, and that it fits data set and schedule.
+
+    Raises:
+        ConfigError: one line that names what does not fit and what to write.
+    """
+    unet = pipe.unet.config if isinstance(pipe.unet, UNet2DModel) else None
+    if unet is None:
+        raise ConfigError(f"{KEY}: {source}: holds a {type(pipe.unet).__name__}; a UNet2DModel is needed")
+    if unet.num_class_embeds is not None or unet.class_embed_type is not None:
+        raise ConfigError(f"{KEY}: {source}: is conditional on a class; an unconditional model is needed")
+    try:
+        pipe.sampler()
+        pipe.noise_predictor(torch.float32)
+        own = pipe.schedule()
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{KEY}: {source}: {error}") from error
+    learned = pipe.scheduler.config.get("variance_type") == "learned_range"
+    if unet.out_channels != unet.in_channels * (2 if learned else 1):
+        raise ConfigError(f"{KEY}: {source}: {unet.in_channels} channels go in, {unet.out_channels} come out")
+    if unet.in_channels != channels:
+        raise ConfigError(f"{KEY}: {source}: has {unet.in_channels} channels, the data set {channels}")
+    size = unet.sample_size if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
+    if size not in (image_size, (image_size, image_size)):
+        raise ConfigError(
+            f"dataset.image_size: {image_size}, but {source} ({KEY}) makes images of {size}: set one to the other's"
+        )
+    expected = Schedule.from_config(schedule)
+    if own.num_steps != expected.num_steps or not torch.allclose(
+        _betas(own), _betas(expected), rtol=BETA_TOLERANCE, atol=0.0
+    ):
+        raise ConfigError(f"ddpm.schedule: differs from that of {source} ({KEY}); {_schedule_to_write(pipe)}")
+
+
+def _betas(schedule: Schedule) -> torch.Tensor:
+    return 1.0 - schedule.abar[1:] / schedule.abar[:-1]
+
+
+def _schedule_to_write(pipe: GuidedDDPMPipeline) -> str:
+    config = pipe.scheduler.config
+    known = ScheduleConfig.model_fields["beta_schedule"].annotation.__args__
+    if config.get("trained_betas") is not None or config.beta_schedule not in known:
+        return f"its betas ({config.beta_schedule}) cannot be stated there; allowed: {', '.join(known)}"
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    return "write " + ", ".join(f"{key}: {config[key]}" for key in keys)
+
+
+def pretrained_row(
+    pipe: GuidedDDPMPipeline, val: Images, *, num_images: int, batch_size: int, precision: torch.dtype
+) -> LogRow:
+    """The row of training.csv: epoch 0 with the loss on validation images, fewer of them on a CPU."""
+    _, height, width = val.image_shape
+    if val.device.type == "cpu":
+        num_images = min(num_images, max(CPU_LOSS_PIXELS // (height * width), 1))
+    loss = ddpm_validation_loss(
+        pipe.unet,
+        pipe.schedule(),
+        val,
+        num_images,
+        batch_size,
+        precision,
+        prediction_type=pipe.scheduler.config["prediction_type"],
+    )
+    return {
+        "epoch": 0,
+        "step": 0,
+        "train_loss": math.nan,
+        "val_loss": loss,
+        "learning_rate": math.nan,
+        "images_per_second": math.nan,
+    }

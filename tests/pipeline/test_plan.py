@@ -1,0 +1,414 @@
+"""Estimates before the start: the counts against numbers worked out by hand, against the networks and the workflow."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toys import write_tiny_pipeline
+
+from nrcg.cli import main
+from nrcg.config import Config, MethodConfig, load, merge, parse, read_yaml
+from nrcg.pipeline import plan, timing
+from nrcg.pipeline.plan import Counts, Estimate, Step
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "config.yaml"
+
+
+def method(**keys) -> MethodConfig:
+    return MethodConfig(classifier="non_robust", **keys)
+
+
+def toy(**changes) -> Config:
+    """config.yaml with tests/data/toy.yaml and further changes of the experiment `toy` laid over it."""
+    raw = merge(read_yaml(CONFIG), read_yaml(ROOT / "tests/data/toy.yaml"))
+    return parse(merge(raw, {"experiments": {"toy": changes}}))
+
+
+def rows(config: Config, experiment: str, root: Path, counts: Counts | None = None) -> dict[str, Step]:
+    return {step.name: step for step in plan.make_plan(config, experiment, root, counts)}
+
+
+# --- One image ----------------------------------------------------------------------------------------------------
+
+X0 = {"input": "pred_x0"}
+DDIM = {"name": "ddim", "steps": 50}
+
+
+# T = 400. DDPM's last step takes no guidance: 399 gradients; every 4th of 399 steps: 100, since the first is one.
+@pytest.mark.parametrize(
+    ("guided", "scale", "forward", "backward", "gradients"),
+    [
+        (MethodConfig(), 0, 400, 0, 0),
+        (method(), 10, 400, 0, 399),
+        (method(**X0), 10, 400, 399, 399),
+        (method(**X0), 0, 400, 0, 0),
+        (method(**X0, grad_mode="checkpoint"), 10, 799, 399, 399),
+        (method(**X0, grad_mode="no_jacobian"), 10, 400, 0, 399),
+        (method(**X0, every_k=4), 10, 400, 100, 100),
+        (method(**X0, sampler=DDIM), 10, 50, 50, 50),
+        (method(**X0, sampler=DDIM, every_k=50), 10, 50, 1, 1),
+        (method(**X0, skip_above=0.9), 10, 400, 399, 399),
+        (MethodConfig(sampler=DDIM), 0, 50, 0, 0),
+    ],
+    ids=lambda value: json.dumps(value.model_dump(exclude_defaults=True)) if isinstance(value, MethodConfig) else None,
+)
+def test_passes_of_one_sample(guided, scale, forward, backward, gradients):
+    work = plan.sampling_work(guided, "net", 400, scale)
+    step = Step("sample", "sample", 1, 1, work)
+    assert (step.forward, step.backward, work.get("gradient net", 0)) == (forward, backward, gradients)
+
+
+@pytest.mark.parametrize("keys", [{}, X0, {**X0, "every_k": 3}, {**X0, "sampler": {"name": "ddim", "steps": 4}}])
+def test_the_passes_are_those_that_sampling_makes(keys, tmp_path):
+    """Counted in the sampler itself: U-Net calls, and those whose gradient is taken."""
+    from nrcg.classifiers.adapter import Classifier
+    from nrcg.classifiers.architectures import SmallCNN
+    from nrcg.guidance.guidance import ClassifierGuidance
+    from nrcg.guidance.pipeline import GuidedDDPMPipeline
+
+    pipe = GuidedDDPMPipeline.from_pretrained(write_tiny_pipeline(tmp_path))
+    guided = method(**keys)
+    pipe.use_sampler(guided.sampler.name)
+    calls = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    guidance = ClassifierGuidance(
+        Classifier(SmallCNN(2)), 0, scale=1.0, input=guided.input, every_k=guided.every_k, grad_mode=guided.grad_mode
+    )
+    steps = guided.sampler.steps
+    pipe(num_samples=1, batch_size=1, guidance=guidance, num_inference_steps=steps, on_step=lambda done: None)
+    step = Step("sample", "sample", 1, 1, plan.sampling_work(guided, "net", len(pipe.scheduler.betas), 1.0))
+    assert (len(calls), sum(calls)) == (step.forward, step.backward)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "epochs", "expected"),
+    [(8000, 64, 9, 72_000), (100, 32, 2, 192), (20, 32, 3, 60)],
+    ids=["whole batches", "the rest is dropped", "one small batch"],
+)
+def test_images_shown_in_a_training(num_images, batch_size, epochs, expected):
+    from nrcg.training.feed import epoch_batches
+
+    assert plan.shown(num_images, batch_size, epochs) == expected
+    assert epochs * sum(map(len, epoch_batches(num_images, batch_size, 0, 0))) == expected
+
+
+@pytest.mark.parametrize(
+    ("experiment", "size"), [("quickstart", 24), ("sportballs", 64), ("celebahq-256", 256), ("toy", 16)]
+)
+def test_parameters_are_those_of_the_network(experiment, size):
+    from nrcg.diffusion.unet import build_unet
+
+    unet = plan.UNETS["google/ddpm-celebahq-256"]
+    if experiment != "celebahq-256":
+        unet = toy().experiments[experiment].ddpm.unet
+    with torch.device("meta"):
+        network = build_unet(unet, size, 3)
+    assert plan.unet_parameters(unet) == sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("architecture", plan.CLASSIFIER_PARAMETERS)
+def test_classifier_parameters_are_near_the_network_s(architecture):
+    from nrcg.classifiers.architectures import build_module
+
+    with torch.device("meta"):
+        found = sum(parameter.numel() for parameter in build_module(architecture, 3, 0.1).parameters())
+    assert plan.CLASSIFIER_PARAMETERS[architecture] == pytest.approx(found, rel=0.02)
+
+
+# --- An experiment ------------------------------------------------------------------------------------------------
+
+
+def test_quickstart_by_hand(tmp_path):
+    """8,000 training images in batches of 64, T = 100, 80 samples at each of 19 settings."""
+    steps = rows(load(CONFIG), "quickstart", tmp_path)
+    ddpm = steps["train_ddpm"]
+    assert (ddpm.images, ddpm.backward) == (9 * 8000, 9 * 8000)
+    assert ddpm.forward == 9 * 8000 + 9 * 512 + 36 * 100  # trained, validated each epoch, one grid
+    robust = steps["train_classifier robust"]
+    assert robust.work["train mobilenet_v3_small"] == 6 * 8000
+    assert robust.work["classify mobilenet_v3_small"] == 6 * 2000 + 21 * 512  # each epoch's accuracy, that over t
+    forward = steps["forward"]
+    assert (forward.forward, forward.backward) == (128 * 100, 128 * 100)
+    assert forward.work["gradient mobilenet_v3_small"] == 3 * 128 * 101
+    ema = steps["sample non_robust_x0_ema99"]
+    assert (ema.jobs, ema.images, ema.forward, ema.backward) == (4, 320, 32_000, 320 * 99)
+    assert ema.disk == 320 * 24 * 24 * 3
+    assert steps["dataset"].disk == 10_000 * (24 * 24 * 3 + 8)
+    evaluate = steps["evaluate"]
+    assert (evaluate.jobs, evaluate.images) == (8, 19 * 80)
+    reference = steps["reference"]
+    assert (reference.jobs, reference.images) == (1, 8000 + 3 * 2000)
+    assert sum(step.done for step in steps.values()) == 0
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        "quickstart",
+        "celebahq",
+        pytest.param("sportballs", marks=pytest.mark.slow),
+        pytest.param("celeba", marks=pytest.mark.slow),
+    ],
+)
+def test_jobs_are_those_that_snakemake_lists(experiment, tmp_path):
+    """`snakemake -n` lists the whole chain of each experiment, as many jobs of each rule as the plan says."""
+    for name in ("Snakefile", "config.yaml", "workflow", "nrcg"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [str(Path(sys.executable).parent / "snakemake"), "-n", experiment, "--quiet", "rules", "--cores", "1"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    lines = (line.split() for line in (run.stdout + run.stderr).splitlines())
+    listed = {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdecimal()}
+    planned: dict[str, int] = {}
+    for step in plan.make_plan(load(CONFIG), experiment, tmp_path):
+        planned[step.rule] = planned.get(step.rule, 0) + step.jobs
+    planned["report"] -= 2
+    for rule, jobs in planned.items():
+        assert listed.get(rule) == jobs, rule
+    assert {"collect", "figures"} <= listed.keys()
+
+
+def test_what_is_there_counts_as_done(tmp_path):
+    for path in (
+        "data/toyballs/dataset.json",
+        "models/toy/ddpm/training.json",
+        "models/toy/classifiers/judge/config.json",
+        "results/toy/samples/non_robust_x0_ema99/scale2.5/shard0001.json",
+        "results/toy/metrics/unconditional.csv",
+        "results/toy/metrics.csv",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    done = {name: step.done for name, step in rows(toy(), "toy", tmp_path).items() if step.done}
+    assert done == {
+        **{"dataset": 1, "train_ddpm": 1, "train_classifier judge": 1, "sample non_robust_x0_ema99": 1},
+        **{"evaluate": 1, "report": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("block", "manifest", "expected"),
+    [
+        ({"source": "celeba"}, None, (162_770, 19_867)),
+        ({"source": "celeba", "num_train": 1000}, None, (1000, 19_867)),
+        ({"source": "celeba"}, (900, 90), (900, 90)),
+        ({"source": "folder"}, None, (None, None)),
+        ({"source": "folder", "num_val": 50}, None, (None, 50)),
+        ({"source": "folder"}, (70, 7), (70, 7)),
+    ],
+)
+def test_image_counts_of_data_that_are_read(block, manifest, expected, tmp_path):
+    raw = read_yaml(CONFIG)
+    data = {"name": "faces", "path": "raw", "image_size": 16, "classes": ["female", "male"], **block}
+    if block["source"] == "celeba":
+        data["attribute"] = "Male"
+    raw["experiments"] = {"own": merge(raw["experiments"]["quickstart"], {"target": "male"}) | {"dataset": data}}
+    config = parse(raw)
+    if manifest:
+        splits = {split: {"num_images": number} for split, number in zip(("train", "val"), manifest, strict=True)}
+        (tmp_path / "dataset.json").write_text(json.dumps({"splits": splits}))
+    found = plan.image_counts(config.experiments["own"].dataset, tmp_path)
+    assert (found.train, found.val) == expected
+    assert bool(found.origin) == (manifest is None)  # it is said where a number does not come from the data
+    steps = rows(config, "own", tmp_path, found)
+    assert steps["train_ddpm"].bound == (">=" if expected[0] is None else "")
+    assert steps["sample robust"].forward == 3 * 80 * 100  # known all the same
+
+
+def test_pretrained_model_is_not_trained(tmp_path, monkeypatch):
+    """Its U-Net is read from the folder that holds it, or taken from those that are known."""
+    settings = toy().experiments["toy"]
+    sources = iter(["google/ddpm-celebahq-256@main", str(tmp_path), "somebody/else"])
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    unet = {"block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}
+    unet |= {"layers_per_block": 1, "attention_head_dim": None, "norm_num_groups": 4}
+    (folder / "config.json").write_text(json.dumps(unet))
+    monkeypatch.setattr(plan, "pretrained_source", lambda ddpm: next(sources))
+    assert plan.find_unet(settings.ddpm, tmp_path / "none").block_out_channels == [128, 128, 256, 256, 512, 512]
+    read = plan.find_unet(settings.ddpm, tmp_path / "none")
+    assert (read.attention, read.attention_head_dim, read.dropout) == ([False, True], 16, 0.0)
+    assert plan.find_unet(settings.ddpm, tmp_path / "none") is None
+    monkeypatch.setattr(plan, "pretrained_source", lambda ddpm: "google/ddpm-celebahq-256")
+    step = rows(toy(), "toy", tmp_path)["train_ddpm (pretrained)"]
+    assert (step.images, step.backward, step.forward) == (0, 0, 16 + 36 * 6)  # its loss once, a grid
+    assert step.disk == 4 * 113_673_219
+
+
+# --- Time and print -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("jobs", "threads", "cores", "hours"),
+    [(1, 1, 8, 2.0), (4, 1, 8, 0.5), (100, 1, 8, 0.25), (1, 16, 8, 0.25), (100, 1, None, 2.0)],
+)
+def test_hours(jobs, threads, cores, hours):
+    """1,800 images of 2 s and 1 job's start of 3,600 s: 2 hours of one core, shared by jobs times threads."""
+    step = Step("sample", "sample", jobs, 1, {"unet_forward": 1800, "start": 1}, threads=threads)
+    assert step.hours({"unet_forward": 2.0, "start": 3600.0}, cores) == pytest.approx(hours)
+    assert step.hours({"unet_forward": 2.0}, cores) is None
+
+
+def test_sum_of_the_hours_and_what_is_left():
+    steps = [
+        Step("a", "sample", 4, 1, {"unet_forward": 3600}, done=3),
+        Step("b", "sample", 2, 1, {"unet_forward": 7200}, done=0),
+        Step("c", "dataset", 1, 1, {"convert": 1}, done=1),
+    ]
+    estimate = Estimate({"unet_forward": 1.0}, "a device", None)
+    assert plan.total_hours(steps, estimate) == (3.0, False)
+    assert plan.total_hours(steps, estimate, left=True) == (2.25, True)  # what cannot be measured is done
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        (40 / 3600, "40 seconds"),
+        (0.367, "22 minutes"),
+        (3.52, "3.5 hours"),
+        (30, "30 hours"),
+        (480, "20 days"),
+        (43_830, "5 years"),
+    ],
+)
+def test_duration(hours, text):
+    assert plan.duration(hours) == text
+
+
+@pytest.mark.parametrize(
+    ("hours", "cores", "warned"), [(300, 2, True), (2, 2, False), (300, None, False)], ids=["long", "short", "gpu"]
+)
+def test_warning_without_a_gpu(hours, cores, warned, tmp_path):
+    settings = toy().experiments["toy"]
+    steps = [Step("a", "forward", 1, 1, {"unet_forward": hours * 3600})]
+    notes = plan.plan_notes(settings, steps, Estimate({"unet_forward": 1.0}, "it", cores), Counts(1, 1), tmp_path)
+    assert any("no GPU" in note for note in notes) == warned
+    assert any(plan.duration(hours) in note for note in notes)
+
+
+def test_warning_of_a_full_disk(tmp_path):
+    settings = toy().experiments["toy"]
+    steps = [Step("a", "sample", 2, 1, disk=10**18, done=1)]
+    (warning,) = (note for note in plan.plan_notes(settings, steps, None, Counts(1, 1), tmp_path) if "warning" in note)
+    assert "500,000,000 GB of disk are needed" in warning
+
+
+def test_at_most_and_at_least_are_said(tmp_path):
+    config = toy()
+    config.methods["non_robust_x0_ema99"] = method(**X0, skip_above=0.9)
+    steps = plan.make_plan(config, "toy", tmp_path, Counts(None, None))
+    table = {row[0]: row for row in plan.plan_rows(steps, None)}
+    # 2 scales of 12 samples, T = 6: 5 gradients each.
+    assert table["sample non_robust_x0_ema99"][3:6] == ("24", "<= 144", "<= 120")
+    assert table["train_ddpm"][3:6] == ("?", ">= 464", "")  # 2 x 16 validated, grids of 36 samples after each epoch
+    assert table["all"][4].startswith("about ")
+    costs = {name: 1.0 for step in steps for name in step.work}
+    hours = {row[0]: row[6] for row in plan.plan_rows(steps, Estimate(costs, "it", None))}
+    assert (hours["train_ddpm"], hours["all"][:3]) == ("?", ">= ")
+    assert hours["report"] == "0.001"  # three jobs' start of a second each
+    notes = plan.plan_notes(config.experiments["toy"], steps, None, Counts(None, None, "images: unknown"), tmp_path)
+    assert notes[0] == "images: unknown" and "skip_above" in notes[1]
+
+
+def test_weights_of_the_progress_bar(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = plan.job_weights(load(CONFIG), "quickstart")
+    # In forward passes of one image: a training image 3, a gradient through the U-Net 3 and the classifier's 3/4.
+    assert weights["train_ddpm"] == pytest.approx(3 * 72_000 + 9 * 512 + 3600)
+    assert weights["forward"] == pytest.approx(3 * 12_800 + 3 / 4 * 3 * 128 * 101)
+    assert weights["train_ddpm"] > weights["forward"] > weights["sample"] > weights["evaluate"] > weights["report"]
+    unknown = plan.job_weights(load(CONFIG), "celeba")
+    assert unknown["train_ddpm"] > 3 * 1000 * 160_000
+
+
+# --- The measurement ----------------------------------------------------------------------------------------------
+
+
+def test_time_per_image(monkeypatch):
+    """A device where a call costs 0.1 s and each image 0.01 s more: 0.11 s alone, 0.0116 s in batches of 64."""
+    now, sizes = [0.0], []
+
+    def work(size: int) -> None:
+        sizes.append(size)
+        now[0] += 0.1 + 0.01 * size
+
+    monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
+    cpu = torch.device("cpu")
+    assert timing.seconds_per_image(work, 64, device=cpu, budget=2.0) == pytest.approx(0.74 / 64)
+    assert sizes[0] == 1 and max(sizes) == 64
+    sizes.clear()
+    found = timing.seconds_per_image(work, 10**6, device=cpu, budget=1.0)  # as many as take about a second
+    assert 50 < max(sizes) < 100 and found == pytest.approx(0.01 + 0.1 / max(sizes))
+    sizes.clear()
+    assert timing.seconds_per_image(work, 64, device=cpu, budget=0.02) == pytest.approx(0.11)
+    assert sizes == [1]
+
+
+def test_out_of_memory_ends_the_search(monkeypatch):
+    now = [0.0]
+
+    def work(size: int) -> None:
+        if size > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        now[0] += 0.5
+
+    monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
+    assert timing.seconds_per_image(work, 64, device=torch.device("cpu"), budget=3.0) == 0.5
+
+
+def test_measurement_of_the_networks(monkeypatch):
+    config = toy()
+    settings = config.experiments["toy"]
+    operations = {name for step in plan.make_plan(config, "toy") for name in step.work}
+    arguments = {"device": torch.device("cpu"), "precision": torch.float32, "classifier_precision": torch.float32}
+    threads = torch.get_num_threads()
+    costs, notes = timing.measure(settings, operations, unet=settings.ddpm.unet, **arguments, budget=0.2)
+    assert costs.keys() == (operations | {"unet_checkpoint"}) - {"start"}
+    assert notes == [] and torch.get_num_threads() == threads
+    assert costs["unet_train"] > costs["unet_forward"] > 0  # several times as much work
+    assert costs["unet_gradient"] > costs["unet_forward"]
+    monkeypatch.setattr(timing, "SLOW_SECONDS", 0.0)
+    costs, notes = timing.measure(settings, operations, unet=settings.ddpm.unet, **arguments, budget=0.05)
+    assert costs["unet_gradient"] == 3 * costs["unet_forward"] and "one forward pass takes" in notes[0]
+    costs, notes = timing.measure(settings, ["unet_forward"], unet=None, **arguments)
+    assert costs == {} and "not at hand" in notes[0]
+
+
+# --- The verb -----------------------------------------------------------------------------------------------------
+
+
+def test_verb_without_measuring_imports_no_torch(tmp_path):
+    code = (
+        "import sys; from nrcg.cli import main; code = main(['plan', 'quickstart', '--no-measure', '--config', "
+        f"{str(CONFIG)!r}]); sys.exit(code or 10 * ('torch' in sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    assert "hours" not in run.stdout
+    assert "sample non_robust_x0_ema99" in run.stdout
+
+
+def test_verb_with_measuring(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.yaml").write_text(json.dumps(merge(read_yaml(CONFIG), read_yaml(ROOT / "tests/data/toy.yaml"))))
+    assert main(["plan", "toy", "--config", "toy.yaml", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split()[-2:] == ["hours", "disk"]
+    assert "measured in" in out and "CPU cores" in out and "time: " in out
+    assert " ? " not in out  # every row's hours are known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(["plan", "nothing"], "experiment 'nothing' is unknown"), (["plan", "toy", "--config", "no.yaml"], "no.yaml")],
+)
+def test_mistakes_in_one_line(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG.read_text())
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1

@@ -1,0 +1,157 @@
+"""The number of shards changes neither the images nor the metrics; jobs keep to the threads that they are given."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_workflow import ROOT, copy_tree, rows_of, snakemake
+from toys import write_tiny_pipeline
+
+from nrcg import config
+from nrcg.classifiers.architectures import SmallCNN
+from nrcg.classifiers.storage import save_classifier
+from nrcg.cli import main
+from nrcg.data.sportballs import write_sportballs
+
+NUM_SAMPLES = 49
+METHOD, SCALE = "non_robust_x0_ema99", "2"
+CLASSES = ["baseball", "basketball", "soccer"]
+OWN = ("images_per_second", "peak_memory_mib", "mlflow_run_id")  # of a run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with `ddpm`, `classifiers` and `data`: 8 x 8 pixels, six steps, nothing trained."""
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_pipeline(folder / "ddpm")
+    for seed, role in enumerate(config.ROLES):
+        torch.manual_seed(seed)
+        about = {"architecture": "small_cnn", "classes": CLASSES, "image_size": 8}
+        save_classifier(folder / "classifiers" / role, SmallCNN(len(CLASSES)), about)
+    write_sportballs(
+        folder / "data", image_size=16, classes=CLASSES, num_train=60, num_val=4, diameter=(0.5, 0.9), seed=0, workers=1
+    )
+    return folder
+
+
+def sampled(models: Path, folder: Path, shard_size: int, num_shards: int) -> tuple[np.ndarray, dict]:
+    """The samples of all shards, drawn and evaluated by the verbs, and their row of metrics."""
+    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
+    sampling = {"num_samples": NUM_SAMPLES, "shard_size": shard_size, "batch_size": 16, "start": "standard_normal"}
+    raw = config.merge(raw, {"experiments": {"toy": {"sampling": sampling}}})
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    asked = ["--config", str(folder / "config.json"), "--experiment", "toy", "--method", METHOD]
+    setting = folder / f"samples/{METHOD}/scale{SCALE}"
+    paths = [setting / f"shard{shard:04d}.npy" for shard in range(num_shards)]
+    for shard, path in enumerate(paths):
+        words = ["--ddpm", str(models / "ddpm"), "--classifier", str(models / "classifiers/non_robust")]
+        assert main(["sample", *asked, "--scale", SCALE, "--shard", str(shard), *words, "--out", str(path)]) == 0
+    made = [
+        "--config",
+        asked[1],
+        "--experiment",
+        "toy",
+        "--data",
+        str(models / "data"),
+        "--cache",
+        str(folder / "cache"),
+    ]
+    made += ["--classifiers", str(models / "classifiers"), "--out", str(folder / "reference.json")]
+    assert main(["reference", *made]) == 0
+    words = ["--samples", str(folder / "samples"), "--data", str(models / "data"), "--cache", str(folder / "cache")]
+    words += ["--reference", str(folder / "reference.json")]
+    words += ["--classifiers", str(models / "classifiers"), "--out", str(folder / "metrics.csv")]
+    assert main(["evaluate", *asked, "--scales", SCALE, *words]) == 0
+    (row,) = rows_of(folder / "metrics.csv")
+    assert all(row.pop(name) is not None for name in OWN)
+    return np.concatenate([np.load(path) for path in paths]), row
+
+
+@pytest.fixture(scope="module")
+def in_one_shard(models, tmp_path_factory) -> tuple[np.ndarray, dict]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NRCG_TRACKING", "off")
+        return sampled(models, tmp_path_factory.mktemp("one") / "run", NUM_SAMPLES, 1)
+
+
+@pytest.mark.parametrize(("shard_size", "num_shards"), [(13, 4), pytest.param(1, 49, marks=pytest.mark.slow)])
+def test_shards_change_neither_images_nor_metrics(models, in_one_shard, tmp_path, monkeypatch, shard_size, num_shards):
+    """Other batches round otherwise in float32: one level of 255 on at most one value in a thousand."""
+    monkeypatch.setenv("NRCG_TRACKING", "off")
+    images, row = sampled(models, tmp_path / "run", shard_size, num_shards)
+    expected_images, expected_row = in_one_shard
+    assert images.shape == expected_images.shape == (NUM_SAMPLES, 8, 8, 3)
+    assert len(np.unique(images.reshape(NUM_SAMPLES, -1), axis=0)) == NUM_SAMPLES
+    difference = np.abs(images.astype(int) - expected_images)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 1e-3
+    assert row.keys() == expected_row.keys()
+    for name, value in expected_row.items():
+        try:
+            number = float(value)
+        except ValueError:
+            assert row[name] == value
+        else:
+            assert float(row[name]) == pytest.approx(number, rel=1e-2, abs=1e-3, nan_ok=True), name
+
+
+# `nrcg sample`, which says at its start how many threads torch computes with, and how many the process then has.
+COUNT = """
+import re, sys
+from pathlib import Path
+import nrcg.sampling
+from nrcg.cli import main
+
+def counted(self, *arguments, **keywords):
+    import torch
+    def threads():
+        return int(re.search(r'Threads:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
+    before = threads()
+    torch.ones(2000, 2000) @ torch.ones(2000, 2000)
+    torch.randn(4_000_000).sin()
+    print('counted', torch.get_num_threads(), threads() - before, flush=True)
+    return drawn(self, *arguments, **keywords)
+
+drawn = nrcg.sampling.GuidedDDPMPipeline.__call__
+nrcg.sampling.GuidedDDPMPipeline.__call__ = counted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in Linux's /proc")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_job_computes_with_the_threads_that_it_is_given(models, tmp_path, threads):
+    words = ["sample", "--ddpm", str(models / "ddpm"), "--num-samples", "1", "--out", str(tmp_path / "out")]
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT, *words, "--device", "cpu", "--threads", str(threads)],
+        env={key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"counted {threads} {threads - 1}" in run.stdout
+
+
+@pytest.mark.parametrize("cores", [1, 4])
+def test_the_threads_of_a_jobs_verb_are_those_that_snakemake_counts(tmp_path, cores):
+    tree = copy_tree(tmp_path)
+    run = snakemake(tree, "--dry-run", "toy", "--cores", str(cores))
+    jobs = re.findall(
+        r"^ *(?:local)?rule (\w+):\n(.+?)^Shell command: nrcg (.+?)$", run.stdout, re.MULTILINE | re.DOTALL
+    )
+    assert {name for name, *_ in jobs} == set(config.RULES) - {"all"}
+    for name, about, shell in jobs:
+        counted = int((re.search(r"^ +threads: (\d+)$", about, re.MULTILINE) or [0, 1])[1])
+        assert counted <= cores
+        told = re.search(r" --threads (\d+)", shell)
+        if name in ("collect", "figures", "report"):  # write tables and pictures
+            assert (told, counted) == (None, 1)
+        else:
+            assert int(told[1]) == counted

@@ -1,0 +1,146 @@
+"""Processes that train together: they start and end together, and share each batch."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nrcg.errors import ConfigError
+from nrcg.training import distributed
+from nrcg.training.distributed import Ranks, launch, num_processes
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(code)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        # A process that ended but was not waited for is a zombie.
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 64])
+def test_the_processes_parts_are_the_whole_in_order(count, size):
+    parts = []
+    for rank in range(count):
+        ranks = Ranks()
+        ranks.rank, ranks.count = rank, count
+        parts.append(list(range(size))[ranks.share(size)])
+    assert [entry for part in parts for entry in part] == list(range(size))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "visible", "given", "expected"),
+    [
+        ("auto", "cpu", 0, None, 1),
+        ("auto", "cpu", 0, 0, 1),
+        (3, "cpu", 0, 0, 3),
+        ("auto", "cuda", 4, None, 4),
+        ("auto", "cuda", 4, 1, 1),
+        ("auto", "cuda", 4, 2, 2),
+        ("auto", "cuda", 4, 0, 1),
+        ("auto", "cuda", 2, 8, 2),
+        (2, "cuda", 4, None, 2),
+        (4, "cuda", 4, 2, 2),  # what the scheduler gave; the result is the same
+        ("auto", "cuda:1", 4, None, 1),
+        (1, "cuda:1", 4, 1, 1),
+    ],
+)
+def test_num_processes(monkeypatch, asked, device, visible, given, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert num_processes(asked, torch.device(device), given) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "text"), [("cuda", "3, but 2 CUDA devices are visible"), ("cuda:0", "3 need device: cuda or auto")]
+)
+def test_more_processes_than_gpus_are_refused(monkeypatch, device, text):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=f"ddpm.num_processes: {text}"):
+        num_processes(3, torch.device(device), None)
+
+
+def test_alone_nothing_is_shared():
+    assert not distributed.launched()
+    ranks, device = distributed.join(torch.device("cpu"))
+    assert (ranks.rank, ranks.count, ranks.main, device.type) == (0, 1, True, "cpu")
+    tensor = torch.ones(2)
+    assert ranks.sum(tensor) is tensor
+
+
+def test_every_process_knows_its_place_and_finds_the_others(tmp_path):
+    code = """
+        import os, sys
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        found = [None] * 3
+        dist.all_gather_object(found, (dist.get_rank(), os.environ["NRCG_LAUNCHER"], os.environ["MINE"]))
+        open(f"{sys.argv[1]}/{dist.get_rank()}", "w").write(repr(found))
+        dist.destroy_process_group()
+    """
+    assert launch([*python(code), str(tmp_path)], 3, {"MINE": "yes"}) == 0
+    expected = repr([(rank, str(os.getpid()), "yes") for rank in range(3)])
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == [expected] * 3
+
+
+WORKER = """
+    import os, sys, time
+    folder = sys.argv[1]
+    from nrcg.cli import _die_with_parent
+    _die_with_parent()
+    rank = os.environ["RANK"]
+    with open(f"{folder}/.{rank}", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(f"{folder}/.{rank}", f"{folder}/{rank}")
+    while not all(os.path.exists(f"{folder}/{other}") for other in "012"):
+        time.sleep(0.01)
+    if rank == sys.argv[2]:
+        print(f"rank {rank} is ill", file=sys.stderr)
+        os._exit(3)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("ill", ["0", "2"])
+def test_where_one_fails_all_end_and_its_words_are_shown(tmp_path, capfd, ill):
+    began = time.monotonic()
+    assert launch([*python(WORKER), str(tmp_path), ill], 3) == 3
+    assert time.monotonic() - began < 30  # not the 60 s that the others would sleep
+    assert not any(alive(int((tmp_path / rank).read_text())) for rank in "012")
+    assert capfd.readouterr().err == f"rank {ill} is ill\n"
+
+
+@pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "kill"])
+def test_the_processes_end_with_the_one_that_started_them(tmp_path, which):
+    code = "import sys; from nrcg.distributed import launch; launch(sys.argv[1:], 3)"
+    launcher = subprocess.Popen([*python(code), *python(WORKER), str(tmp_path), "none"])
+    wait_until(lambda: all((tmp_path / rank).exists() for rank in "012"))
+    pids = [int((tmp_path / rank).read_text()) for rank in "012"]
+    assert all(alive(pid) for pid in pids)
+    launcher.send_signal(which)
+    launcher.wait(30)
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_process_that_a_signal_ends_is_named(tmp_path, capfd):
+    code = "import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)"
+    assert launch(python(code), 2) == 137
+    assert "process 1 of 2 was ended by signal 9" in capfd.readouterr().err

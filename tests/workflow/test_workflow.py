@@ -1,0 +1,457 @@
+"""The workflow as its users run it: dry runs of what ships, and one toy experiment from data to report."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nrcg import config
+from nrcg.report.columns import FORWARD_COLUMNS, METRICS_COLUMNS
+from nrcg.tracking.journal import Journal
+
+ROOT = Path(__file__).parents[2]
+CONFIG = config.load(ROOT / "config.yaml")
+FIGURES = [
+    *("forward_accuracy", "logit_sensitivity", "gradient_sensitivity", "stabilizers"),
+    *("accuracy_vs_scale", "fid_vs_scale", "cfid_vs_scale", "pareto", "best_samples"),
+]
+
+
+def copy_tree(folder: Path) -> Path:
+    """What the workflow needs of the repository, and the toy experiment."""
+    shutil.copytree(ROOT / "workflow", folder / "workflow")
+    (folder / "profiles").symlink_to("workflow/profiles")
+    for name in ("Snakefile", "config.yaml", "tests/data/toy.yaml"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "snakemake"), *arguments]
+
+
+def snakemake(
+    tree: Path, *arguments: str, toy: dict | None = None, methods: dict | None = None
+) -> subprocess.CompletedProcess:
+    """Run Snakemake untracked, with changes laid over the toy experiment and over the methods."""
+    change = {"experiments": {"toy": toy or {}}} | ({"methods": methods} if methods else {})
+    (tree / "change.json").write_text(json.dumps(change))
+    return subprocess.run(
+        command(*arguments, "--configfile", "toy.yaml", "change.json"),
+        cwd=tree,
+        env=os.environ | {"NRCG_TRACKING": "off"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def planned(output: str) -> dict[str, int]:
+    """Jobs per rule of a dry run, without the targets; empty where nothing is to be done."""
+    if "Job stats:" not in output:
+        assert "Nothing to be done" in output, output
+        return {}
+    table = output.split("Job stats:")[1].split("total")[0]
+    counts = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+    return {name: count for name, count in counts.items() if name not in (*CONFIG.experiments, "toy", "all")}
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").resolve() == folder.resolve():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if line]
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    return copy_tree(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture(scope="session")
+def finished(tree) -> Path:
+    """The tree after the toy experiment."""
+    run = snakemake(tree, "toy", "--cores", "2")
+    assert run.returncode == 0, run.stdout[-5000:]
+    return tree
+
+
+# --- Before anything runs ---------------------------------------------------------------------------------------
+
+
+def test_features_beside_a_gpu_get_threads_to_resize_with(tree):
+    """As many as there are cores where no other GPU shares them, 8 at most."""
+    output = snakemake(tree, "--dry-run", "toy", "--cores", "16", toy={"device": "cuda"}).stdout
+    blocks = re.findall(r"^rule (?:evaluate|reference):\n((?: +.+\n)+)", output, re.MULTILINE)
+    assert [re.findall(r"threads: (\d+)", block) for block in blocks] == [["8"]] * 3, output
+
+
+def some_slow(values, fast):
+    """Parameters of which some alone belong to the fast tests: a dry run takes seconds."""
+    return [pytest.param(value, marks=[] if value in fast else pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("name", some_slow(CONFIG.experiments, ("quickstart", "celebahq")))
+def test_every_experiment_plans_the_whole_chain(tree, name):
+    experiment = CONFIG.experiments[name]
+    run = snakemake(tree, "--dry-run", name, "--quiet", "rules")
+    assert run.returncode == 0, run.stdout
+    assert planned(run.stdout) == {
+        "dataset": 1,
+        "train_ddpm": 1,
+        "train_classifier": 3,
+        "forward": 1,
+        "sample": experiment.num_shards * sum(map(len, experiment.sweep.values())),
+        "reference": 1,
+        "evaluate": len(experiment.sweep),
+        "collect": 1,
+        "figures": 1,
+        "report": 1,
+    }
+
+
+def test_the_default_target_is_the_quickstart(tree):
+    assert planned(snakemake(tree, "--dry-run").stdout) == planned(snakemake(tree, "--dry-run", "quickstart").stdout)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("experiments: {toy: {ddpm: {epoch: 3}}}", "experiments.toy.ddpm.epoch: unknown key; allowed here: "),
+        ("experiments: {toy: {ddpm: {epochs: 1e3}}}", "experiments.toy.ddpm.epochs: input should be a valid integer"),
+        ("experiments: {toy: {sweep: {nope: [1]}}}", "experiments.toy.sweep.nope: unknown method; allowed: "),
+        ("experiments: {toy: {target: a, target: soccer}}", "no valid YAML: the key 'target' stands twice"),
+    ],
+)
+def test_a_mistake_is_refused_before_any_job_in_one_line(tree, text, message):
+    (tree / "mistake.yaml").write_text(text)
+    run = subprocess.run(
+        command("toy", "--cores", "1", "--configfile", "toy.yaml", "mistake.yaml"),
+        cwd=tree,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    said = [line for line in (run.stdout + run.stderr).splitlines() if message in line]
+    assert len(said) == 1
+    assert said[0].startswith("nrcg: ")
+    assert "Traceback" not in run.stderr
+    assert "Job stats" not in run.stdout + run.stderr
+
+
+def test_lint_is_clean(tree):
+    run = subprocess.run(command("--lint"), cwd=tree, capture_output=True, text=True)
+    assert run.returncode == 0
+    assert "Congratulations" in run.stdout + run.stderr
+
+
+def test_the_reserved_names_are_the_rules():
+    """config.RULES is a list so that the configuration need not read the rules."""
+    texts = [path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]]
+    rules = {name for text in texts for name in re.findall(r"^rule (\w+):", text, re.MULTILINE)}
+    assert rules == set(config.RULES)
+
+
+def test_what_a_dead_process_left_is_sent_at_the_next_start(tmp_path):
+    """Also where there is nothing to do; a server that is down costs a line."""
+    tree = copy_tree(tmp_path)
+    left = Journal.create(tree / ".nrcg/tracking")
+    names = {"uri": "", "experiment": "left", "name": "one", "parent": "", "invocation": ""}
+    left.append("start", time=1, params={}, tags={"nrcg.git_branch": "main", "nrcg.uid": left.uid}, **names)
+    left.close()
+    environment = {key: value for key, value in os.environ.items() if key != "NRCG_TRACKING"}
+
+    def start(uri: str, **more: str) -> subprocess.CompletedProcess:
+        words = command("--list-rules", "--configfile", "toy.yaml")
+        started = environment | {"MLFLOW_TRACKING_URI": uri} | more
+        run = subprocess.run(words, cwd=tree, env=started, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run
+
+    store = f"sqlite:///{tree / 'mlflow.db'}"
+    assert "nrcg:" not in start(store, NRCG_TRACKING="off").stderr and left.path.exists()
+    said = [line for line in start("http://127.0.0.1:1").stderr.splitlines() if line.startswith("nrcg: ")]
+    assert len(said) == 1 and "cannot be reached" in said[0] and left.path.exists()
+    assert "nrcg:" not in start(store).stderr
+    assert list((tree / ".nrcg/tracking").iterdir()) == []
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("left").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("one", "KILLED")
+
+
+# --- The toy experiment -----------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_results_are_where_the_docs_say(finished):
+    expected = [
+        "data/toyballs/dataset.json",
+        *(f"data/toyballs/{split}/{name}.npy" for split in ("train", "val") for name in ("images", "labels")),
+        *(f"models/toy/ddpm/{name}" for name in ("model_index.json", "training.csv", "training.json", "samples.png")),
+        *(
+            f"models/toy/classifiers/{role}/{name}"
+            for role in config.ROLES
+            for name in ("model.safetensors", "config.json", "training.csv", "accuracy_over_t.csv")
+        ),
+        *(
+            f"results/toy/{name}"
+            for name in ("forward.csv", "reference.json", "metrics.csv", "summary.json", "report.html")
+        ),
+        *(f"results/toy/figures/{figure}.{ending}" for figure in FIGURES for ending in ("png", "svg")),
+        "results/toy/samples/unconditional/scale0/shard0001.json",
+        "results/toy/samples/non_robust_x0_ema99/scale2.5/shard0000.npy",
+        *(f"logs/toy/{name}" for name in ("train_ddpm.log", "train_ddpm.tsv", "forward.tsv", "report.tsv")),
+    ]
+    assert [name for name in expected if not (finished / name).stat().st_size] == []
+
+
+def test_the_data_set_opens_as_memory_maps(finished):
+    images = np.load(finished / "data/toyballs/train/images.npy", mmap_mode="r")
+    labels = np.load(finished / "data/toyballs/train/labels.npy", mmap_mode="r")
+    assert (images.shape, images.dtype) == ((96, 16, 16, 3), np.uint8)
+    assert (labels.shape, labels.dtype) == ((96,), np.int64)
+
+
+def test_forward_csv_has_a_row_per_curve_and_step(finished):
+    rows = rows_of(finished / "results/toy/forward.csv")
+    assert tuple(rows[0]) == FORWARD_COLUMNS
+    curves: dict[str, list[int]] = {}
+    for row in rows:
+        curves.setdefault(row["method"], []).append(int(row["t"]))
+    assert {"robust", "non_robust", "non_robust_x0"} < set(curves)
+    assert all(sorted(steps) == list(range(1, 7)) for steps in curves.values())
+    assert {int(row["num_images"]) for row in rows} == {8}
+
+
+def test_metrics_csv_has_a_row_per_method_and_scale(finished):
+    rows = rows_of(finished / "results/toy/metrics.csv")
+    distances = {"fd_judge", "cfd_judge", "kd_judge", "ckd_judge"}
+    assert {*METRICS_COLUMNS, *distances, "diversity", "protocols", "reference", "best_by", "mlflow_run_id"} <= set(
+        rows[0]
+    )
+    assert {f"{name}_{end}" for name in (*distances, "precision", "judge_ece") for end in ("lo", "hi")} <= set(rows[0])
+    assert [(row["method"], row["scale"], row["num_samples"]) for row in rows] == [
+        ("unconditional", "0", "12"),
+        ("non_robust_x0_ema99", "1", "12"),
+        ("non_robust_x0_ema99", "2.5", "12"),
+    ]
+    for row in rows:
+        assert row["experiment"] == "toy"
+        assert 0 <= float(row["accuracy_judge"]) <= 1
+        assert row["nonfinite"] == "0"
+        assert float(row["images_per_second"]) > 0
+    summary = json.loads((finished / "results/toy/summary.json").read_text())
+    assert set(summary) == {"unconditional", "non_robust_x0_ema99", "record_sha256"}
+
+
+def test_samples_of_all_settings_share_their_noise_and_differ_by_their_guidance(finished):
+    folder = finished / "results/toy/samples"
+    settings = sorted(folder.glob("*/scale*"))
+    drawn = [np.concatenate([np.load(path) for path in sorted(setting.glob("*.npy"))]) for setting in settings]
+    assert [images.shape for images in drawn] == [(12, 16, 16, 3)] * 3
+    assert {json.loads((setting / "shard0001.json").read_text())["first_sample"] for setting in settings} == {8}
+
+
+def test_the_report_is_self_contained_and_escapes_what_it_was_given(finished):
+    html = (finished / "results/toy/report.html").read_text()
+    assert "&lt;b&gt;not&lt;/b&gt;" in html
+    assert "<b>not</b>" not in html
+    assert re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(?!data:)', html) == []
+
+
+def test_a_finished_experiment_leaves_nothing_to_do(finished):
+    run = snakemake(finished, "--dry-run", "toy")
+    assert run.returncode == 0
+    assert planned(run.stdout) == {}
+
+
+def test_data_and_models_are_used_by_hand_too(finished):
+    """Each step runs without Snakemake, from config.yaml: the same samples come out."""
+    raw = config.merge(config.read_yaml(finished / "config.yaml"), config.read_yaml(finished / "toy.yaml"))
+    (finished / "whole.json").write_text(json.dumps(raw))
+    flags = "--config whole.json --experiment toy --method non_robust_x0_ema99 --scale 1 --shard 1 --threads 1"
+    models = "--ddpm models/toy/ddpm --classifier models/toy/classifiers/non_robust --out by_hand.npy"
+    nrcg = [str(Path(sys.executable).parent / "nrcg"), "sample", *flags.split(), *models.split()]
+    subprocess.run(nrcg, cwd=finished, check=True, capture_output=True)
+    by_rule = np.load(finished / "results/toy/samples/non_robust_x0_ema99/scale1/shard0001.npy")
+    np.testing.assert_array_equal(np.load(finished / "by_hand.npy"), by_rule)
+
+
+# What a change reruns. `END` is cheap and follows every change of results.
+END = {"collect": 1, "figures": 1, "report": 1}
+EMA = {"classifier": "non_robust", "input": "pred_x0", "stabilizer": {"name": "ema", "beta": 0.95}}
+ALL = {
+    "dataset": 1,
+    "train_ddpm": 1,
+    "train_classifier": 3,
+    "forward": 1,
+    "sample": 6,
+    "reference": 1,
+    "evaluate": 2,
+} | END
+CHANGES = {
+    "device": ({"device": "auto"}, {}),
+    "words": ({"description": "Other words."}, {"figures": 1, "report": 1}),
+    "batch size": ({"sampling": {"batch_size": 3}}, {"figures": 1, "report": 1}),
+    "evaluation": ({"evaluation": {"num_reference": 90}}, {"reference": 1, "evaluate": 2} | END),
+    "best by": ({"evaluation": {"best_by": "fid"}}, END),
+    "a scale more": ({"sweep": {"non_robust_x0_ema99": [1, 2.5, 4]}}, {"sample": 2, "evaluate": 1} | END),
+    "a scale less": ({"sweep": {"non_robust_x0_ema99": [1]}}, {"evaluate": 1} | END),
+    "a method more": ({"sweep": {"robust": [1]}}, {"sample": 2, "evaluate": 1} | END),
+    # The last shard of each of the three settings was not full.
+    "more samples": ({"sampling": {"num_samples": 16}}, {"sample": 3, "evaluate": 2} | END),
+    "a shard more": ({"sampling": {"num_samples": 20}}, {"sample": 6, "evaluate": 2} | END),
+    "fewer samples": ({"sampling": {"num_samples": 8}}, {"evaluate": 2} | END),
+    "forward": ({"forward": {"num_images": 6}}, {"forward": 1, "figures": 1, "report": 1}),
+    "judge": ({"classifiers": {"judge": {"epochs": 2}}}, {"train_classifier": 1, "reference": 1, "evaluate": 2} | END),
+    "ddpm": (
+        {"ddpm": {"epochs": 3}},
+        {key: ALL[key] for key in ALL if key not in ("dataset", "train_classifier", "reference")},
+    ),
+    "dataset": ({"dataset": {"seed": 1}}, ALL),
+}
+
+DDPM_ANEW = {"train_ddpm": 1, "forward": 1, "sample": 6, "evaluate": 2} | END
+"""What is made anew where a file of the diffusion model is lost."""
+
+
+@pytest.mark.parametrize("change", some_slow(CHANGES, ("batch size", "a scale more", "more samples", "judge", "ddpm")))
+def test_a_change_reruns_only_what_depends_on_it(finished, change):
+    toy, expected = CHANGES[change]
+    run = snakemake(finished, "--dry-run", "toy", "--quiet", "rules", toy=toy)
+    assert run.returncode == 0, run.stdout
+    assert planned(run.stdout) == expected
+
+
+def test_a_methods_change_reruns_that_methods_jobs(finished):
+    run = snakemake(finished, "--dry-run", "toy", "--quiet", "rules", methods={"non_robust_x0_ema99": EMA})
+    assert planned(run.stdout) == {"sample": 4, "evaluate": 1} | END
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("figures/stabilizers.svg", {"figures": 1, "report": 1}),
+        pytest.param("forward.csv", {"forward": 1, "figures": 1, "report": 1}, marks=pytest.mark.slow),
+        pytest.param("summary.json", END, marks=pytest.mark.slow),
+        pytest.param("metrics/unconditional.csv", {"evaluate": 1} | END, marks=pytest.mark.slow),
+        ("samples/unconditional/scale0/shard0001.npy", {"sample": 1, "evaluate": 1} | END),
+        pytest.param("reference.json", {"reference": 1, "evaluate": 2} | END, marks=pytest.mark.slow),
+        (
+            "../../models/toy/classifiers/judge/model.safetensors",
+            {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
+        ),
+        *(
+            pytest.param(f"../../models/toy/{name}", expected, marks=pytest.mark.slow)
+            for name, expected in {
+                "classifiers/judge/accuracy_over_t.csv": {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
+                "ddpm/data_mean.npy": DDPM_ANEW,
+                "ddpm/model_index.json": DDPM_ANEW,
+                "ddpm/unet/config.json": DDPM_ANEW,
+                "ddpm/scheduler/scheduler_config.json": DDPM_ANEW,
+            }.items()
+        ),
+    ],
+)
+def test_a_lost_result_is_made_anew(finished, name, expected):
+    lost, kept = finished / "results/toy" / name, finished / "kept"
+    lost.rename(kept)
+    try:
+        assert planned(snakemake(finished, "--dry-run", "toy", "--quiet", "rules").stdout) == expected
+    finally:
+        kept.rename(lost)
+
+
+@pytest.mark.slow
+def test_the_same_weights_trained_again_leave_nothing_but_the_report_to_do(finished, tmp_path):
+    """Tracked: what names the new run is no rule's input. training.csv, which the report shows, holds times."""
+    tree = shutil.copytree(finished, tmp_path / "tree", symlinks=True)
+    lost = [f"models/toy/{name}/training.csv" for name in ("ddpm", "classifiers/judge")]
+    for name in lost:
+        (tree / name).unlink()
+    environment = {key: value for key, value in os.environ.items() if key != "NRCG_TRACKING"}
+    environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tree / 'mlflow.db'}", "NRCG_LOG_MODELS": "off"}
+    words = command(*lost, "--cores", "2", "--configfile", "toy.yaml")
+    run = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tree / "mlflow.db").exists()
+    assert planned(snakemake(tree, "--dry-run", "toy", "--quiet", "rules").stdout) == {"report": 1}
+
+
+# --- Kills ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
+def test_a_killed_run_leaves_no_process_and_a_plain_rerun_goes_on(tmp_path):
+    """kill -9 of Snakemake within the DDPM's training; the rerun takes up the checkpoint. Tracked by MLflow."""
+    tree = copy_tree(tmp_path)
+    ddpm = {"epochs": 60, "checkpoint_minutes": 1e-4, "sample_every": 0}
+    (tree / "change.json").write_text(json.dumps({"experiments": {"toy": {"ddpm": ddpm}}}))
+    words = command("models/toy/ddpm/training.json", "--cores", "1", "--configfile", "toy.yaml", "change.json")
+    environment = {key: value for key, value in os.environ.items() if key != "NRCG_TRACKING"}
+    environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tree / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = tree / "logs/toy/train_ddpm.log"
+
+    def epochs() -> list[int]:
+        """Logged so far."""
+        return [int(found) for found in re.findall(r"^epoch (\d+),", log.read_text() if log.exists() else "", re.M)]
+
+    run = subprocess.Popen(words, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(epochs()) < 3:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    assert any("train-ddpm" in line for line in processes_in(tree))
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    deadline = time.monotonic() + 10
+    while processes_in(tree) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_in(tree) == []
+    assert not (tree / "models/toy/ddpm/training.json").exists()
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    toy = client.get_experiment_by_name("toy").experiment_id
+    assert {run.info.status for run in client.search_runs([toy])} == {"RUNNING"}
+    done = ["data/toyballs/dataset.json", *words[2:]]
+    nothing = subprocess.run(command(*done), cwd=tree, env=environment, capture_output=True, text=True)
+    assert "Nothing to be done" in nothing.stdout + nothing.stderr
+    statuses = {run.data.tags["nrcg.kind"]: run.info.status for run in client.search_runs([toy])}
+    assert statuses == {"invocation": "KILLED", "train": "KILLED", "dataset": "FINISHED"}
+
+    rerun = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
+    assert rerun.returncode == 0, rerun.stderr[-3000:]
+    assert epochs()[0] > 1
+    rows = rows_of(tree / "models/toy/ddpm/training.csv")
+    assert [int(row["epoch"]) for row in rows] == list(range(1, ddpm["epochs"] + 1))
+    assert not (tree / "models/toy/ddpm.checkpoint.pt").exists()
+    assert not any(path.name.endswith(".tmp") for path in (tree / "models").rglob("*"))
+
+    found = client.search_runs([toy], "tags.mlflow.runName = 'train_ddpm'", order_by=["attributes.start_time"])
+    assert [run.info.status for run in found] == ["KILLED", "FINISHED"]
+    invocations = "tags.`nrcg.kind` = 'invocation'"
+    parents = client.search_runs([toy], invocations, order_by=["attributes.start_time"])
+    assert [parent.info.status for parent in parents] == ["KILLED", "FINISHED"]
+    assert [run.data.tags["mlflow.parentRunId"] for run in found] == [parent.info.run_id for parent in parents]
