@@ -1,9 +1,9 @@
-# `make quickstart` runs the whole comparison at toy size; `make test` runs the tests. Both make .venv first.
+# `make quickstart` runs the whole comparison at toy size; `make test` runs the tests. Each target makes .venv first.
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 STAMP := .venv/.complete
 
-.PHONY: quickstart env test test-slow test-slurm lint format schema lock clean
+.PHONY: quickstart env test test-slow test-slurm lint format docs schema lock clean
 
 quickstart: $(STAMP)
 	.venv/bin/nrcg run quickstart
@@ -44,13 +44,20 @@ format: $(STAMP)
 	.venv/bin/ruff format .
 	.venv/bin/snakefmt Snakefile workflow
 
+# The documentation as a site, into site/; a broken link or docstring is an error.
+docs: $(STAMP)
+	.venv/bin/mkdocs build --strict --quiet
+
+# What is generated from the models of config.yaml.
 schema: $(STAMP)
 	.venv/bin/nrcg schema --out config.schema.json
+	.venv/bin/nrcg schema --dvc --out dvc.yaml
+	.venv/bin/nrcg schema --docs --out docs/config.md
 
 # Exact pins for Python 3.11 and newer, from the ranges of pyproject.toml.
 lock: $(STAMP)
 	.venv/bin/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
-		--extra pipeline --extra dev pyproject.toml -o requirements.lock
+		--extra pipeline --extra dev --extra docs pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv .nrcg .snakemake
+	rm -rf .venv .nrcg .snakemake site

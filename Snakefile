@@ -5,6 +5,10 @@ from snakemake.utils import min_version
 min_version("9.3")
 
 
+# For `--software-deployment-method apptainer`, after: docker build -t nrcg:0.1.0 .
+container: "docker-daemon://nrcg:0.1.0"
+
+
 configfile: "config.yaml"
 
 
@@ -14,7 +18,7 @@ include: "workflow/rules/common.smk"
 rule all:
     default_target: True
     input:
-        experiment_results("quickstart"),
+        targets("quickstart").results(),
 
 
 for experiment in CONFIG.experiments:
@@ -23,14 +27,14 @@ for experiment in CONFIG.experiments:
         name:
             experiment
         input:
-            experiment_results(experiment),
+            targets(experiment).results(),
 
     # For dvc.yaml, which versions samples apart from their metrics.
     rule:
         name:
             f"{experiment}_samples"
         input:
-            experiment_samples(experiment),
+            targets(experiment).samples(),
 
 
 include: "workflow/rules/dataset.smk"
@@ -41,9 +45,13 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 
 
+onstart:
+    startup.send_leftovers()
+
+
 onsuccess:
-    finish_tracking("FINISHED")
+    startup.finish_tracking("FINISHED")
 
 
 onerror:
-    finish_tracking("FAILED")
+    startup.finish_tracking("FAILED")

@@ -16,6 +16,7 @@ from typing import NoReturn
 from nrcg import __version__
 from nrcg.cli import data, evaluate, report, sample, train, workflow
 from nrcg.errors import NrcgError
+from nrcg.pipeline.remedies import explained
 from nrcg.processes import end_with_parent
 
 DISK_ERRORS = {
@@ -52,16 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"nrcg: {error.filename or 'a file'}: {error.strerror}; {DISK_ERRORS[error.errno]}", file=sys.stderr)
         return 1
-
-
-def explained(error: NrcgError) -> str:
-    """An error's line, with what to do about its file."""
-    path = getattr(error, "path", None)
-    if path is None:
-        return str(error)
-    from nrcg.pipeline.remedies import remedy
-
-    return f"{error}; {remedy(path)}"
 
 
 def _die_with_parent() -> None:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from nrcg.config import ROLES
+from nrcg.errors import NrcgError
 
 MADE = re.compile(rf"data/[^/]+/.+|models/[^/]+/(ddpm|classifiers/({'|'.join(ROLES)}))/.+|results/[^/]+/(?!tune/).+")
 """Files that Snakemake makes, by their path from its folder."""
@@ -51,3 +52,9 @@ def remedy(path: str | Path) -> str:
     if name.partition("/")[0] not in VERSIONED:
         return f"make it anew: {make}"
     return f"restore it (under DVC: {remove}dvc checkout {name}), or make it anew with all that belongs to it: {make}"
+
+
+def explained(error: NrcgError) -> str:
+    """An error's line, with what to do about its file where it names one."""
+    path = getattr(error, "path", None)
+    return str(error) if path is None else f"{error}; {remedy(path)}"

@@ -1,7 +1,7 @@
 rule figures:
     """The paper's figures, as png and svg."""
     input:
-        first_shards,
+        files(lambda one, wildcards: one.shown_shards()),
         forward="results/{experiment}/forward.csv",
         metrics="results/{experiment}/metrics.csv",
     output:
@@ -17,30 +17,27 @@ rule figures:
     log:
         "logs/{experiment}/figures.log",
     benchmark:
-        "logs/{experiment}/figures.tsv"
+        "benchmarks/{experiment}/figures.tsv"
     localrule: True
-    conda:
-        "../envs/nrcg.yaml"
     threads: 1
     resources:
         mem_mb=2000,
         runtime=30,
     params:
         config=settings_file("report"),
-        samples=folder("results/{experiment}/samples"),
-        folder=folder("results/{experiment}/figures"),
+        results=subpath(input.metrics, parent=True),
     shell:
         "nrcg figures --config {params.config} --forward {input.forward} --metrics {input.metrics}"
-        " --samples {params.samples} --out {params.folder} > {log} 2>&1"
+        " --samples {params.results}/samples --out {params.results}/figures > {log} 2>&1"
 
 
 rule report:
     """One self-contained HTML file: claims, tables, figures and sample grids."""
     input:
-        first_shards,
+        files(lambda one, wildcards: one.shown_shards()),
         expand("results/{{experiment}}/figures/{figure}.png", figure=FIGURES),
         expand("models/{{experiment}}/classifiers/{role}/accuracy_over_t.csv", role=ROLES),
-        "models/{experiment}/ddpm/training.csv",
+        ddpm="models/{experiment}/ddpm/training.csv",
         forward="results/{experiment}/forward.csv",
         metrics="results/{experiment}/metrics.csv",
         reference="results/{experiment}/reference.json",
@@ -54,18 +51,16 @@ rule report:
     log:
         "logs/{experiment}/report.log",
     benchmark:
-        "logs/{experiment}/report.tsv"
+        "benchmarks/{experiment}/report.tsv"
     localrule: True
-    conda:
-        "../envs/nrcg.yaml"
     threads: 1
     resources:
         mem_mb=2000,
         runtime=30,
     params:
         config=settings_file("report"),
-        results=folder("results/{experiment}"),
-        models=folder("models/{experiment}"),
+        results=subpath(input.metrics, parent=True),
+        models=subpath(input.ddpm, ancestor=2),
     shell:
         "nrcg report --config {params.config} --forward {input.forward} --metrics {input.metrics}"
         " --samples {params.results}/samples --figures {params.results}/figures --models {params.models}"

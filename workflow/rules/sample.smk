@@ -1,28 +1,27 @@
 rule sample:
     """One shard of the samples of a method at a scale (algorithm 1)."""
     input:
-        ddpm_files,
-        guide_files,
+        ancient("models/{experiment}/ddpm/unet/diffusion_pytorch_model.safetensors"),
+        ddpm="models/{experiment}/ddpm/training.json",
+        guide=guide,
     output:
         images="results/{experiment}/samples/{method}/scale{scale}/shard{shard}.npy",
         record="results/{experiment}/samples/{method}/scale{scale}/shard{shard}.json",
     log:
         "logs/{experiment}/sample/{method}_scale{scale}_shard{shard}.log",
     benchmark:
-        "logs/{experiment}/sample/{method}_scale{scale}_shard{shard}.tsv"
+        "benchmarks/{experiment}/sample/{method}_scale{scale}_shard{shard}.tsv"
     group:
         "{experiment}_{method}_{scale}"  # on a cluster, several shards are one job (--group-components)
-    conda:
-        "../envs/nrcg.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=guided_memory("sampling"),
-        runtime=sample_runtime,
+        gpu=asked(lambda job: job.gpus),
+        mem_mb=growing(lambda job, wildcards: job.guided_mb("sampling")),
+        runtime=growing(lambda job, wildcards: job.sample_minutes(wildcards.method)),
     params:
         config=settings_file("sample", "method"),
-        num_samples=shard_size,  # not on the command line: a change makes the shard anew
-        ddpm=folder("models/{experiment}/ddpm"),
+        num_samples=files(lambda one, wildcards: one.shard_size(int(wildcards.shard))),  # not on the command line: a change makes the shard anew
+        ddpm=subpath(input.ddpm, parent=True),
         classifier=guide_flag,
     shell:
         "nrcg sample --config {params.config} --method {wildcards.method} --scale {wildcards.scale}"

@@ -1,31 +1,30 @@
 rule train_ddpm:
     """The unconditional diffusion model, trained or pretrained, as a diffusers pipeline folder."""
     input:
-        dataset_files,
+        arrays,
+        manifest=manifest,
     output:
         "models/{experiment}/ddpm/model_index.json",
         "models/{experiment}/ddpm/scheduler/scheduler_config.json",
         "models/{experiment}/ddpm/unet/config.json",
         "models/{experiment}/ddpm/data_mean.npy",
         "models/{experiment}/ddpm/unet/diffusion_pytorch_model.safetensors",
-        "models/{experiment}/ddpm/training.json",
         "models/{experiment}/ddpm/training.csv",
         "models/{experiment}/ddpm/samples.png",
+        record="models/{experiment}/ddpm/training.json",
     log:
         "logs/{experiment}/train_ddpm.log",
     benchmark:
-        "logs/{experiment}/train_ddpm.tsv"
-    conda:
-        "../envs/nrcg.yaml"
+        "benchmarks/{experiment}/train_ddpm.tsv"
     threads: 16
     resources:
-        gpu=training_gpus,
+        gpu=asked(lambda job: job.training_gpus),
         mem_mb=memory(8000),
         runtime=4320,  # a retry goes on from the last checkpoint
     params:
         config=settings_file("train_ddpm"),
-        data=data_folder,
-        folder=folder("models/{experiment}/ddpm"),
+        data=subpath(input.manifest, parent=True),
+        folder=subpath(output.record, parent=True),
     shell:
         "nrcg train-ddpm --config {params.config} --data {params.data} --threads {threads}"
         " --gpus {resources.gpu} --out {params.folder} > {log} 2>&1"
@@ -34,27 +33,26 @@ rule train_ddpm:
 rule train_classifier:
     """One classifier: robust, non_robust or the judge."""
     input:
-        dataset_files,
+        arrays,
+        manifest=manifest,
     output:
         "models/{experiment}/classifiers/{role}/model.safetensors",
-        "models/{experiment}/classifiers/{role}/config.json",
         "models/{experiment}/classifiers/{role}/training.csv",
         "models/{experiment}/classifiers/{role}/accuracy_over_t.csv",
+        record="models/{experiment}/classifiers/{role}/config.json",
     log:
         "logs/{experiment}/train_{role}.log",
     benchmark:
-        "logs/{experiment}/train_{role}.tsv"
-    conda:
-        "../envs/nrcg.yaml"
+        "benchmarks/{experiment}/train_{role}.tsv"
     threads: 1
     resources:
-        gpu=gpus,
+        gpu=asked(lambda job: job.gpus),
         mem_mb=memory(6000),
         runtime=minutes(360),
     params:
         config=settings_file("train_classifier", "role"),
-        data=data_folder,
-        folder=folder("models/{experiment}/classifiers/{role}"),
+        data=subpath(input.manifest, parent=True),
+        folder=subpath(output.record, parent=True),
     shell:
         "nrcg train-classifier --config {params.config} --role {wildcards.role} --data {params.data}"
         " --threads {threads} --out {params.folder} > {log} 2>&1"

@@ -1,0 +1,96 @@
+"""What the workflow's jobs ask a scheduler for: GPUs, threads, memory and time, from measured jobs with a margin.
+
+docs/scaling.md holds the measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nrcg.config import Config, ExperimentConfig
+from nrcg.devices import count_nvidia_gpus, has_nvidia_gpu
+
+SECONDS_PER_STEP = {"gpu": 1.25e-3, "cpu": 1.0}
+"""Of a guided image of 64 x 64 pixels; grows with the pixels."""
+CPU_MB_PER_IMAGE = 160
+"""Activations of such an image in a batch."""
+AUTO_IMAGES = 16
+"""Images in a batch that memory is asked for where the batch size is `auto`, which takes what it finds free."""
+GPU_JOB_MB = 6000
+MOST_FEATURE_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the jobs of an experiment ask for.
+
+    Args:
+        config: The whole configuration.
+        experiment: Name of the experiment.
+        remote: Whether the jobs run on other machines, whose devices differ from this one's.
+        cores: CPU cores of the workflow; None where it names none, as in a dry run.
+    """
+
+    config: Config
+    experiment: str
+    remote: bool = False
+    cores: int | None = None
+
+    @property
+    def settings(self) -> ExperimentConfig:
+        return self.config.experiments[self.experiment]
+
+    @property
+    def gpus(self) -> int:
+        """1 where a job is to run on a GPU, else 0: on a CPU, jobs share the cores instead of waiting for each other.
+
+        With `device: auto` this machine's devices decide, and 1 is asked of a cluster.
+        """
+        if self.settings.device == "auto":
+            return int(self.remote or has_nvidia_gpu())
+        return int(self.settings.device.startswith("cuda"))
+
+    @property
+    def training_gpus(self) -> int:
+        """One for each process that trains the diffusion model; of `auto`, all there are. Snakemake lowers it to what
+        --resources gpu=N allows."""
+        ddpm = self.settings.ddpm
+        if not self.gpus or ddpm.pretrained is not None or ":" in self.settings.device:
+            return self.gpus
+        return max(count_nvidia_gpus(), 1) if ddpm.num_processes == "auto" else ddpm.num_processes
+
+    @property
+    def feature_threads(self) -> int:
+        """Beside a GPU, the resizing for Inception takes longer than the network: a GPU's share of the cores. On a CPU
+        one, so that jobs share the cores."""
+        if not self.gpus:
+            return 1
+        if self.remote:
+            return MOST_FEATURE_THREADS
+        return max(1, min(MOST_FEATURE_THREADS, (self.cores or 1) // max(count_nvidia_gpus(), 1)))
+
+    def sample_minutes(self, method: str) -> int:
+        """Of a shard."""
+        steps = self.config.methods[method].sampler.steps or self.settings.ddpm.schedule.num_train_timesteps
+        return self._minutes(self.settings.sampling.shard_size * steps)
+
+    def forward_minutes(self) -> int:
+        """Of the forward analysis: three gradients for each image and step."""
+        return self._minutes(3 * self.settings.forward.num_images * self.settings.ddpm.schedule.num_train_timesteps)
+
+    def guided_mb(self, section: str) -> int:
+        """Memory of a job that takes gradients of the batches of `sampling` or `forward`."""
+        if self.gpus:
+            return GPU_JOB_MB
+        batch = getattr(self.settings, section).batch_size
+        images = AUTO_IMAGES if batch == "auto" else batch
+        return 2000 + round(images * self._pixels * CPU_MB_PER_IMAGE)
+
+    @property
+    def _pixels(self) -> float:
+        """Of an image, relative to 64 x 64."""
+        return (self.settings.dataset.image_size / 64) ** 2
+
+    def _minutes(self, image_steps: int) -> int:
+        """Twice what some image steps take, and ten minutes to start."""
+        return 10 + round(2 * image_steps * self._pixels * SECONDS_PER_STEP["gpu" if self.gpus else "cpu"] / 60)
