@@ -15,21 +15,25 @@ if TYPE_CHECKING:
     from nrcg.classifiers.specs import load_classifier
     from nrcg.guidance.guidance import ClassifierGuidance
     from nrcg.guidance.pipeline import GuidedDDPMPipeline
+    from nrcg.guidance.scales import Cosine, Interval, Linear
     from nrcg.guidance.stabilizers import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, Stabilizer, UnitNorm
 
-_HOME = {
-    "Adam": "stabilizers",
-    "Classifier": "classifiers",
-    "ClassifierGuidance": "guidance",
-    "AdaptiveClip": "stabilizers",
-    "Chain": "stabilizers",
-    "EMA": "stabilizers",
-    "NormClip": "stabilizers",
-    "UnitNorm": "stabilizers",
-    "GuidedDDPMPipeline": "sampling",
-    "Identity": "stabilizers",
-    "Stabilizer": "stabilizers",
-    "load_classifier": "specs",
+_HOMES = {
+    "Adam": "guidance.stabilizers",
+    "AdaptiveClip": "guidance.stabilizers",
+    "Chain": "guidance.stabilizers",
+    "Classifier": "classifiers.adapter",
+    "ClassifierGuidance": "guidance.guidance",
+    "Cosine": "guidance.scales",
+    "EMA": "guidance.stabilizers",
+    "GuidedDDPMPipeline": "guidance.pipeline",
+    "Identity": "guidance.stabilizers",
+    "Interval": "guidance.scales",
+    "Linear": "guidance.scales",
+    "NormClip": "guidance.stabilizers",
+    "Stabilizer": "guidance.stabilizers",
+    "UnitNorm": "guidance.stabilizers",
+    "load_classifier": "classifiers.specs",
 }
 
 __all__ = [
@@ -39,8 +43,11 @@ __all__ = [
     "Chain",
     "Classifier",
     "ClassifierGuidance",
+    "Cosine",
     "GuidedDDPMPipeline",
     "Identity",
+    "Interval",
+    "Linear",
     "NormClip",
     "Stabilizer",
     "UnitNorm",
@@ -50,9 +57,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOMES:
         raise AttributeError(f"module 'nrcg' has no attribute {name!r}")
-    return getattr(import_module(f"nrcg.{_HOME[name]}"), name)
+    return getattr(import_module(f"nrcg.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

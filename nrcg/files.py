@@ -207,7 +207,7 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_hash(folder: str | Path) -> str | None:
+def weights_sha256(folder: str | Path) -> str | None:
     """SHA-256 of a model's weights as its own record states it; None for a model without one.
 
     Raises:
@@ -221,3 +221,10 @@ def weights_hash(folder: str | Path) -> str | None:
             except (OSError, ValueError) as error:
                 raise DataError(f"damaged ({error})", path) from None
     return None
+
+
+def refuse_pointer(path: str | Path) -> None:
+    """Raises DataError where a file is a Git LFS pointer and not the weights themselves."""
+    with open(path, "rb") as file:
+        if file.read(30).startswith(b"version https://git-lfs"):
+            raise DataError(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull in its clone")

@@ -62,12 +62,22 @@ def build_module(architecture: str, num_classes: int, batch_norm_momentum: float
 
 
 def replace_first_conv(module: nn.Module, in_channels: int, bias: bool) -> None:
-    """Give a torchvision MobileNetV3 another first convolution, untrained: for other channels, or with a bias.
+    """Give a network another first convolution, untrained: for images of other channels, or with a bias.
 
     Args:
-        module: its first layer is `features[0][0]`; changed in place.
+        module: Network with a convolution; changed in place.
+        in_channels: Channels of the images.
+        bias: Whether the convolution adds a bias.
     """
-    old = module.features[0][0]
-    module.features[0][0] = nn.Conv2d(
-        in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, bias=bias
-    )
+    name, old = first_conv(module)
+    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, bias=bias)
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, new)
+
+
+def first_conv(module: nn.Module) -> tuple[str, nn.Conv2d]:
+    """A network's first convolution and its name. Raises DataError where there is none."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            return name, layer
+    raise DataError("the network has no convolution")

@@ -1,18 +1,7 @@
-"""Classifiers by a SPEC string, for the shell and config.yaml.
+"""Where classification networks come from: torchvision, timm, transformers, one's own module.
 
-    FOLDER                        saved by this package (model.safetensors and config.json)
-    torchvision:NAME              torchvision's weights for ImageNet
-    timm:NAME                     timm's weights (extra `classifiers`)
-    transformers:ID_OR_FOLDER     an image classifier of the Hugging Face hub or on disk (extra `classifiers`)
-    python:MODULE:FACTORY         what FACTORY() of one's own module gives: an nrcg.Classifier, or a network that takes
-                                  images in [-1, 1]
-
-Behind a question mark stand options, joined by &, which overrule what the source declares of itself:
-`weights=FILE` (.safetensors, or a state_dict as .pth; its last linear layer says how many classes there are),
-`size=64`, `range=0,1`, `mean=0.5,0.5,0.5`, `std=...`, `channels=1`, `classes=cat,dog`. For example
-`torchvision:resnet18?weights=mine.pth&size=64&range=0,1&classes=cat,dog`.
-
-No file is loaded that could execute code: state_dicts are read with weights_only.
+A loader gives the network with its weights and what it declares of itself; `build` makes it again without them. No file
+is loaded that could execute code: state_dicts are read with weights_only.
 """
 
 from __future__ import annotations
@@ -20,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from nrcg.classifiers.adapter import Classifier
+from nrcg.classifiers.architectures import first_conv, replace_first_conv
 from nrcg.errors import DataError
+from nrcg.files import refuse_pointer
 
 
 @dataclass
@@ -53,11 +44,11 @@ def build(rebuild: Mapping[str, Any]) -> nn.Module:
         DataError: the library it comes from is not installed or no longer has it.
     """
     scheme, _, name = rebuild["architecture"].partition(":")
-    num_logits = rebuild["num_logits"]
-    if scheme == "torchvision":
-        return _torchvision_module(name, num_logits)
-    if scheme == "timm":
-        return _optional("timm").create_model(name, pretrained=False, num_classes=num_logits)
+    if scheme in ("torchvision", "timm"):
+        module = _untrained(scheme, name, rebuild["num_logits"])
+        if conv := rebuild.get("first_conv"):
+            replace_first_conv(module, conv["in_channels"], conv["bias"])
+        return module
     if scheme == "transformers":
         transformers = _optional("transformers")
         settings = dict(rebuild["transformers_config"])
@@ -75,29 +66,32 @@ def _load_torchvision(name: str, options: Mapping[str, str]) -> Source:
     weights = models.get_model_weights(name).DEFAULT
     transforms = weights.transforms()
     if "weights" in options:
-        state = _read_state(options["weights"])
-        module, classes = _torchvision_module(name, _num_logits(state)), None
-        _load_state(module, state, options["weights"])
+        module, rebuild, channels = _with_state("torchvision", name, options)
+        classes = None
     else:
         try:
             module = models.get_model(name, weights=weights)
         except (OSError, RuntimeError) as error:
             file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
             raise DataError(f"download {weights.url} to {file} ({_reason(error)})") from error
-        classes = list(weights.meta["categories"])
+        classes, channels = list(weights.meta["categories"]), 3
+        rebuild = {"architecture": f"torchvision:{name}", "num_logits": _num_logits(module.state_dict())}
     return Source(
         module,
-        {"architecture": f"torchvision:{name}", "num_logits": _num_logits(module.state_dict())},
+        rebuild,
         image_size=transforms.crop_size[0],
         input_range=(0.0, 1.0),
-        mean=transforms.mean,
-        std=transforms.std,
-        channels=3,
+        mean=transforms.mean if channels == 3 else None,
+        std=transforms.std if channels == 3 else None,
+        channels=channels,
         classes=classes,
     )
 
 
-def _torchvision_module(name: str, num_logits: int) -> nn.Module:
+def _untrained(scheme: str, name: str, num_logits: int) -> nn.Module:
+    """A network of torchvision or timm with random weights."""
+    if scheme == "timm":
+        return _optional("timm").create_model(name, pretrained=False, num_classes=num_logits)
     from torchvision import models
 
     # Some towers of auxiliary losses give more than logits, and only while training.
@@ -105,28 +99,47 @@ def _torchvision_module(name: str, num_logits: int) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=num_logits, **settings)
 
 
+def _with_state(scheme: str, name: str, options: Mapping[str, str]) -> tuple[nn.Module, dict[str, Any], int]:
+    """A network of torchvision or timm with the weights of a file, its `rebuild` record, and its images' channels.
+
+    The file says how many logits there are, and whether the first convolution takes other channels or adds a bias.
+    """
+    state = _read_state(options["weights"], options.get("prefix", ""))
+    rebuild: dict[str, Any] = {"architecture": f"{scheme}:{name}", "num_logits": _num_logits(state)}
+    module = _untrained(scheme, name, rebuild["num_logits"])
+    conv_name, conv = first_conv(module)
+    weight, bias = state.get(f"{conv_name}.weight"), f"{conv_name}.bias" in state
+    channels = conv.in_channels
+    if weight is not None and weight.ndim == 4 and (weight.shape[1], bias) != (channels, conv.bias is not None):
+        channels = weight.shape[1]
+        rebuild["first_conv"] = {"in_channels": channels, "bias": bias}
+        replace_first_conv(module, channels, bias)
+    _load_state(module, state, options["weights"])
+    return module, rebuild, channels
+
+
 def _load_timm(name: str, options: Mapping[str, str]) -> Source:
     timm = _optional("timm")
     if name not in timm.list_models() and name not in timm.list_pretrained():
         raise DataError(f"timm has no model {name!r}; `timm.list_models()` lists them")
     if "weights" in options:
-        state = _read_state(options["weights"])
-        module = timm.create_model(name, pretrained=False, num_classes=_num_logits(state))
-        _load_state(module, state, options["weights"])
+        module, rebuild, channels = _with_state("timm", name, options)
     else:
         try:
             module = timm.create_model(name, pretrained=True)
         except Exception as error:  # of whichever library fetches it
             raise DataError(f"its weights cannot be fetched ({_reason(error)}); give ?weights=FILE") from error
+        rebuild, channels = {"architecture": f"timm:{name}", "num_logits": module.num_classes}, None
     data = timm.data.resolve_model_data_config(module)
+    own = channels in (None, data["input_size"][0])
     return Source(
         module,
-        {"architecture": f"timm:{name}", "num_logits": module.num_classes},
+        rebuild,
         image_size=data["input_size"][1],
         input_range=(0.0, 1.0),
-        mean=data["mean"],
-        std=data["std"],
-        channels=data["input_size"][0],
+        mean=data["mean"] if own else None,
+        std=data["std"] if own else None,
+        channels=data["input_size"][0] if own else channels,
         classes=_timm_classes(module),
     )
 
@@ -197,7 +210,7 @@ def _side(settings: Mapping[str, Any]) -> int | None:
 def _load_python(name: str, options: Mapping[str, str]) -> Source:
     made = _call_factory(name)
     if isinstance(made, Classifier):
-        if set(options) - {"weights", "classes"}:
+        if set(options) - {"weights", "prefix", "classes"}:
             raise DataError("the factory gives an nrcg.Classifier, which says itself what it expects; drop the options")
         source = Source(
             made.module,
@@ -212,7 +225,8 @@ def _load_python(name: str, options: Mapping[str, str]) -> Source:
     else:
         source = Source(made, {"architecture": f"python:{name}", "num_logits": None})
     if "weights" in options:
-        _load_state(source.module, _read_state(options["weights"]), options["weights"])
+        state = _read_state(options["weights"], options.get("prefix", ""))
+        _load_state(source.module, state, options["weights"])
     return source
 
 
@@ -240,9 +254,11 @@ def _optional(library: str) -> Any:
         raise DataError(f"needs the package {library}: pip install 'nrcg[classifiers]'") from error
 
 
-def _read_state(path: str) -> dict[str, Tensor]:
-    """A state_dict from .safetensors, or from a .pth file read with weights_only."""
+def _read_state(path: str, prefix: str) -> dict[str, Tensor]:
+    """A state_dict from .safetensors, or from a .pth file read with weights_only; only the keys that begin with a
+    prefix, without it."""
     try:
+        refuse_pointer(path)
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
@@ -251,6 +267,8 @@ def _read_state(path: str) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{path}: cannot be read as weights ({_reason(error)})") from error
     for key in ("state_dict", "model"):  # as training scripts like to wrap it
@@ -258,7 +276,17 @@ def _read_state(path: str) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(f"{path}: holds no state_dict")
-    return {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise DataError(f"{path}: {key} holds values that are not finite")
+    found = {
+        key.removeprefix("module.").removeprefix(prefix): value  # DataParallel's prefix
+        for key, value in state.items()
+        if key.removeprefix("module.").startswith(prefix)
+    }
+    if not found:
+        raise DataError(f"{path}: no key begins with {prefix!r}; its first is {next(iter(state), 'missing')!r}")
+    return found
 
 
 def _num_logits(state: Mapping[str, Tensor]) -> int:
@@ -285,3 +313,12 @@ def _reason(error: BaseException) -> str:
 
 def _int(value: Any) -> int | None:
     return value if isinstance(value, int) else None
+
+
+LOADERS: dict[str, Callable[[str, Mapping[str, str]], Source]] = {
+    "torchvision": _load_torchvision,
+    "timm": _load_timm,
+    "transformers": _load_transformers,
+    "python": _load_python,
+}
+"""Scheme of a SPEC -> what loads its network, from its name and options."""

@@ -1,4 +1,20 @@
-"""TODO classifiers.specs."""
+"""Classifiers by a SPEC string, for the shell and config.yaml.
+
+    FOLDER                        saved by this package (model.safetensors and config.json)
+    torchvision:NAME              torchvision's weights for ImageNet
+    timm:NAME                     timm's weights (extra `classifiers`)
+    transformers:ID_OR_FOLDER     an image classifier of the Hugging Face hub or on disk (extra `classifiers`)
+    python:MODULE:FACTORY         what FACTORY() of one's own module gives: an nrcg.Classifier, or a network that takes
+                                  images in [-1, 1]
+
+Behind a question mark stand options, joined by &, which overrule what the source declares of itself:
+`weights=FILE` (.safetensors, or a state_dict as .pth; its last linear layer says how many classes there are),
+`prefix=classifier.` (of the keys of that file that are taken),
+`size=64`, `range=0,1`, `mean=0.5,0.5,0.5`, `std=...`, `channels=1`, `classes=cat,dog`. For example
+`torchvision:resnet18?weights=mine.pth&size=64&range=0,1&classes=cat,dog`.
+
+No file is loaded that could execute code: state_dicts are read with weights_only.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +27,12 @@ from typing import Any
 import torch
 
 from nrcg.classifiers.adapter import Classifier, probe
-from nrcg.classifiers.networks import Source, _load_python, _load_timm, _load_torchvision, _load_transformers
+from nrcg.classifiers.networks import LOADERS, Source
+from nrcg.classifiers.storage import open_classifier
 from nrcg.devices import freeze
 from nrcg.errors import DataError
 
-SCHEMES = ("torchvision", "timm", "transformers", "python")
-OPTIONS = ("weights", "size", "range", "mean", "std", "channels", "classes")
+OPTIONS = ("weights", "prefix", "size", "range", "mean", "std", "channels", "classes")
 PROBE_SIZE = 64
 """Height and width of the images that a classifier of any size is tried on."""
 
@@ -32,14 +48,14 @@ class Spec:
 
 def is_spec(text: str) -> bool:
     """Whether a string names a classifier by a scheme and not by a folder of its own."""
-    return text.partition(":")[0] in SCHEMES
+    return text.partition(":")[0] in LOADERS
 
 
 def parse(text: str) -> Spec:
     """The parts of `SCHEME:NAME[?key=value&...]`. Raises DataError: another scheme, an unknown option."""
     scheme, _, rest = text.partition(":")
     name, _, query = rest.partition("?")
-    if scheme not in SCHEMES or not name:
+    if scheme not in LOADERS or not name:
         raise DataError(
             f"classifier {text!r}: no such folder, and no SPEC; allowed: a saved classifier's folder, torchvision:NAME,"
             " timm:NAME, transformers:ID_OR_FOLDER, python:MODULE:FACTORY"
@@ -66,17 +82,15 @@ def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None
     Raises:
         DataError: unknown, missing or damaged, or its output is not (B, K) logits with a gradient.
     """
-    from nrcg.classifiers import storage
-
     text = os.fspath(spec)
     if is_spec(text):
         parsed = parse(text)
         try:
-            classifier = _adapt(_LOADERS[parsed.scheme](parsed.name, parsed.options), parsed)
+            classifier = _adapt(LOADERS[parsed.scheme](parsed.name, parsed.options), parsed)
         except (DataError, ValueError) as error:
             raise DataError(f"classifier {text!r}: {error}") from error
     elif Path(text).exists() or os.sep in text:
-        classifier = storage.load_classifier(text)
+        classifier = open_classifier(text)
     else:
         parse(text)  # refused, with what is allowed
         raise AssertionError
@@ -183,11 +197,3 @@ def _groups(text: str, classifier: Classifier, class_map: Mapping[str, Any]) -> 
             group.append(position)
         groups.append(group)
     return list(class_map), groups
-
-
-_LOADERS: dict[str, Callable[[str, Mapping[str, str]], Source]] = {
-    "torchvision": _load_torchvision,
-    "timm": _load_timm,
-    "transformers": _load_transformers,
-    "python": _load_python,
-}

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from nrcg.classifiers.adapter import Classifier
-from nrcg.classifiers.architectures import build_module, replace_first_conv
+from nrcg.classifiers.architectures import build_module
+from nrcg.classifiers.networks import build
+from nrcg.devices import freeze
 from nrcg.errors import DataError
 from nrcg.files import naming, read_record, sha256_file, temporary_name, write_record
 
@@ -25,9 +27,7 @@ def save_classifier(folder: str | Path, module: nn.Module, config: Mapping[str, 
     Args:
         module: the network; of a `Classifier` its `.module`.
         config: architecture, classes, image_size, and what else one wants to keep (for an adapter,
-            `Classifier.record()`); the weights' SHA-256 is added. Two keys are there for networks that differ from
-            what `build_module` makes of architecture and classes: `num_logits` (1: binary, the logit of class 1
-            against class 0) and `first_conv` (`in_channels`, `bias`).
+            `Classifier.record()`); the weights' SHA-256 is added.
     """
     from safetensors.torch import save_model
 
@@ -61,7 +61,7 @@ def read_classifier_config(folder: str | Path) -> dict:
         raise DataError(f"damaged ({error})", path) from None
 
 
-def load_classifier(folder: str | Path) -> Classifier:
+def open_classifier(folder: str | Path) -> Classifier:
     """A classifier saved by `save_classifier`, in eval mode, its parameters frozen.
 
     Images of another size than it was trained on are resized to that.
@@ -71,8 +71,6 @@ def load_classifier(folder: str | Path) -> Classifier:
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_model
-
-    from nrcg.devices import freeze
 
     config = read_classifier_config(folder)
     path = Path(folder) / WEIGHTS_FILE
@@ -98,11 +96,5 @@ def load_classifier(folder: str | Path) -> Classifier:
 def _build(config: Mapping[str, Any]) -> nn.Module:
     """The network of a saved classifier, with random weights."""
     if config.get("rebuild"):
-        from nrcg.classifiers import networks
-
-        return networks.build(config["rebuild"])
-    num_logits = config.get("num_logits", len(config["classes"]))
-    module = build_module(config["architecture"], num_logits, config.get("batch_norm_momentum", 0.1))
-    if "first_conv" in config:
-        replace_first_conv(module, config["first_conv"]["in_channels"], config["first_conv"]["bias"])
-    return module
+        return build(config["rebuild"])
+    return build_module(config["architecture"], len(config["classes"]), config.get("batch_norm_momentum", 0.1))

@@ -83,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     workflow.add_plan(verbs)
     workflow.add_validate(verbs)
     workflow.add_schema(verbs)
-    data.add_import_released(verbs)
     workflow.add_adopt(verbs)
     report.add_compare(verbs)
     report.add_track(verbs)

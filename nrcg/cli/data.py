@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nrcg.cli.arguments import Verbs, add_verb, choose_device, positive, print_table, read_settings
-from nrcg.config import load
-from nrcg.errors import ConfigError, DataError
-from nrcg.provenance import versions
+from nrcg.cli.arguments import Verbs, add_verb, positive, read_settings
+from nrcg.errors import DataError
 from nrcg.steps.common import log_dataset
 
 if TYPE_CHECKING:
@@ -127,58 +125,3 @@ def _list_images(data: ImageData) -> Listing:
         image_suffix=data.image_suffix,
         **split,
     )
-
-
-def add_import_released(verbs: Verbs) -> None:
-    sub = add_verb(verbs, "import-released", import_released, compute=True)
-    sub.add_argument("path", metavar="PATH", help="a clone of the paper's repository, or any folder with such files")
-    sub.add_argument("--models", default="models", help="folder to write to; default: models")
-    sub.add_argument("--data", default="data", help="folder of the data sets; default: data")
-    sub.add_argument("--config", default="config.yaml", help="whose experiments' data and schedule are compared")
-    sub.add_argument(
-        "--assign", action="append", default=[], metavar="FILE=EXPERIMENT/ROLE", help="what a file is, or FILE=ignore"
-    )
-    sub.add_argument(
-        "--classes", action="append", default=[], metavar="EXPERIMENT=NAME,NAME", help="class names in their order"
-    )
-    sub.add_argument("--replace", action="store_true", help="also models that were trained here")
-    sub.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
-
-
-def import_released(arguments: argparse.Namespace) -> None:
-    """Check and convert the paper's released models and reference statistics."""
-    from diffusers.utils import logging
-
-    from nrcg import released
-
-    logging.disable_progress_bar()
-    device, _ = choose_device(arguments, None)
-    done = released.import_released(
-        Path(arguments.path),
-        Path(arguments.models),
-        data=Path(arguments.data),
-        experiments=load(arguments.config).experiments if Path(arguments.config).exists() else {},
-        assign=arguments.assign,
-        classes=dict(map(_class_list, arguments.classes)),
-        device=device,
-        versions=versions(),
-        replace=arguments.replace,
-        dry_run=arguments.dry_run,
-    )
-    print_table([("what", "from", "to", "found"), *done.rows])
-    if done.ignored:
-        print()
-        print_table([("ignored", "why"), *done.ignored])
-    for note in done.notes:
-        print(f"\n{note}")
-    if arguments.dry_run:
-        print("\nNothing was written (--dry-run).")
-
-
-def _class_list(text: str) -> tuple[str, list[str]]:
-    """celeba=female,male"""
-    experiment, _, names = text.partition("=")
-    listed = names.split(",")
-    if not experiment or len(listed) < 2 or not all(listed) or len(set(listed)) < len(listed):
-        raise ConfigError(f"--classes {text}: expected EXPERIMENT=NAME,NAME with different names")
-    return experiment, listed

@@ -271,11 +271,11 @@ def _tune_method(
 
     from nrcg import tracking
     from nrcg.classifiers.logits import class_index
-    from nrcg.classifiers.storage import load_classifier
+    from nrcg.classifiers.storage import open_classifier
     from nrcg.config import fingerprint
     from nrcg.data.arrays import load_manifest
     from nrcg.evaluation.evaluate import evaluate_images
-    from nrcg.files import weights_hash
+    from nrcg.files import weights_sha256
     from nrcg.pipeline.tune import search
     from nrcg.steps.reference import open_references
 
@@ -284,14 +284,14 @@ def _tune_method(
     pipe, device, precision = open_pipeline(arguments, sampled)
     pipe.use_sampler(method.sampler.name)
     roles = (method.classifier, "judge")
-    guide, judge = (load_classifier(classifiers / role).to(device) for role in roles)
+    guide, judge = (open_classifier(classifiers / role).to(device) for role in roles)
     target = class_index(judge.classes, sampled.target)
     manifest = load_manifest(data)
     extractors, references = open_references(evaluated, data, judge, Path(REFERENCE_CACHE), device)
     key = {
         "sample": sampled.fingerprint(),
         "evaluate": evaluated.fingerprint(),
-        "weights": [weights_hash(models / "ddpm"), *(weights_hash(classifiers / role) for role in roles)],
+        "weights": [weights_sha256(models / "ddpm"), *(weights_sha256(classifiers / role) for role in roles)],
         "precision": str(precision),
         "references": [reference.identity for reference in references],
     }

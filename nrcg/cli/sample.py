@@ -82,8 +82,7 @@ def sample(arguments: argparse.Namespace) -> None:
 def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
     from nrcg import tracking
-    from nrcg.classifiers.storage import load_classifier
-    from nrcg.files import weights_hash
+    from nrcg.files import weights_sha256
 
     for flag in ("method", "scale", "shard"):
         if getattr(arguments, flag) is None:
@@ -96,12 +95,12 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--shard: {arguments.shard} is past the last of {config.num_samples} samples")
     pipe, device, precision = open_pipeline(arguments, settings)
     pipe.use_sampler(method.sampler.name)
-    guidance, weights = None, {"ddpm": weights_hash(arguments.ddpm)}
+    guidance, weights = None, {"ddpm": weights_sha256(arguments.ddpm)}
     if method.classifier is not None:
         if arguments.classifier is None:
             raise ConfigError(f"--classifier: missing; method {settings.method} is guided by {method.classifier}")
-        guidance = method_guidance(settings, load_classifier(arguments.classifier), arguments.scale, pipe)
-        weights["classifier"] = weights_hash(arguments.classifier)
+        guidance = method_guidance(settings, open_classifier(arguments.classifier), arguments.scale, pipe)
+        weights["classifier"] = weights_sha256(arguments.classifier)
     label = f"sample {settings.method} scale {format_scale(arguments.scale)}"
     with tracking.run(
         settings.experiment,
@@ -242,7 +241,6 @@ def forward(arguments: argparse.Namespace) -> None:
 
     from nrcg import tracking
     from nrcg.classifiers.logits import class_index
-    from nrcg.classifiers.storage import load_classifier
     from nrcg.config import stabilizer_name
     from nrcg.csv_files import write_csv
     from nrcg.data.arrays import load_manifest, open_split, to_unit
@@ -257,7 +255,7 @@ def forward(arguments: argparse.Namespace) -> None:
     device, precision = choose_device(arguments, settings)
     pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device)
     schedule = pipe.schedule()
-    models = {role: load_classifier(Path(arguments.classifiers) / role) for role in ("robust", "non_robust")}
+    models = {role: open_classifier(Path(arguments.classifiers) / role) for role in ("robust", "non_robust")}
     checked_data(arguments.data)
     images, labels = open_split(arguments.data, "val")
     count = min(config.num_images, len(images))

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from nrcg.errors import DataError
-from nrcg.files import atomic_save_array, naming, read_record, replace_folder, sha256_file, temporary_name, write_record
+from nrcg.files import (
+    atomic_save_array,
+    naming,
+    read_record,
+    refuse_pointer,
+    replace_folder,
+    sha256_file,
+    temporary_name,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, UNet2DModel
@@ -39,8 +48,10 @@ def check_pipeline_files(folder: Path) -> None:
     """Compare a pipeline folder with the checksums of its training.json; one without that file passes.
 
     Raises:
-        DataError: a file has changed, or training.json is damaged.
+        DataError: a file has changed or is a Git LFS pointer, or training.json is damaged.
     """
+    for path in (*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors"), *folder.glob("unet/*.bin")):
+        refuse_pointer(path)
     record_path = folder / RECORD_FILE
     if not record_path.exists():
         return

@@ -11,13 +11,13 @@ import torch
 
 from nrcg import tracking
 from nrcg.classifiers.logits import class_index
-from nrcg.classifiers.storage import load_classifier
+from nrcg.classifiers.storage import open_classifier
 from nrcg.config import EvaluateStep, SampleStep
 from nrcg.data.arrays import load_manifest
 from nrcg.data.pictures import sample_grid, save_png
 from nrcg.data.shards import read_samples
 from nrcg.evaluation.evaluate import GRID_SAMPLES, _with_interval, evaluate_images
-from nrcg.files import weights_hash
+from nrcg.files import weights_sha256
 from nrcg.guidance.trace import Trace
 from nrcg.layout import format_scale, setting_folder
 from nrcg.pipeline.progress import Progress
@@ -59,17 +59,17 @@ def evaluate_method(
     Raises:
         DataError: samples are damaged, or not what these settings and weights draw.
     """
-    judge = load_classifier(classifiers / "judge").to(device)
+    judge = open_classifier(classifiers / "judge").to(device)
     guide_role = settings.guidance.classifier or "non_robust"
-    guide = load_classifier(classifiers / guide_role).to(device)
+    guide = open_classifier(classifiers / guide_role).to(device)
     target = class_index(judge.classes, settings.target)
     manifest = load_manifest(data)
     extractors, references = open_references(settings, data, judge, cache, device)
     made_by = {"method": settings.method, "settings": sample_settings(settings).fingerprint()}
     if ddpm is not None:
-        made_by["weights_sha256"] = {"ddpm": weights_hash(ddpm)}
+        made_by["weights_sha256"] = {"ddpm": weights_sha256(ddpm)}
         if settings.guidance.classifier is not None:
-            made_by["weights_sha256"]["classifier"] = weights_hash(classifiers / guide_role)
+            made_by["weights_sha256"]["classifier"] = weights_sha256(classifiers / guide_role)
     quality = {}
     for name, role in (("judge", "judge"), ("guide", guide_role)):
         for measure, (value, *interval) in (

@@ -9,7 +9,7 @@ import torch
 
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.logits import class_index
-from nrcg.classifiers.storage import load_classifier
+from nrcg.classifiers.storage import open_classifier
 from nrcg.config import ROLES, EvaluateStep, ReferenceStep
 from nrcg.data.arrays import load_manifest, open_split
 from nrcg.errors import DataError
@@ -83,7 +83,7 @@ def describe_reference(
         protocols: a dict per protocol; classifiers: role -> `classifier_quality` on the validation images.
     """
     images, labels = open_split(data, "val")
-    loaded = {role: load_classifier(classifiers / role).to(device) for role in ROLES}
+    loaded = {role: open_classifier(classifiers / role).to(device) for role in ROLES}
     with Progress(f"reference {settings.experiment}", len(open_split(data, "train")[0]), "image") as bar:
         extractors, references = open_references(settings, data, loaded["judge"], cache, device, bar.set)
     for extractor, reference in zip(extractors, references, strict=True):

@@ -91,11 +91,11 @@ def _load_module(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         unet = UNet2DModel.from_pretrained(path / "unet").eval()
         shape = (2, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         return NoisePrediction(unet), {"x_t": torch.zeros(shape), "t": torch.tensor([1, 2])}
-    from nrcg.classifiers.storage import load_classifier, read_classifier_config
+    from nrcg.classifiers.storage import open_classifier, read_classifier_config
 
     config = read_classifier_config(path)
     shape = (2, config.get("channels", 3), config["image_size"], config["image_size"])
-    return load_classifier(path), {"x": torch.zeros(shape)}
+    return open_classifier(path), {"x": torch.zeros(shape)}
 
 
 def _weights_sha256(path: Path) -> str:

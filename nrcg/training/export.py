@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nrcg.classifiers.storage import load_classifier, read_classifier_config, save_classifier
+from nrcg.classifiers.storage import open_classifier, read_classifier_config, save_classifier
 from nrcg.diffusion.storage import DATA_MEAN_FILE
 from nrcg.errors import DataError
 from nrcg.files import atomic_write_text, read_record, replace_folder, sha256_file, temporary_name, write_record
@@ -87,7 +87,7 @@ def export_classifier(folder: str | Path, out: str | Path, *, dtype: torch.dtype
     """
     folder, out = Path(folder), Path(out)
     config = read_classifier_config(folder)
-    module = load_classifier(folder).module.to(dtype)
+    module = open_classifier(folder).module.to(dtype)
     _check_finite(module, folder, dtype)
     exported = {"dtype": str(dtype).removeprefix("torch."), "from_sha256": config.get("sha256")}
     out.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from nrcg.config import ScheduleConfig
 from nrcg.diffusion.schedule import Schedule
+from nrcg.diffusion.storage import check_pipeline_files
 from nrcg.errors import ConfigError, DataError
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training.ddpm import ddpm_validation_loss
@@ -39,7 +43,9 @@ def open_pretrained(source: str) -> tuple[GuidedDDPMPipeline, dict[str, str | No
         DataError: it is not there, cannot be fetched, or is damaged.
     """
     if Path(source).is_dir():
-        return GuidedDDPMPipeline.from_pretrained(source), {"source": source, "revision": None}
+        folder = Path(source)
+        pipe = _with_own_scheduler(folder) or GuidedDDPMPipeline.from_pretrained(folder)
+        return pipe, {"source": source, "revision": None}
     name, _, revision = source.partition("@")
     try:
         # Fetches what an unconditional DDPM consists of; code from the hub is never run.
@@ -48,6 +54,26 @@ def open_pretrained(source: str) -> tuple[GuidedDDPMPipeline, dict[str, str | No
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{KEY}: {source}: no such folder, and not to be had from the hub ({reason})") from error
     return GuidedDDPMPipeline.from_pretrained(folder), {"source": name, "revision": folder.name}
+
+
+def _with_own_scheduler(folder: Path) -> GuidedDDPMPipeline | None:
+    """A pipeline whose scheduler is of a class that diffusers does not know, as the paper's released models may have it.
+
+    It is taken for a DDPMScheduler's subclass where its file states the betas. None for any other pipeline.
+    """
+    try:
+        _, name = json.loads((folder / "model_index.json").read_text())["scheduler"]
+        parts = {part: folder / part if (folder / part).is_dir() else folder for part in ("scheduler", "unet")}
+        config = json.loads((parts["scheduler"] / "scheduler_config.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # diffusers says what is missing
+    needed = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
+    if hasattr(diffusers, str(name)) or not needed <= config.keys():
+        return None
+    check_pipeline_files(folder)
+    known = inspect.signature(DDPMScheduler.__init__).parameters.keys()
+    scheduler = DDPMScheduler(**{key: value for key, value in config.items() if key in known})
+    return GuidedDDPMPipeline(UNet2DModel.from_pretrained(parts["unet"]), scheduler)
 
 
 def check_pretrained(
@@ -61,6 +87,8 @@ def check_pretrained(
     unet = pipe.unet.config if isinstance(pipe.unet, UNet2DModel) else None
     if unet is None:
         raise ConfigError(f"{KEY}: {source}: holds a {type(pipe.unet).__name__}; a UNet2DModel is needed")
+    if not all(bool(weight.isfinite().all()) for weight in pipe.unet.parameters()):
+        raise ConfigError(f"{KEY}: {source}: its weights hold values that are not finite")
     if unet.num_class_embeds is not None or unet.class_embed_type is not None:
         raise ConfigError(f"{KEY}: {source}: is conditional on a class; an unconditional model is needed")
     try:

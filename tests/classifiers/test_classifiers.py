@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.architectures import SmallCNN, build_module
 from nrcg.classifiers.logits import class_index, class_log_prob, logits_of, predicted_class
-from nrcg.classifiers.storage import CONFIG_FILE, WEIGHTS_FILE, load_classifier, save_classifier
+from nrcg.classifiers.storage import CONFIG_FILE, WEIGHTS_FILE, open_classifier, save_classifier
 from nrcg.errors import DataError
 
 CLASSES = ["baseball", "basketball", "soccer"]
@@ -209,7 +209,7 @@ def saved(tmp_path):
 
 def test_saved_classifiers_come_back(saved):
     folder, module = saved
-    classifier = load_classifier(folder)
+    classifier = open_classifier(folder)
     assert classifier.classes == CLASSES
     assert not classifier.training
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
@@ -271,7 +271,7 @@ def test_damaged_files_are_one_line_with_the_remedy(saved, name, damage, words):
     folder, _ = saved
     damage(folder / name)
     with pytest.raises(DataError, match=words) as error:
-        load_classifier(folder)
+        open_classifier(folder)
     message = str(error.value)
     assert "\n" not in message
     if "nonsense" not in words:
@@ -291,7 +291,7 @@ def test_an_interrupted_save_is_noticed(saved, monkeypatch):
         )
     monkeypatch.undo()
     with pytest.raises(DataError, match=r"config\.json: not found"):
-        load_classifier(folder)
+        open_classifier(folder)
 
 
 def interrupt_before(name):

@@ -382,7 +382,7 @@ def test_a_pretrained_classifier_takes_the_place_of_a_trained_one(tiny, tmp_path
     """Another net with more classes, as a state_dict; its groups are the data set's classes."""
     from torchvision.models import resnet18
 
-    from nrcg.classifiers.storage import load_classifier
+    from nrcg.classifiers.storage import open_classifier
 
     torch.manual_seed(0)
     theirs = resnet18(num_classes=4).eval()
@@ -401,7 +401,7 @@ def test_a_pretrained_classifier_takes_the_place_of_a_trained_one(tiny, tmp_path
     assert nrcg(*command) == 0
     name = json.loads((tiny / "data/dataset.json").read_text())["name"]
     assert logged_inputs(tmp_path) == [(f"{name}/val", "validation"), ("judge",)]
-    classifier = load_classifier(tmp_path / "judge")
+    classifier = open_classifier(tmp_path / "judge")
     assert classifier.classes == CLASSES
     names = {path.name for path in (tmp_path / "judge").iterdir()}
     assert names == {"model.safetensors", "config.json", "training.csv", "accuracy_over_t.csv"}

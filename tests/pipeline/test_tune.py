@@ -241,7 +241,7 @@ def test_a_method_is_tuned_and_goes_on(toy_experiment, capsys):
 def test_each_scale_gets_the_samples_of_the_workflow(toy_experiment):
     """The row at a scale is that of the shard drawn at it: same seeds, same settings."""
     from nrcg.classifiers.logits import predict, target_share
-    from nrcg.classifiers.storage import load_classifier
+    from nrcg.classifiers.storage import open_classifier
 
     assert main([*TUNE, "--budget", "1", "--low", "2.5"]) == 0
     models = toy_experiment / "models" / "toy"
@@ -251,7 +251,7 @@ def test_each_scale_gets_the_samples_of_the_workflow(toy_experiment):
     images = np.load("s.npy")
     (row,) = read_csv("results/toy/tune/non_robust_x0_ema99.csv")
     for name, role in (("judge", "judge"), ("guide", "non_robust")):
-        classifier = load_classifier(models / "classifiers" / role)
+        classifier = open_classifier(models / "classifiers" / role)
         assert row[f"accuracy_{name}"] == target_share(predict(classifier, images), 0)
 
 

@@ -8,7 +8,7 @@ import torch
 from toys import TINY_SIZE, write_tiny_pipeline
 
 from nrcg.classifiers.architectures import SmallCNN
-from nrcg.classifiers.storage import load_classifier, save_classifier
+from nrcg.classifiers.storage import open_classifier, save_classifier
 from nrcg.cli import main
 from nrcg.errors import DataError
 from nrcg.files import sha256_file
@@ -122,7 +122,7 @@ def test_an_exported_classifier_opens_in_float32_with_rounded_weights(tmp_path):
     out = export_classifier(folder, tmp_path / "half")
     x = torch.rand(4, 3, TINY_SIZE, TINY_SIZE) * 2 - 1
     with torch.no_grad():
-        before, after = load_classifier(folder)(x), load_classifier(out)(x)
+        before, after = open_classifier(folder)(x), open_classifier(out)(x)
     assert after.dtype == torch.float32
     assert torch.allclose(before, after, atol=2e-3)
     config = json.loads((out / "config.json").read_text())
