@@ -1,4 +1,4 @@
-"""TODO classifiers.logits."""
+"""Logits, and what they say: log-probabilities, classes, accuracy, calibration. One logit means binary."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nrcg.data.arrays import to_unit
 from nrcg.errors import DataError
 
 BATCH = 256
+"""Images at once in `predict`."""
 
 
 def class_log_prob(logits: Tensor, target: int) -> Tensor:
@@ -76,12 +77,20 @@ def predict(classifier: nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 def class_hits(logits: np.ndarray, target: int) -> np.ndarray:
-    """(N,) bool: whose largest logit is the target's; their mean is the paper's "accuracy".
+    """Which images are taken for a class; their mean is the paper's "accuracy".
 
-    logits: (N, K). K = 1 is a binary classifier: class 1 where the logit is positive, else class 0. Raises ValueError
-    for another shape or a target that is no class, DataError for logits that are not finite.
+    Args:
+        logits: (N, K). K = 1 is binary: class 1 where the logit is positive, else class 0.
+        target: Class index.
+
+    Returns:
+        (N,) bool.
+
+    Raises:
+        ValueError: Another shape, or a target that is no class.
+        DataError: Logits that are not finite.
     """
-    logits = _check_logits(logits)
+    logits = two_logits(logits)
     if not 0 <= target < logits.shape[1]:
         raise ValueError(f"target {target} is none of the {logits.shape[1]} classes")
     return logits.argmax(axis=1) == target
@@ -92,8 +101,8 @@ def target_share(logits: np.ndarray, target: int) -> float:
     return float(class_hits(logits, target).mean())
 
 
-def _check_logits(logits: np.ndarray) -> np.ndarray:
-    """Logits (N, K >= 2) from (N, K >= 1); one logit is class 1's against zero."""
+def two_logits(logits: np.ndarray) -> np.ndarray:
+    """Logits (N, K >= 2) from (N, K >= 1), checked; one logit is class 1's against zero. Errors as in `class_hits`."""
     logits = np.asarray(logits)
     if logits.ndim != 2 or 0 in logits.shape:
         raise ValueError(f"logits must be (N, K) with N and K at least 1, got shape {logits.shape}")
@@ -105,9 +114,14 @@ def _check_logits(logits: np.ndarray) -> np.ndarray:
 def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error: sum over bins of confidence of |bin| / N * |accuracy - mean confidence|, in [0, 1].
 
-    Guo et al. 2017 (arXiv 1706.04599, eq. 3), bins of equal width. logits: (N, K) as in `class_hits`; labels: (N,).
+    Guo et al. 2017 (arXiv 1706.04599, eq. 3), bins of equal width.
+
+    Args:
+        logits: (N, K) as in `class_hits`.
+        labels: (N,) class indices.
+        bins: Number of bins.
     """
-    logits = _check_logits(logits).astype(np.float64)
+    logits = two_logits(logits).astype(np.float64)
     labels = np.asarray(labels)
     if labels.shape != (len(logits),):
         raise ValueError(f"{len(logits)} logits but labels of shape {labels.shape}")

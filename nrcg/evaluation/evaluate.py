@@ -1,6 +1,6 @@
 """Evaluation of samples: accuracies, distances to real images, diversity, each with its 95 % interval.
 
-`evaluate_images` takes anybody's images; `evaluate_method` applies it to the samples of a method of the pipeline.
+`evaluate_images` takes arrays of images, `evaluate_features` their features.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from nrcg.classifiers import logits
 from nrcg.classifiers.adapter import Classifier
-from nrcg.classifiers.logits import predict
+from nrcg.classifiers.logits import calibration_error, class_hits, predict, two_logits
 from nrcg.errors import DataError
-from nrcg.evaluation import frechet
 from nrcg.evaluation.features import Extractor, extract
+from nrcg.evaluation.frechet import FeatureStatistics, frechet_estimate, metric_names
 from nrcg.evaluation.intervals import Estimate, bootstrap_intervals, share, share_difference
 from nrcg.evaluation.pairwise import (
     across,
@@ -48,8 +47,8 @@ def evaluate_images(
 
     Args:
         samples: (N, H, W, C) uint8, or an iterable of such arrays, N in all.
-        references: one per extractor, in its order (`nrcg.evaluation.references.make_reference`). The first is the headline: its
-            precision, recall and so on carry no suffix.
+        references: one per extractor, in its order (`make_reference`). The first is the headline: its precision,
+            recall and so on carry no suffix.
         extractors: the protocols.
         target: the class that was aimed at, for judge and guide. A reference of `make_reference` knows its own.
         judge, guide: classifiers that score the samples; None leaves out what they say.
@@ -81,7 +80,7 @@ def evaluate_images(
             found.append(extract(extractor, batch))
         for name, classifier in (("guide", guide), ("judge", judge)):
             if classifier is not None:
-                hits[name].append(logits.class_hits(predict(classifier, batch), target))
+                hits[name].append(class_hits(predict(classifier, batch), target))
         done += len(batch)
         if progress is not None:
             progress(done)
@@ -171,8 +170,8 @@ def feature_estimates(
     Pairwise metrics take `reference.num_pairwise` samples, a fixed random choice. Without a target class
     the class-conditional columns are left out. Raises DataError with too few images.
     """
-    names = frechet.metric_names(reference.name)
-    statistics = frechet.FeatureStatistics.from_features(features)
+    names = metric_names(reference.name)
+    statistics = FeatureStatistics.from_features(features)
     compared = fixed_choice(len(features), reference.num_pairwise)
     few = features if len(compared) == len(features) else features[compared]
     chosen = np.ones(len(few), bool) if chosen is None else np.asarray(chosen, bool)[compared]
@@ -181,7 +180,7 @@ def feature_estimates(
 
     def compare(real: ReferenceSet, frechet: str, kernel: str, ending: str, keep: Sequence[str]) -> None:
         require_neighbours(len(few), len(real.features))
-        found[frechet] = frechet.frechet_estimate(features, statistics, real.statistics, real.factor)
+        found[frechet] = frechet_estimate(features, statistics, real.statistics, real.factor)
         between = across(few, real.features, pairs, real.pairs, device=device)
         found[kernel] = kernel_estimate(pairs, real.pairs, between)
         near = neighbour_estimates(real.pairs, between)
@@ -204,13 +203,12 @@ def classifier_quality(classifier: Classifier, images: np.ndarray, labels: np.nd
     """How far a classifier can be believed on clean images: `clean_accuracy` and `ece` (`metrics.calibration_error`),
     each [value, lo, hi]; Wilson's interval and a percentile bootstrap of 200 replicates."""
     logits = predict(classifier, images)
-    binary = logits.shape[1] == 1
-    correct = ((logits[:, 0] > 0).astype(int) if binary else logits.argmax(axis=1)) == labels
+    correct = two_logits(logits).argmax(axis=1) == labels
     accuracy = share(correct)
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(labels), size=len(labels)) for _ in range(200))
-    replicates = [logits.calibration_error(logits[drawn], labels[drawn]) for drawn in draws]
-    value = logits.calibration_error(logits, labels)
+    replicates = [calibration_error(logits[drawn], labels[drawn]) for drawn in draws]
+    value = calibration_error(logits, labels)
     low, high = np.quantile(replicates, [0.025, 0.975])
     return {
         "clean_accuracy": [accuracy.value, *accuracy.interval],

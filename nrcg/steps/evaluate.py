@@ -22,7 +22,7 @@ from nrcg.guidance.trace import Trace
 from nrcg.layout import format_scale, setting_folder
 from nrcg.pipeline.progress import Progress
 from nrcg.report.columns import check_comparable
-from nrcg.report.figures import save_trace_figure
+from nrcg.report.trace_figure import save_trace_figure
 from nrcg.steps.reference import _warn_of_rank, open_references
 
 

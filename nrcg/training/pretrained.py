@@ -17,7 +17,7 @@ from nrcg.diffusion.storage import check_pipeline_files
 from nrcg.errors import ConfigError, DataError
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training.ddpm import ddpm_validation_loss
-from nrcg.training.feed import Images
+from nrcg.training.feed import TrainingImages
 from nrcg.training.trainer import LogRow
 
 KEY = "ddpm.pretrained"
@@ -57,7 +57,7 @@ def open_pretrained(source: str) -> tuple[GuidedDDPMPipeline, dict[str, str | No
 
 
 def _with_own_scheduler(folder: Path) -> GuidedDDPMPipeline | None:
-    """A pipeline whose scheduler is of a class that diffusers does not know, as the paper's released models may have it.
+    """A pipeline whose scheduler is of a class that diffusers does not know, as the released models may have it.
 
     It is taken for a DDPMScheduler's subclass where its file states the betas. None for any other pipeline.
     """
@@ -128,7 +128,7 @@ def _schedule_to_write(pipe: GuidedDDPMPipeline) -> str:
 
 
 def pretrained_row(
-    pipe: GuidedDDPMPipeline, val: Images, *, num_images: int, batch_size: int, precision: torch.dtype
+    pipe: GuidedDDPMPipeline, val: TrainingImages, *, num_images: int, batch_size: int, precision: torch.dtype
 ) -> LogRow:
     """The row of training.csv: epoch 0 with the loss on validation images, fewer of them on a CPU."""
     _, height, width = val.image_shape

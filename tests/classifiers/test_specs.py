@@ -10,6 +10,7 @@ from torch import nn
 from toys import SmoothCNN
 
 from nrcg import Classifier
+from nrcg.classifiers import storage
 from nrcg.classifiers.architectures import build_module
 from nrcg.classifiers.specs import is_spec, parse
 from nrcg.classifiers.specs import load_classifier as load_spec
@@ -177,7 +178,7 @@ def test_what_a_spec_gave_is_saved_and_needs_its_source_no_more(
     for file in transformers_folder[0].iterdir():
         file.unlink()
     for folder, classes, expected in specs.values():
-        again = open_classifier(folder)
+        again = storage.open_classifier(folder)
         torch.testing.assert_close(again(X), expected, rtol=1e-5, atol=1e-6)
         assert again.classes == classes
         assert json.loads((folder / "config.json").read_text())["classes"] == classes
