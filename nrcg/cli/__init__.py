@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_reference(verbs)
     evaluate.add_evaluate(verbs)
     evaluate.add_tune(verbs)
-    evaluate.add_collect(verbs)
+    report.add_collect(verbs)
     report.add_figures(verbs)
     report.add_report(verbs)
     return parser

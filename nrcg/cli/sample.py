@@ -18,7 +18,7 @@ from nrcg.cli.arguments import (
     quiet_diffusers,
     read_settings,
 )
-from nrcg.config import MethodConfig
+from nrcg.config import GRAD_MODES, INPUTS, PRECISIONS, SAMPLERS, STARTS, MethodConfig
 from nrcg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def add_sample(verbs: Verbs) -> None:
     sub.add_argument("--out", required=True, help="a folder; for a shard the .npy file")
     own = sub.add_argument_group("anybody's model")
     own.add_argument("--target", help="class by name or number")
-    own.add_argument("--input", choices=("pred_x0", "x_t"), default="pred_x0", help="what the classifier sees")
+    own.add_argument("--input", choices=INPUTS, default="pred_x0", help="what the classifier sees")
     own.add_argument("--stabilizer", default="none", help="none, ema:BETA, adam, ...; betas per step; join by +")
-    own.add_argument("--grad-mode", choices=("full", "checkpoint", "no_jacobian"), default="full")
+    own.add_argument("--grad-mode", choices=GRAD_MODES, default="full")
     own.add_argument("--every-k", type=positive, default=1, help="a new gradient each k-th step")
     own.add_argument(
         "--skip-above", type=float, default=1.0, metavar="P", help="no gradient for a sample while p(target) > P"
@@ -49,16 +49,14 @@ def add_sample(verbs: Verbs) -> None:
         "--no-clip-pred-x0", dest="clip_pred_x0", action="store_false", help="do not clip what the classifier sees"
     )
     own.add_argument("--trace", action="store_true", help="also record what the guidance did in each step")
-    own.add_argument(
-        "--sampler", choices=("model", "ddpm", "ddim", "dpmpp"), default="model", help="model: its own scheduler"
-    )
+    own.add_argument("--sampler", choices=SAMPLERS, default="model", help="model: its own scheduler")
     own.add_argument("--steps", type=positive, help="sampling steps; default: all")
     own.add_argument("--eta", type=nonnegative, default=0.0, help="ddim: share of the ancestral noise, 0..1")
     own.add_argument("--num-samples", type=positive, default=16)
     own.add_argument("--batch-size", type=positive_or_auto, default="auto", help="auto: as many as fit")
     own.add_argument("--seed", type=int, default=0)
-    own.add_argument("--start", choices=("auto", "standard_normal", "data_mean"), default="auto")
-    own.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"))
+    own.add_argument("--start", choices=("auto", *STARTS), default="auto")
+    own.add_argument("--precision", choices=PRECISIONS)
     shard = sub.add_argument_group("a shard of an experiment")
     shard.add_argument("--config", help="config.yaml, or a step's settings file")
     shard.add_argument("--experiment", help="which experiment of config.yaml")

@@ -27,7 +27,6 @@ from nrcg.evaluation.pairwise import (
 )
 from nrcg.evaluation.references import Reference, ReferenceSet
 
-GRID_SAMPLES = 64
 BATCH = 256
 
 
@@ -138,13 +137,14 @@ def evaluate_features(
         "num_pairwise": min(done, references[0].num_pairwise or done),
     }
     for name, estimate in estimates.items():
-        row |= _with_interval(name, estimate.value, intervals[name])
+        row |= with_interval(name, estimate.value, intervals[name])
     for kind, column in (("protocol", "protocols"), ("reference", "reference")):
         row[column] = " | ".join(dict.fromkeys(reference.identity[kind] for reference in references))
     return row
 
 
-def _with_interval(name: str, value: float, interval: Sequence[float]) -> dict[str, float]:
+def with_interval(name: str, value: float, interval: Sequence[float]) -> dict[str, float]:
+    """A metric's columns: NAME, NAME_lo, NAME_hi."""
     return {name: value, f"{name}_lo": interval[0], f"{name}_hi": interval[1]}
 
 

@@ -39,9 +39,9 @@ from nrcg.files import atomic_write
 from nrcg.layout import format_scale
 from nrcg.report.best import best_per_method, best_rule, pareto_front
 from nrcg.report.columns import (
-    extractor,
     frechet_columns,
     has_intervals,
+    headline_protocol,
     method_label,
     read_forward,
     read_metrics,
@@ -307,7 +307,7 @@ def _distance_vs_scale(rows: Sequence[Row], styles: Mapping[str, Style], column:
     if values and max(values) > 10 * min(values):  # noise would flatten everything else
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis, minor=max(values) < 100 * min(values))
-    network = extractor(rows)
+    network = headline_protocol(rows)
     kind = {"inception": "Inception", "torcheval": "torcheval's Inception"}.get(network, network)
     axes.set(xlabel="guidance scale $s$", ylabel=_text(f"Fréchet distance, {kind} features ({column})"))
     axes.set_title(_text(f"to {reference}; lower is better, ring: best scale by {best_rule(rows)[0]}"), fontsize=9)
