@@ -22,7 +22,7 @@ that memory runs out."""
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on whichever device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
         return True
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -39,7 +39,8 @@ def first_batch(batch_size: BatchSize, device: torch.device, pixels: int) -> int
     """
     if batch_size != "auto":
         return batch_size
-    return max(1, min(FIRST.get(device.type, FIRST["cpu"]), FIRST.get(device.type, FIRST["cpu"]) * 64**2 // pixels))
+    most = FIRST.get(device.type, FIRST["cpu"])
+    return max(1, min(most, most * 64**2 // pixels))
 
 
 def in_batches(total: int, batch_size: int, work: Callable[[range], Result]) -> list[Result]:

@@ -8,10 +8,8 @@ import torch
 from toys import SmoothCNN, write_tiny_pipeline
 
 from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline
-from nrcg.batching import MOST_ON_CPU, in_batches, is_out_of_memory, largest_batch
+from nrcg.batching import first_batch, in_batches, is_out_of_memory
 from nrcg.errors import DataError
-
-CPU = torch.device("cpu")
 
 
 def fits(most: int, error: type[Exception] = torch.OutOfMemoryError):
@@ -93,22 +91,18 @@ def test_a_batch_that_runs_out_of_memory_changes_no_sample(tmp_path, caplog):
     assert found.trace.grad_norm.shape == expected.trace.grad_norm.shape == (7, 5)
 
 
-@pytest.mark.parametrize("most, expected", [(1, 1), (2, 2), (8, 8), (1000, MOST_ON_CPU)])
-def test_on_the_cpu_more_is_not_faster(most, expected):
-    assert largest_batch(lambda n: torch.zeros(n, 10), most, CPU) == expected
-
-
-def test_the_largest_batch_follows_from_what_small_ones_take(monkeypatch):
-    """40 MB an image and 400 MB in the device: ten, less what the trial takes whatever its size."""
-    sizes = []
-
-    def trial(num_images):
-        sizes.append(num_images)
-        torch.ones(num_images * 10_000_000).sum()
-
-    monkeypatch.setattr("nrcg.batching._free_bytes", lambda device: 400e6)
-    assert 8 <= largest_batch(trial, 1000, CPU) <= 11
-    assert max(sizes) <= 6
+@pytest.mark.parametrize(
+    ("asked", "device", "side", "expected"),
+    [
+        ("auto", "cpu", 24, 32),
+        ("auto", "cpu", 256, 2),
+        ("auto", "cuda", 64, 512),
+        ("auto", "cuda", 4096, 1),
+        (7, "cpu", 64, 7),
+    ],
+)
+def test_auto_begins_with_what_a_device_usually_holds(asked, device, side, expected):
+    assert first_batch(asked, torch.device(device), side * side) == expected
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 2])

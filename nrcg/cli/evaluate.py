@@ -123,7 +123,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def _evaluate_images(arguments: argparse.Namespace) -> None:
     """`nrcg evaluate --samples ... --reference ...`: a table, and JSON or CSV."""
     from nrcg.csv_files import write_csv
-    from nrcg.evaluation.custom_images import evaluate_custom, open_side
+    from nrcg.evaluation.custom_images import evaluate_custom
+    from nrcg.evaluation.sides import open_side
     from nrcg.files import atomic_write_text
     from nrcg.pipeline.progress import Progress
     from nrcg.report.tables import format_interval, format_number

@@ -27,11 +27,11 @@ EXACT_PAIRS = 2**22
 _Result = TypeVar("_Result")
 
 
-class _Uncertain(Exception):
+class Uncertain(Exception):
     """Rounding decides too much: float64 is needed."""
 
 
-def _with_enough_digits(
+def with_enough_digits(
     compute: Callable[[torch.dtype, torch.device], _Result], pairs: int, device: str | torch.device
 ) -> _Result:
     """What `compute` finds in float32 where that is enough, else in float64."""
@@ -39,12 +39,12 @@ def _with_enough_digits(
     if pairs > EXACT_PAIRS:
         try:
             return compute(torch.float32, device)
-        except _Uncertain:
+        except Uncertain:
             pass
     return compute(torch.float64, torch.device("cpu") if device.type == "mps" else device)  # mps has no float64
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """A block of a set: its place and, on the device, (b, width) rows [y, 1, |y|^2] and (b,) y.c + |y|^2 / 2.
 
     norms, linear: (b,) float64 of |y|^2 and y.c.
@@ -63,7 +63,7 @@ class _Block(NamedTuple):
         return rows
 
 
-class _Blocks:
+class Blocks:
     """Blocks of (n, dim) features on the device, centred, so that a product of a left and a right one is at once their
     squared distances: [-2 x, |x|^2, 1] . [y, 1, |y|^2] = |x - y|^2.
 
@@ -74,54 +74,54 @@ class _Blocks:
     def __init__(self, features: np.ndarray, centre: np.ndarray, device: torch.device, dtype: torch.dtype) -> None:
         self.features, self.centre, self.device, self.dtype = features, torch.from_numpy(centre), device, dtype
         self._keep = features.size * dtype.itemsize <= KEPT_BYTES
-        self._kept: dict[int, _Block] = {}
+        self._kept: dict[int, Block] = {}
 
-    def __iter__(self) -> Iterator[_Block]:
+    def __iter__(self) -> Iterator[Block]:
         return self.starting_at(0)
 
-    def starting_at(self, first: int) -> Iterator[_Block]:
+    def starting_at(self, first: int) -> Iterator[Block]:
         for start in range(first, len(self.features), BLOCK):
             block = self._kept.get(start) or self._prepare(start)
             if self._keep:
                 self._kept[start] = block
             yield block
 
-    def _prepare(self, start: int) -> _Block:
+    def _prepare(self, start: int) -> Block:
         rows = torch.from_numpy(np.asarray(self.features[start : start + BLOCK], np.float64)) - self.centre
         norms, linear = torch.linalg.vecdot(rows, rows), rows @ self.centre
         count, dim = rows.shape
         if self.dtype == torch.float32 and norms.max() + linear.abs().max() > MAX_SMALL * dim:
-            raise _Uncertain
+            raise Uncertain
         right = torch.zeros(count, -(-(dim + 2) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, dtype=self.dtype)
         right[:, :dim], right[:, dim], right[:, dim + 1] = rows, 1, norms
         tensors = (tensor.to(self.dtype).to(self.device) for tensor in (right, linear + norms / 2))
-        return _Block(slice(start, start + count), *tensors, norms.numpy(), linear.numpy())
+        return Block(slice(start, start + count), *tensors, norms.numpy(), linear.numpy())
 
 
-def _squares(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def squared_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Squared distances of the rows of two blocks, not below zero."""
     return (left @ right.T).clamp_(min=0)
 
 
-def _kernel_rest(squares: torch.Tensor, x: _Block, y: _Block, constant: float, dim: int) -> torch.Tensor:
+def kernel_rest(squares: torch.Tensor, x: Block, y: Block, constant: float, dim: int) -> torch.Tensor:
     """What the KID kernel (a + s)^3 has beyond a^3 + 3 a^2 s, with x.y / dim + 1 = a + s and a = c.c / dim + 1.
 
     The first two terms are large, alike for all pairs or linear, and cancel in the distance: their sums are known in
-    float64 (`_kernel_sums`), and what is left keeps its digits. Binkowski et al. 2018 (arXiv 1801.01401).
+    float64 (`kernel_sums`), and what is left keeps its digits. Binkowski et al. 2018 (arXiv 1801.01401).
     """
     small = torch.add((x.terms / dim)[:, None], squares, alpha=-0.5 / dim).add_((y.terms / dim)[None])
     return (small + 3 * constant).mul_(small).mul_(small)
 
 
-def _kernel_sums(rest: np.ndarray, linear: np.ndarray, count: int, constant: float) -> np.ndarray:
+def kernel_sums(rest: np.ndarray, linear: np.ndarray, count: int, constant: float) -> np.ndarray:
     """Sums of the kernel over `count` points whose mean is c, so that those of x.y and y.c are 0.
 
-    rest: (n,) sums of `_kernel_rest`. linear: (n,) x.c / dim.
+    rest: (n,) sums of `kernel_rest`. linear: (n,) x.c / dim.
     """
     return rest + count * (constant**3 + 3 * constant**2 * linear)
 
 
-def _smallest(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def smallest(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, k) smallest of each row of (n, m), ascending, and their columns; all of them where m < k.
 
     The k smallest lie in the k groups with the smallest minima, so that only those are looked through: several times
@@ -137,8 +137,8 @@ def _smallest(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     return values, chosen // k * (m // GROUP) + places.gather(1, chosen % k)
 
 
-def _smallest_in_columns(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_smallest` of the transpose, without turning all of it."""
+def smallest_in_columns(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`smallest` of the transpose, without turning all of it."""
     n, m = squares.shape
     if n % GROUP or n < GROUP * k:
         return torch.topk(squares.T, min(k, n), largest=False)
@@ -149,7 +149,7 @@ def _smallest_in_columns(squares: torch.Tensor, k: int) -> tuple[torch.Tensor, t
     return values, chosen // k * (n // GROUP) + places.gather(1, chosen % k)
 
 
-def _exact_squares(a: np.ndarray, rows: np.ndarray, b: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def exact_squares(a: np.ndarray, rows: np.ndarray, b: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Squared distances of some pairs, in float64."""
     found = np.empty(len(rows))
     step = max(1, 2**18 // a.shape[1])
@@ -160,25 +160,25 @@ def _exact_squares(a: np.ndarray, rows: np.ndarray, b: np.ndarray, columns: np.n
     return found
 
 
-def _exact_nearest(
+def exact_nearest(
     features: np.ndarray, nearest: np.ndarray, others: np.ndarray, norms: np.ndarray, k: int
 ) -> np.ndarray:
     """(n, k) float64 squared distances to the nearest others, from a few more found in float32."""
     n, kept = nearest.shape
-    exact = np.sort(_exact_squares(features, np.arange(n).repeat(kept), features, others.ravel()).reshape(n, kept))
+    exact = np.sort(exact_squares(features, np.arange(n).repeat(kept), features, others.ravel()).reshape(n, kept))
     if kept < n - 1:
         # A point left out may be as near as the last one kept, less what rounding can have made of both.
         error = SINGLE * (norms + norms.max())
         (unsure,) = np.nonzero(nearest[:, -1] - 2 * error < exact[:, k - 1])
         if len(unsure) > 100 + MAX_UNSURE * n:
-            raise _Uncertain
+            raise Uncertain
         exact[unsure, :k] = _nearest_of(features, unsure, k)
     return exact[:, :k]
 
 
 def _nearest_of(features: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
     """(r, k) squared distances of some rows to their nearest others, by products in float64."""
-    centre = _mean(features)
+    centre = exact_mean(features)
     x = features[rows].astype(np.float64) - centre
     nearest = np.full((len(rows), 0), np.inf)
     for start in range(0, len(features), BLOCK):
@@ -190,11 +190,11 @@ def _nearest_of(features: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
     return nearest
 
 
-def _numbers(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().double().numpy()
 
 
-def _mean(features: np.ndarray) -> np.ndarray:
+def exact_mean(features: np.ndarray) -> np.ndarray:
     total = np.zeros(features.shape[1])
     for start in range(0, len(features), BLOCK):
         total += features[start : start + BLOCK].sum(axis=0, dtype=np.float64)

@@ -1,16 +1,12 @@
 """Evaluation of anybody's images or features, outside the workflow: `nrcg evaluate --samples ... --reference ...`.
 
-Reads folders of image files, arrays and archives as streams, a few hundred megabytes at a time whatever their number;
-every number comes from `nrcg.evaluation`, so that it equals what the workflow would say.
+Every number comes from `nrcg.evaluation.evaluate`, so that it equals what the workflow would say.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +17,6 @@ from nrcg.batching import BatchSize, in_batches
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.logits import class_hits, class_index, predict
 from nrcg.classifiers.specs import load_classifier
-from nrcg.data.folders import image_names
-from nrcg.data.pixels import decode, resize
-from nrcg.data.sources import mixed_order
 from nrcg.errors import DataError
 from nrcg.evaluation.evaluate import evaluate_features
 from nrcg.evaluation.features import (
@@ -36,39 +29,14 @@ from nrcg.evaluation.features import (
 )
 from nrcg.evaluation.frechet import rank_warning
 from nrcg.evaluation.pairwise import DENSITY_K
-from nrcg.evaluation.references import ReferenceCollector
-from nrcg.processes import in_threads, processors
+from nrcg.evaluation.references import Reference, ReferenceCollector
+from nrcg.evaluation.sides import ImageList, Side, numbered
 
 GIVEN = "given"
 """`features` of sides that hold feature vectors already."""
 AUTO_BATCH = 64
-CHUNK = 256
-CHUNK_BYTES = 2**28
-UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
-"""What reading a damaged archive raises."""
-HEADINGS = ("label", "labels", "class", "target", "category", "y")
 FEW = 50
 """Below so many images a side, a warning says that intervals are rough."""
-Images = list[np.ndarray]
-"""(H, W, C) uint8 each, of one or several sizes."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """The samples or the reference.
-
-    path: as it was given. count: images or feature vectors. channels: 1 or 3; None for files, which are read as RGB
-    whatever they hold. labels: (count,) str, in the order of `chunks`, or None. chunks: reads the images from the first
-    on. features: (count, dim), where the side holds these instead of images. image_size: that images are resized to.
-    """
-
-    path: Path
-    count: int
-    channels: int | None = None
-    labels: np.ndarray | None = None
-    chunks: Callable[[], Iterator[Images]] = lambda: iter(())
-    features: np.ndarray | None = None
-    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,220 +46,6 @@ class Given:
     dim: int
     name: str = GIVEN
     protocol: str = "features as given"
-
-
-def open_side(path: str | Path, *, labels: str | Path | None = None, image_size: int | None = None) -> Side:
-    """Images or features at a path; nothing but headers and names is read yet.
-
-    Args:
-        path: a folder of image files (its subfolders too, in an order that mixes them), or one that `nrcg sample` or
-            the workflow wrote; a .npy of (N, H, W, C) or (N, H, W) uint8 images; a .npz with these as arr_0, as
-            guided-diffusion writes it; a .npy of (N, dim) floating-point features.
-        labels: a .npy of (N,) numbers or texts, in the order of the array or of the sorted file names; or a CSV: a
-            label a line for an array, file name and label a line for a folder, with or without a header. None: the
-            names of the folder's subfolders, or arr_1 of the archive, where there are such.
-        image_size: all images are resized to this many pixels squared, by Pillow's bilinear filter; None: as they are.
-
-    Raises:
-        DataError: nothing there, no image, or an array of another kind; labels that do not fit.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if (path / "samples.npy").is_file() and (path / "samples.json").is_file():  # by `nrcg sample`
-            return _open_arrays(path, [path / "samples.npy"], labels, image_size)
-        shards = sorted(file for file in path.glob("shard*.npy") if file.with_suffix(".json").is_file())
-        if shards:  # by the workflow; a picture of the trace may lie beside them
-            return _open_arrays(path, shards, labels, image_size)
-        names, _ = image_names(path, path)
-        return _open_folder(path, names, labels, image_size)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file or folder")
-    if path.suffix == ".npz":
-        return _open_archive(path, labels, image_size)
-    if path.suffix != ".npy":
-        raise DataError(f"{path}: expected a folder of images, a .npy or a .npz file")
-    return _open_arrays(path, [path], labels, image_size)
-
-
-def _open_folder(path: Path, names: list[str], labels: str | Path | None, image_size: int | None) -> Side:
-    if not names:
-        raise DataError(f"{path}: holds no image; names must end in .png, .jpg, .webp or the like")
-    names = sorted(names)
-    found = None
-    if labels is not None:
-        found = _read_labels(Path(labels), len(names), names)
-    elif all("/" in name for name in names):
-        found = np.array([name.partition("/")[0] for name in names])
-    order = mixed_order(names, seed=0)
-
-    def read(name: str) -> np.ndarray:
-        try:
-            return decode((path / name).read_bytes(), size=image_size, preprocessing="squash")
-        except (DataError, OSError) as error:
-            raise DataError(f"{path / name}: {error}") from error
-
-    def chunks() -> Iterator[Images]:
-        yield from _chunked(in_threads(read, [names[i] for i in order], min(8, processors())))
-
-    return Side(path, len(names), None, None if found is None else found[order], chunks, image_size=image_size)
-
-
-def _chunked(images: Iterator[np.ndarray]) -> Iterator[Images]:
-    """Lists of CHUNK images, or fewer where they are large."""
-    chunk: Images = []
-    for image in images:
-        chunk.append(image)
-        if len(chunk) == CHUNK or sum(one.nbytes for one in chunk) > CHUNK_BYTES:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _open_arrays(path: Path, files: list[Path], labels: str | Path | None, image_size: int | None) -> Side:
-    arrays = []
-    for file in files:
-        try:
-            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{file}: no .npy array that can be read ({' '.join(str(error).split())})") from None
-    first = arrays[0]
-    count = sum(map(len, arrays)) if first.ndim else 0
-    found = None if labels is None else _read_labels(Path(labels), count)
-    if len(arrays) == 1 and first.ndim == 2 and first.dtype.kind == "f":
-        return Side(path, count, labels=found, features=first)
-    for file, array in zip(files, arrays, strict=True):
-        if _check_array(file, array.shape, array.dtype) != _check_array(files[0], first.shape, first.dtype):
-            raise DataError(f"{file}: has {array.shape[-1]} channels, {files[0].name} beside it has not")
-
-    def chunks() -> Iterator[Images]:
-        rows = (row for array in arrays for row in array)
-        yield from _chunked(_as_images(rows, image_size))
-
-    return Side(path, count, _check_array(files[0], first.shape, first.dtype), found, chunks, image_size=image_size)
-
-
-def _open_archive(path: Path, labels: str | Path | None, image_size: int | None) -> Side:
-    """Images from arr_0, read as a stream: np.load would unpack all of them at once."""
-    with _archive(path, "arr_0") as file:
-        shape, fortran, dtype = _header(file, path)
-    channels = _check_array(path, shape, dtype)
-    if fortran:
-        raise DataError(f"{path}: arr_0 is stored column by column; save np.ascontiguousarray of it")
-    found = None
-    if labels is not None:
-        found = _read_labels(Path(labels), shape[0])
-    else:
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                if "arr_1" in archive.files and archive["arr_1"].shape == shape[:1]:
-                    found = archive["arr_1"].astype(str)
-        except UNREADABLE as error:
-            raise DataError(f"{path}: its labels, arr_1, cannot be read ({error})") from None
-
-    def rows() -> Iterator[np.ndarray]:
-        size = int(np.prod(shape[1:]))
-        with _archive(path, "arr_0") as file:
-            _header(file, path)
-            for _ in range(shape[0]):
-                try:
-                    data = file.read(size)
-                except UNREADABLE as error:
-                    raise DataError(f"{path}: damaged ({error})") from None
-                if len(data) < size:
-                    raise DataError(f"{path}: cut off")
-                yield np.frombuffer(data, np.uint8).reshape(shape[1:])
-
-    return Side(
-        path, shape[0], channels, found, lambda: _chunked(_as_images(rows(), image_size)), image_size=image_size
-    )
-
-
-def _archive(path: Path, name: str):
-    try:
-        return zipfile.ZipFile(path).open(f"{name}.npy")
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: no .npz archive with the images as {name} ({error})") from None
-
-
-def _header(file, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(file)
-    except UNREADABLE as error:
-        raise DataError(f"{path}: damaged, arr_0 cannot be read ({error})") from None
-
-
-def _check_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Channels of an array of images. Raises DataError unless (N, H, W) or (N, H, W, 1 or 3) uint8."""
-    if path.suffix == ".npz" and dtype.kind == "f" and len(shape) == 2:
-        raise DataError(f"{path}: holds features; save them as a .npy of (N, dim)")
-    if dtype != np.uint8:
-        raise DataError(
-            f"{path}: {dtype} of shape {shape}; images must be uint8, 0 to 255, and features floating-point (N, dim)"
-        )
-    if len(shape) not in (3, 4) or 0 in shape[1:]:
-        raise DataError(f"{path}: shape {shape}; images must be (N, H, W) or (N, H, W, 1 or 3)")
-    if len(shape) == 3 and shape[2] in (3, 4):
-        raise DataError(f"{path}: shape {shape}: one image; (N, H, W, 3) or, of grey images, (N, H, W) is needed")
-    channels = shape[3] if len(shape) == 4 else 1
-    if channels not in (1, 3):
-        hint = "; move the channels to the end" if shape[1] in (1, 3) else ""
-        raise DataError(f"{path}: shape {shape}: images must have 1 or 3 channels, not {channels}{hint}")
-    return channels
-
-
-def _as_images(rows: Iterator[np.ndarray], image_size: int | None) -> Iterator[np.ndarray]:
-    for row in rows:
-        image = np.asarray(row).reshape(*row.shape[:2], -1)
-        yield image if image_size is None else resize(image, image_size)
-
-
-def _read_labels(path: Path, count: int, names: Sequence[str] | None = None) -> np.ndarray:
-    """(count,) texts, for an array or for sorted file names."""
-    if path.suffix == ".npy":
-        try:
-            labels = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path}: no .npy array that can be read ({' '.join(str(error).split())})") from None
-        if labels.dtype.kind not in "iubU":
-            raise DataError(f"{path}: labels must be whole numbers or texts, not {labels.dtype}")
-        if labels.shape != (count,):
-            raise DataError(f"{path}: labels of shape {labels.shape} for {count} images; expected ({count},)")
-        return labels.astype(str)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: no .npy and no CSV that can be read ({error})") from None
-    while lines and not any(lines[-1]):
-        del lines[-1]
-    for number, line in enumerate(lines, 1):
-        if len(line) < (1 if names is None else 2) or not line[-1 if names is None else 1]:
-            wanted = "a label" if names is None else "the file's name and its label"
-            raise DataError(f"{path}, line {number}: expected {wanted}")
-    if names is None:
-        if len(lines) not in (count, count + 1):
-            raise DataError(f"{path}: {len(lines)} lines for {count} images; expected a label a line")
-        found = [line[-1] for line in lines]
-        if len(lines) == count and found[0] not in found[1:] and _is_header(found):
-            raise DataError(f"{path}: {count - 1} labels below the header {found[0]!r} for {count} images")
-        return np.array(found[len(lines) - count :])
-    by_name: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if by_name.setdefault(line[0], line[1]) != line[1]:
-            raise DataError(f"{path}, line {number}: another label of {line[0]}: {line[1]}, before {by_name[line[0]]}")
-    missing = [name for name in names if name not in by_name]
-    if missing:
-        raise DataError(f"{path}: has no label for {len(missing)} of {count} images, such as {missing[0]}")
-    return np.array([by_name[name] for name in names])
-
-
-def _is_header(texts: list[str]) -> bool:
-    """Whether the first is a word where the others are numbers, or a usual heading."""
-    numbers = all(text.lstrip("+-").isdecimal() for text in texts[1:])
-    return texts[0].lower() in HEADINGS or (numbers and not texts[0].lstrip("+-").isdecimal())
 
 
 def evaluate_custom(
@@ -346,27 +100,16 @@ def evaluate_custom(
             load_extractor(spec, weights_dir=weights_dir, judge=judge, device=device)
             for spec in _protocols(features, weights_dir, judge)
         ]
-    done = 0
     report = on_plan(count + reference.count)
-    content = hashlib.sha256()
-    collectors = [ReferenceCollector(one, None if target is None else 1, num_pairwise) for one in extractors]
-    for first, chunk in _numbered(reference, reference.count):
-        labels = None if chosen is None else chosen[first : first + len(chunk)]
-        for collector, extractor in zip(collectors, extractors, strict=True):
-            collector.add(_features(extractor, chunk, batch_size), labels)
-        for one in chunk:
-            content.update(np.ascontiguousarray(one))
-        report(done := done + len(chunk))
-    described = f"{reference.path}, sha256 {content.hexdigest()[:12]}"
-    references = [one.finish(described=described, device=device) for one in collectors]
+    references = _collect(reference, extractors, chosen, num_pairwise, batch_size, device, report)
     found: list[list[np.ndarray]] = [[] for _ in extractors]
     hits: list[np.ndarray] = []
-    for _, chunk in _numbered(samples, count):
+    for first, chunk in numbered(samples, count):
         for rows, extractor in zip(found, extractors, strict=True):
             rows.append(_features(extractor, chunk, batch_size))
         if judge is not None and target is not None:
             hits.append(class_hits(_logits(judge, chunk, batch_size), aim))
-        report(done := done + len(chunk))
+        report(reference.count + first + len(chunk))
     row = evaluate_features(
         [np.concatenate(rows) for rows in found],
         references,
@@ -381,6 +124,29 @@ def evaluate_custom(
     if judge is not None and target is None:
         warnings.append("without --target there is no accuracy")
     return {"samples": str(samples.path), "target": target or "", **row}, warnings
+
+
+def _collect(
+    reference: Side,
+    extractors: Sequence[Extractor | Given],
+    chosen: np.ndarray | None,
+    num_pairwise: int | None,
+    batch_size: BatchSize,
+    device: str | torch.device,
+    report: Callable[[int], object],
+) -> list[Reference]:
+    """The reference as each extractor sees it; `chosen`: (count,) 1 for images of the target."""
+    content = hashlib.sha256()
+    collectors = [ReferenceCollector(one, None if chosen is None else 1, num_pairwise) for one in extractors]
+    for first, chunk in numbered(reference, reference.count):
+        labels = None if chosen is None else chosen[first : first + len(chunk)]
+        for collector, extractor in zip(collectors, extractors, strict=True):
+            collector.add(_features(extractor, chunk, batch_size), labels)
+        for one in chunk:
+            content.update(np.ascontiguousarray(one))
+        report(first + len(chunk))
+    described = f"{reference.path}, sha256 {content.hexdigest()[:12]}"
+    return [one.finish(described=described, device=device) for one in collectors]
 
 
 def _check_sides(samples: Side, reference: Side, num_samples: int | None) -> None:
@@ -456,26 +222,7 @@ def _protocols(features: Sequence[str], weights_dir: str | Path, judge: Classifi
     return [one for one in resolve_features(features, weights_dir) if one != "judge" or judge is not None]
 
 
-def _numbered(side: Side, count: int) -> Iterator[tuple[int, Images | np.ndarray]]:
-    """Chunks of the first `count`, each with the number of its first."""
-    first = 0
-    if side.features is not None:
-        for start in range(0, count, CHUNK * 16):
-            rows = side.features[start : min(start + CHUNK * 16, count)]
-            damaged = ~np.isfinite(rows).all(axis=1)
-            if damaged.any():
-                raise DataError(f"{side.path}: row {start + int(damaged.argmax())} holds a value that is not finite")
-            yield start, rows
-        return
-    for chunk in side.chunks():
-        chunk = chunk[: count - first]
-        yield first, chunk
-        first += len(chunk)
-        if first == count:
-            return
-
-
-def _features(extractor: Extractor | Given, images: Images | np.ndarray, batch_size: BatchSize) -> np.ndarray:
+def _features(extractor: Extractor | Given, images: ImageList | np.ndarray, batch_size: BatchSize) -> np.ndarray:
     """(n, dim) features of images of any sizes; of features, themselves."""
     if isinstance(extractor, Given):
         return np.asarray(images)
@@ -485,12 +232,12 @@ def _features(extractor: Extractor | Given, images: Images | np.ndarray, batch_s
     )
 
 
-def _logits(judge: Classifier, images: Images, batch_size: BatchSize) -> np.ndarray:
+def _logits(judge: Classifier, images: ImageList, batch_size: BatchSize) -> np.ndarray:
     return _by_shape(images, judge.channels, batch_size, "the classifier", lambda some: predict(judge, some))
 
 
 def _by_shape(
-    images: Images,
+    images: ImageList,
     channels: int | None,
     batch_size: BatchSize,
     what: str,

@@ -21,18 +21,18 @@ from nrcg.evaluation.blocks import (
     MAX_UNSURE,
     SINGLE,
     SPARE,
-    _Blocks,
-    _exact_nearest,
-    _exact_squares,
-    _kernel_rest,
-    _kernel_sums,
-    _mean,
-    _numbers,
-    _smallest,
-    _smallest_in_columns,
-    _squares,
-    _Uncertain,
-    _with_enough_digits,
+    Blocks,
+    Uncertain,
+    exact_mean,
+    exact_nearest,
+    exact_squares,
+    kernel_rest,
+    kernel_sums,
+    smallest,
+    smallest_in_columns,
+    squared_distances,
+    to_numpy,
+    with_enough_digits,
 )
 from nrcg.evaluation.intervals import Estimate, mean, share
 
@@ -113,21 +113,21 @@ def within(
     if n < 2:
         raise DataError(f"pairs need at least 2 images, got {n}")
     chosen = np.ones(n) if chosen is None else np.asarray(chosen, np.float64)
-    return _with_enough_digits(
+    return with_enough_digits(
         lambda dtype, device: _within(features, min(k, n - 1), chosen, dtype, device), n * n, device
     )
 
 
 def _within(features: np.ndarray, k: int, chosen: np.ndarray, dtype: torch.dtype, device: torch.device) -> Within:
     n, dim = features.shape
-    centre = _mean(features)
+    centre = exact_mean(features)
     constant = float(centre @ centre) / dim + 1
     weights, ones = (torch.from_numpy(array).to(dtype).to(device) for array in (chosen, np.ones(n)))
     kept = min(k + SPARE, n - 1)
     nearest = torch.full((n, kept), torch.inf, dtype=dtype, device=device)
     others = torch.zeros((n, kept), dtype=torch.int64, device=device)
     rest, distance, norms, linear = (np.zeros(n) for _ in range(4))
-    blocks = _Blocks(features, centre, device, dtype)
+    blocks = Blocks(features, centre, device, dtype)
 
     def keep_nearest(rows: slice, few: torch.Tensor, columns: torch.Tensor) -> None:
         values, places = torch.topk(torch.cat([nearest[rows], few], dim=1), kept, largest=False)
@@ -138,29 +138,29 @@ def _within(features: np.ndarray, k: int, chosen: np.ndarray, dtype: torch.dtype
         norms[i], linear[i] = x.norms, x.linear / dim
         for y in blocks.starting_at(i.start):
             j = y.place
-            squares = _squares(left, y.right)
-            values = _kernel_rest(squares, x, y, constant, dim)
+            squares = squared_distances(left, y.right)
+            values = kernel_rest(squares, x, y, constant, dim)
             if i == j:
                 values.fill_diagonal_(0)
                 squares.fill_diagonal_(torch.inf)
-            few, columns = _smallest(squares, kept)
+            few, columns = smallest(squares, kept)
             keep_nearest(i, few, columns + j.start)
-            rest[i] += _numbers(values @ ones[j])
+            rest[i] += to_numpy(values @ ones[j])
             if i == j:
                 squares.fill_diagonal_(0)
             else:
-                few, columns = _smallest_in_columns(squares, kept)
+                few, columns = smallest_in_columns(squares, kept)
                 keep_nearest(j, few, columns + i.start)
-                rest[j] += _numbers(ones[i] @ values)
+                rest[j] += to_numpy(ones[i] @ values)
             roots = squares.sqrt_()
-            distance[i] += _numbers(roots @ weights[j])
+            distance[i] += to_numpy(roots @ weights[j])
             if i != j:
-                distance[j] += _numbers(weights[i] @ roots)
+                distance[j] += to_numpy(weights[i] @ roots)
     # Over all others: without the point itself, whose rest was left out.
-    kernel = _kernel_sums(rest, linear, n, constant) - constant**3 - 3 * constant**2 * (2 * linear + norms / dim)
-    found = _numbers(nearest)
+    kernel = kernel_sums(rest, linear, n, constant) - constant**3 - 3 * constant**2 * (2 * linear + norms / dim)
+    found = to_numpy(nearest)
     if dtype == torch.float32:
-        found = _exact_nearest(features, found, others.cpu().numpy(), norms, k)
+        found = exact_nearest(features, found, others.cpu().numpy(), norms, k)
     return Within(found[:, :k], kernel, distance * chosen)
 
 
@@ -191,7 +191,7 @@ def across(
     balls = _Balls(
         radii(samples_within, precision_k), radii(reference_within, precision_k), radii(reference_within, density_k)
     )
-    return _with_enough_digits(lambda dtype, device: _across(samples, reference, balls, dtype, device), n * m, device)
+    return with_enough_digits(lambda dtype, device: _across(samples, reference, balls, dtype, device), n * m, device)
 
 
 class _Balls(NamedTuple):
@@ -207,36 +207,36 @@ def _across(
 ) -> Across:
     n, m, dim = len(samples), len(reference), reference.shape[1]
     part = SINGLE if dtype == torch.float32 else DOUBLE
-    centre = _mean(reference)
+    centre = exact_mean(reference)
     constant = float(centre @ centre) / dim + 1
     rest, linear, nearest = np.zeros(n), np.zeros(n), np.full(n, np.inf)
     inside, dense = np.zeros(n), np.zeros(n)
     recalled, recalled_by, covered, covered_by = (np.zeros(m) for _ in range(4))
-    reference_blocks = _Blocks(reference, centre, device, dtype)
-    for x in _Blocks(samples, centre, device, dtype):
+    reference_blocks = Blocks(reference, centre, device, dtype)
+    for x in Blocks(samples, centre, device, dtype):
         i, left = x.place, x.left(dim)
         linear[i] = x.linear / dim
         for y in reference_blocks:
             j = y.place
-            squares = _squares(left, y.right)
-            rest[i] += _numbers(_kernel_rest(squares, x, y, constant, dim) @ torch.ones_like(y.terms))
-            nearest[i] = np.minimum(nearest[i], _numbers(squares.amin(dim=1)))
+            squares = squared_distances(left, y.right)
+            rest[i] += to_numpy(kernel_rest(squares, x, y, constant, dim) @ torch.ones_like(y.terms))
+            nearest[i] = np.minimum(nearest[i], to_numpy(squares.amin(dim=1)))
             # Few pairs are in any ball, and only those are looked at further.
             widest = np.maximum(balls.reference[j], balls.wide[j]) + part * (y.norms + x.norms.max())
             recalling = balls.sample[i] + part * (x.norms + y.norms.max())
             near = squares <= torch.from_numpy(widest).to(dtype).to(device)
             near |= squares <= torch.from_numpy(recalling).to(dtype).to(device)[:, None]
             places = near.nonzero(as_tuple=True)
-            apart = _numbers(squares[places])
+            apart = to_numpy(squares[places])
             rows, columns = (place.cpu().numpy() for place in places)
             sample, ball, wide = balls.sample[i][rows], balls.reference[j][columns], balls.wide[j][columns]
             error = part * (x.norms[rows] + y.norms[columns])
             if dtype == torch.float32:
                 unsure = np.minimum.reduce([abs(apart - radius) for radius in (sample, ball, wide)]) <= error
                 if unsure.sum() > 100 + MAX_UNSURE * squares.numel():
-                    raise _Uncertain
+                    raise Uncertain
                 again = unsure.nonzero()[0]
-                apart[again] = _exact_squares(samples, i.start + rows[again], reference, j.start + columns[again])
+                apart[again] = exact_squares(samples, i.start + rows[again], reference, j.start + columns[again])
                 error = DOUBLE * (x.norms[rows] + y.norms[columns])
             inside[i] += np.bincount(rows[apart <= ball + error], minlength=len(x.norms))
             covers = apart < wide - error
@@ -248,7 +248,7 @@ def _across(
             ):
                 count[j] += np.bincount(columns[hits], minlength=len(y.norms))
                 owner[j] += np.bincount(columns[hits], i.start + rows[hits], minlength=len(y.norms))
-    kernel = _kernel_sums(rest, linear, m, constant)
+    kernel = kernel_sums(rest, linear, m, constant)
     return Across(kernel, inside, dense, recalled, recalled_by, covered, covered_by, nearest)
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from nrcg.files import atomic_write
 from nrcg.guidance.trace import Trace
-from nrcg.report.figures import legend, render
+from nrcg.report.drawing import legend, render
 
 
 def save_trace_figure(path: str | os.PathLike, trace: Trace) -> None:

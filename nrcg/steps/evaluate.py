@@ -15,7 +15,7 @@ from nrcg.classifiers.storage import open_classifier
 from nrcg.config import EvaluateStep, SampleStep
 from nrcg.csv_files import write_csv
 from nrcg.data.pictures import sample_grid, save_png
-from nrcg.data.shards import read_samples
+from nrcg.data.shards import SampleSet, read_samples
 from nrcg.evaluation.evaluate import evaluate_images, with_interval
 from nrcg.files import weights_sha256
 from nrcg.guidance.trace import Trace
@@ -87,23 +87,16 @@ def evaluate_method(
         }
         quality = _quality(reference, role)
         made_by = _made_by(settings, ddpm, classifiers / role)
-        rows = []
+        rows: list[dict] = []
         with Progress(f"evaluate {settings.method}", settings.sampling.num_samples * len(scales), "image") as bar:
             for scale in scales:
                 folder = setting_folder(samples, settings.method, scale)
                 drawn = read_samples(folder, settings.sampling.num_samples, made_by | {"scale": scale})
                 before = len(rows) * len(drawn.images)
-                row = {"experiment": settings.experiment, "method": settings.method, "scale": scale}
-                row |= evaluate_images(
+                found = evaluate_images(
                     drawn.images, **common, progress=lambda done, before=before: bar.set(before + done)
                 )
-                row |= quality
-                row |= {key: getattr(drawn, key) for key in ("nonfinite", "images_per_second", "peak_memory_mib")}
-                trace = _read_trace(folder, settings)
-                if trace is not None:
-                    save_trace_figure(out.with_suffix("") / f"trace_scale{format_scale(scale)}.png", trace)
-                row["mlflow_run_id"] = _log(settings, row, drawn.images, manifest, trace)
-                rows.append(row)
+                rows.append(_finished_row(settings, scale, found | quality, drawn, folder, out, manifest))
         check_comparable(rows)
         for extractor in extractors:
             warn_of_rank(extractor.name, min(row["num_samples"] for row in rows), extractor.dim)
@@ -112,6 +105,18 @@ def evaluate_method(
         tracking.log_method_over_scales(run, rows, {name: best[name] for name in shown})
         write_csv(out, rows, list(rows[0]))
     return rows
+
+
+def _finished_row(
+    settings: EvaluateStep, scale: float, found: dict, drawn: SampleSet, folder: Path, out: Path, manifest: dict
+) -> dict:
+    """A scale's row, tracked as a run of its own, with the picture of the trace where there is one."""
+    row = {"experiment": settings.experiment, "method": settings.method, "scale": scale, **found}
+    row |= {key: getattr(drawn, key) for key in ("nonfinite", "images_per_second", "peak_memory_mib")}
+    trace = _read_trace(folder, settings)
+    if trace is not None:
+        save_trace_figure(out.with_suffix("") / f"trace_scale{format_scale(scale)}.png", trace)
+    return row | {"mlflow_run_id": _log(settings, row, drawn.images, manifest, trace)}
 
 
 def _quality(reference: Path, role: str) -> dict[str, float]:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inception_stand_in import StandInInception, save_script
 from PIL import Image
-from test_features import StandInInception, save_script
 
 from nrcg.cli import main
 from nrcg.evaluation import features
-from nrcg.evaluation.custom_images import CHUNK, open_side
 from nrcg.evaluation.features import INCEPTION_FILE
+from nrcg.evaluation.sides import CHUNK, open_side
 
 NET = """
 import torch

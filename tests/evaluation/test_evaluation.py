@@ -85,7 +85,7 @@ DAMAGES = {
     "gap": (lambda folder: (folder / "shard0001.npy").unlink(), "its shards begin at samples [0, 8], expected [0, 4]"),
     "a short shard": (lambda folder: write_shard(folder, 1, count=3), "begin at samples [0, 4, 8], expected [0, 4, 7]"),
     "too few": (lambda folder: (folder / "shard0002.npy").unlink(), "hold 8 samples, expected 10"),
-    "none": (lambda folder: [path.unlink() for path in folder.glob("*.npy")], "holds no shard*.npy; run: snakemake"),
+    "none": (lambda folder: [path.unlink() for path in folder.glob("*.npy")], "shard0000.npy: not found"),
 }
 
 
@@ -123,7 +123,7 @@ def test_a_shard_of_another_run_is_refused(tmp_path, key, other, words):
     with pytest.raises(DataError) as caught:
         read_samples(tmp_path, 10, MADE_BY)
     assert str(caught.value).startswith(f"{path}: {words}")
-    assert f"delete it, then run: snakemake {path} --cores all --resources gpu=1" in str(caught.value)
+    assert caught.value.path == path
 
 
 @pytest.mark.parametrize("method", ["unconditional", "non_robust_x0_ema99"])
@@ -368,5 +368,5 @@ def test_a_broken_record_of_the_references_is_named(text, tmp_path):
     path = tmp_path / "reference.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(DataError, match=r"reference\.json: no record of the references .*snakemake"):
+    with pytest.raises(DataError, match=r"reference\.json: no record of the references"):
         read_reference_record(path)

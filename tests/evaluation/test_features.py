@@ -1,11 +1,11 @@
 """Feature extractors: the real clean-fid loading code on a stand-in network, the judge, batching."""
 
 import hashlib
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from inception_stand_in import StandInInception, save_script
 from torch import nn
 
 from nrcg.errors import DataError
@@ -26,28 +26,6 @@ from nrcg.evaluation.features import (
 
 def random_images(n: int, size: int = 16, channels: int = 3, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, channels), dtype=np.uint8)
-
-
-class StandInLayers(nn.Module):
-    """(B, 3, 299, 299) -> (B, 2048): two weighted grey images, pooled to 32 x 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Conv2d(3, 2, 1, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.adaptive_avg_pool2d(self.mix(x), 32).flatten(1)
-
-
-class StandInInception(nn.Module):
-    """The interface of the TorchScript file that clean-fid uses: a submodule `layers`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = StandInLayers()
-
-    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        return self.layers(x)
 
 
 class TinyJudge(nn.Module):
@@ -74,12 +52,6 @@ class Means:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         axes = (1, 2, 3)
         return np.stack([images.mean(axis=axes), images.std(axis=axes)], axis=1).astype(np.float32)
-
-
-def save_script(module: nn.Module, path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates TorchScript
-        torch.jit.save(torch.jit.script(module), str(path))
 
 
 @pytest.fixture(scope="module")
@@ -351,13 +323,10 @@ def test_extractor_name(spec, name):
 
 
 def test_load_extractor_takes_a_spec(monkeypatch):
-    """A stand-in for nrcg.specs: the network's features, under the SPEC's name; grey images become three channels."""
-    import sys
-    import types
-
-    specs = types.ModuleType("nrcg.specs")
-    specs.load_classifier = lambda spec: TinyJudge() if spec == "torchvision:tiny" else None
-    monkeypatch.setitem(sys.modules, "nrcg.specs", specs)
+    """The network's features, under the SPEC's name; grey images become three channels."""
+    monkeypatch.setattr(
+        "nrcg.classifiers.specs.load_classifier", lambda spec: TinyJudge() if spec == "torchvision:tiny" else None
+    )
     extractor = load_extractor("torchvision:tiny", weights_dir="nowhere")
     assert (extractor.name, extractor.dim) == ("torchvision_tiny", 5)
     assert extract(extractor, random_images(2, channels=1)).shape == (2, 5)

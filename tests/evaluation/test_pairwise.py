@@ -31,12 +31,12 @@ def two_modes(n: int, seed: int = 0, centre: float = 10.0) -> np.ndarray:
 
 
 @pytest.fixture(params=["one float64 block", "float64 blocks", "float32 blocks"])
-def blocks(request, monkeypatch):
+def products(request, monkeypatch):
     """Every way that the products are computed."""
     if request.param != "one float64 block":
-        monkeypatch.setattr(pairwise, "BLOCK", 7)
+        monkeypatch.setattr(blocks, "BLOCK", 7)
     if request.param == "float32 blocks":
-        monkeypatch.setattr(pairwise, "EXACT_PAIRS", 0)
+        monkeypatch.setattr(blocks, "EXACT_PAIRS", 0)
     return request.param
 
 
@@ -94,14 +94,14 @@ def unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (12, 12), (9, 20)])
-def test_kernel_distance_is_the_unbiased_estimate(sizes, blocks):
+def test_kernel_distance_is_the_unbiased_estimate(sizes, products):
     a, b = gaussian(sizes[0], shift=3.0).astype(np.float64), gaussian(sizes[1], seed=1, shift=3.5).astype(np.float64)
     # Values of several hundred, from kernels of about 1e4 with float32's seven digits.
     tolerance = {"rel": 1e-4} if blocks == "float32 blocks" else {"rel": 1e-9}
     assert kernel_distance(a, b) == pytest.approx(unbiased_mmd(a, b), **tolerance)
 
 
-def test_mean_pair_distance_of_chosen_points(blocks):
+def test_mean_pair_distance_of_chosen_points(products):
     points = gaussian(20)
     chosen = np.arange(20) % 3 == 0
     some = points[chosen]
@@ -226,7 +226,7 @@ def test_a_damage_moves_a_measure_the_right_way(damage, measure):
     ids=["identical", "disjoint", "dropped mode", "invented mode"],
 )
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_known_cases(samples, expected, offset, blocks):
+def test_known_cases(samples, expected, offset, products):
     """Every ball of k = 5 holds its centre and 4 others, so density is 1 for equal sets."""
     reference = two_modes(20) + offset
     found = (*precision_recall(reference, samples + offset), *density_coverage(reference, samples + offset))
@@ -262,8 +262,8 @@ def test_blocks_and_types_change_nothing_but_rounding(monkeypatch):
     reference, samples = gaussian(300, 16), gaussian(200, 16, seed=1, scale=1.2)
     real, own = within(reference), within(samples)
     exact = across(samples, reference, own, real)
-    monkeypatch.setattr(pairwise, "BLOCK", 64)
-    monkeypatch.setattr(pairwise, "EXACT_PAIRS", 0)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    monkeypatch.setattr(blocks, "EXACT_PAIRS", 0)
     real, own = within(reference), within(samples)
     rough = across(samples, reference, own, real)
     for name in exact.__dataclass_fields__:
@@ -308,7 +308,7 @@ def test_many_pairs_give_what_float64_gives(name, monkeypatch):
     reference, samples = HARD[name]
     parts = []
     for pairs in (blocks.EXACT_PAIRS, 2**40):
-        monkeypatch.setattr(pairwise, "EXACT_PAIRS", pairs)
+        monkeypatch.setattr(blocks, "EXACT_PAIRS", pairs)
         real, own = within(reference), within(samples)
         parts.append((real, own, across(samples, reference, own, real)))
     (real, own, between), (exact_real, exact_own, exact) = parts
@@ -332,8 +332,8 @@ def test_the_smallest_of_rows_and_columns(shape, ties):
     values = rng.integers(0, 9, shape).astype(np.float32) if ties else rng.random(shape, np.float32)
     for k in (1, 3, 5):
         for found, sorts in (
-            (blocks._smallest(torch.from_numpy(values), k), values),
-            (blocks._smallest_in_columns(torch.from_numpy(values), k), values.T),
+            (blocks.smallest(torch.from_numpy(values), k), values),
+            (blocks.smallest_in_columns(torch.from_numpy(values), k), values.T),
         ):
             smallest, places = (tensor.numpy() for tensor in found)
             np.testing.assert_array_equal(smallest, np.sort(sorts, axis=1)[:, :k])
@@ -345,7 +345,7 @@ def test_memory_mapped_features_are_read_in_blocks(tmp_path, monkeypatch):
     features = gaussian(100)
     np.save(tmp_path / "features.npy", features)
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
-    monkeypatch.setattr(pairwise, "BLOCK", 32)
+    monkeypatch.setattr(blocks, "BLOCK", 32)
     np.testing.assert_array_equal(within(mapped).kernel, within(features).kernel)
 
 

@@ -15,7 +15,8 @@ from synthetic import COLUMNS, NAN, balls, context, metric_rows, write_results
 from nrcg.csv_files import write_csv
 from nrcg.errors import DataError
 from nrcg.files import atomic_write
-from nrcg.report.page import CAPTIONS, data_uri, shrink, write_report
+from nrcg.report.page import write_report
+from nrcg.report.sections import CAPTIONS, data_uri, shrink
 
 
 class Page(HTMLParser):

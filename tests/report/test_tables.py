@@ -63,14 +63,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (b"t,accuracy\n\xff\xfe,1\n", "cannot be read"),
     ],
 )
-def test_a_bad_file_is_named_with_its_remedy(tmp_path, content, words):
+def test_a_bad_file_is_named(tmp_path, content, words):
     path = tmp_path / "forward.csv"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as error:
         read_csv(path, ("t", "accuracy"))
     text = str(error.value)
-    assert words in text and str(path) in text and "snakemake" in text and "\n" not in text
+    assert words in text and str(path) in text and "\n" not in text
 
 
 def test_readers_ask_for_their_columns(tmp_path):
@@ -324,5 +324,5 @@ def test_a_forward_table_that_was_cut_off_is_refused(tmp_path, keep, message):
     write_csv(path, forward_rows(steps=5), FORWARD_COLUMNS)
     assert len(read_forward(path)) == 6 * 5
     path.write_text(keep(path.read_text()))
-    with pytest.raises(DataError, match=f"{path}: .*{message}.*; make it anew: snakemake .* --force {path}"):
+    with pytest.raises(DataError, match=f"{path}: .*{message}"):
         read_forward(path)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_workflow import ROOT, copy_tree, rows_of, snakemake
 from toys import write_tiny_pipeline
+from workflow_runs import ROOT, copy_tree, rows_of, snakemake
 
 from nrcg import config
 from nrcg.classifiers.architectures import SmallCNN

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_workflow import command, copy_tree, planned, processes_in
+from workflow_runs import command, copy_tree, planned, processes_in
 
 from nrcg import config
 

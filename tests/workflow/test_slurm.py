@@ -16,7 +16,7 @@ from pathlib import Path
 import loopback_slurm
 import numpy as np
 import pytest
-from test_workflow import copy_tree, processes_in, rows_of
+from workflow_runs import copy_tree, processes_in, rows_of
 
 pytestmark = [
     pytest.mark.slurm,

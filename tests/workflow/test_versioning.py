@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_workflow import processes_in
+from workflow_runs import processes_in
 
 from nrcg import config
 

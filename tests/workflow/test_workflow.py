@@ -1,7 +1,5 @@
 """The workflow as its users run it: dry runs of what ships, and one toy experiment from data to report."""
 
-import contextlib
-import csv
 import json
 import os
 import re
@@ -14,66 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from workflow_runs import CONFIG, ROOT, command, copy_tree, planned, processes_in, rows_of, snakemake
 
 from nrcg import config
 from nrcg.report.columns import FORWARD_COLUMNS, METRICS_COLUMNS
 from nrcg.tracking.journal import Journal
 
-ROOT = Path(__file__).parents[2]
-CONFIG = config.load(ROOT / "config.yaml")
 FIGURES = [
     *("forward_accuracy", "logit_sensitivity", "gradient_sensitivity", "stabilizers"),
     *("accuracy_vs_scale", "fid_vs_scale", "cfid_vs_scale", "pareto", "best_samples"),
 ]
-
-
-def copy_tree(folder: Path) -> Path:
-    """What the workflow needs of the repository, and the toy experiment."""
-    shutil.copytree(ROOT / "workflow", folder / "workflow")
-    (folder / "profiles").symlink_to("workflow/profiles")
-    for name in ("Snakefile", "config.yaml", "tests/data/toy.yaml"):
-        shutil.copy(ROOT / name, folder)
-    return folder
-
-
-def command(*arguments: str) -> list[str]:
-    return [str(Path(sys.executable).parent / "snakemake"), *arguments]
-
-
-def snakemake(
-    tree: Path, *arguments: str, toy: dict | None = None, methods: dict | None = None
-) -> subprocess.CompletedProcess:
-    """Run Snakemake untracked, with changes laid over the toy experiment and over the methods."""
-    change = {"experiments": {"toy": toy or {}}} | ({"methods": methods} if methods else {})
-    (tree / "change.json").write_text(json.dumps(change))
-    return subprocess.run(
-        command(*arguments, "--configfile", "toy.yaml", "change.json"),
-        cwd=tree,
-        env=os.environ | {"NRCG_TRACKING": "off"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def planned(output: str) -> dict[str, int]:
-    """Jobs per rule of a dry run, without the targets; empty where nothing is to be done."""
-    if "Job stats:" not in output:
-        assert "Nothing to be done" in output, output
-        return {}
-    table = output.split("Job stats:")[1].split("total")[0]
-    counts = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
-    return {name: count for name, count in counts.items() if name not in (*CONFIG.experiments, "toy", "all")}
-
-
-def processes_in(folder: Path) -> list[str]:
-    """Command lines of the processes that work in a folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (entry / "cwd").resolve() == folder.resolve():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return [line for line in found if line]
 
 
 @pytest.fixture(scope="session")
@@ -195,11 +143,6 @@ def test_what_a_dead_process_left_is_sent_at_the_next_start(tmp_path):
 
 
 # --- The toy experiment -----------------------------------------------------------------------------------------
-
-
-def rows_of(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_results_are_where_the_docs_say(finished):
