@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from nrcg.classifiers import logits
 from nrcg.classifiers.adapter import Classifier
-from nrcg.classifiers.logits import predict
+from nrcg.classifiers.logits import calibration_error, class_hits, predict, predicted_class
 from nrcg.errors import DataError
 from nrcg.evaluation import frechet
 from nrcg.evaluation.features import Extractor, extract
@@ -81,7 +80,7 @@ def evaluate_images(
             found.append(extract(extractor, batch))
         for name, classifier in (("guide", guide), ("judge", judge)):
             if classifier is not None:
-                hits[name].append(logits.class_hits(predict(classifier, batch), target))
+                hits[name].append(class_hits(predict(classifier, batch), target))
         done += len(batch)
         if progress is not None:
             progress(done)
@@ -201,16 +200,14 @@ def feature_estimates(
 
 
 def classifier_quality(classifier: Classifier, images: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict:
-    """How far a classifier can be believed on clean images: `clean_accuracy` and `ece` (`metrics.calibration_error`),
+    """How far a classifier can be believed on clean images: `clean_accuracy` and `ece` (`calibration_error`),
     each [value, lo, hi]; Wilson's interval and a percentile bootstrap of 200 replicates."""
     logits = predict(classifier, images)
-    binary = logits.shape[1] == 1
-    correct = ((logits[:, 0] > 0).astype(int) if binary else logits.argmax(axis=1)) == labels
-    accuracy = share(correct)
+    accuracy = share(predicted_class(logits) == labels)
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(labels), size=len(labels)) for _ in range(200))
-    replicates = [logits.calibration_error(logits[drawn], labels[drawn]) for drawn in draws]
-    value = logits.calibration_error(logits, labels)
+    replicates = [calibration_error(logits[drawn], labels[drawn]) for drawn in draws]
+    value = calibration_error(logits, labels)
     low, high = np.quantile(replicates, [0.025, 0.975])
     return {
         "clean_accuracy": [accuracy.value, *accuracy.interval],

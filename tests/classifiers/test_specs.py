@@ -11,9 +11,9 @@ from toys import SmoothCNN
 
 from nrcg import Classifier
 from nrcg.classifiers.architectures import build_module
-from nrcg.classifiers.specs import is_spec, parse
+from nrcg.classifiers.specs import parse
 from nrcg.classifiers.specs import load_classifier as load_spec
-from nrcg.classifiers.storage import save_classifier
+from nrcg.classifiers.storage import open_classifier, save_classifier
 from nrcg.errors import DataError
 
 X = torch.linspace(-1, 1, 2 * 3 * 24 * 24).reshape(2, 3, 24, 24)
@@ -95,7 +95,7 @@ def test_a_transformers_folder_says_itself_what_it_expects(transformers_folder):
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
-        "import torch\nfrom nrcg import Classifier\nfrom nrcg.classifiers import SmallCNN\n"
+        "import torch\nfrom nrcg import Classifier\nfrom nrcg.classifiers.architectures import SmallCNN\n"
         "def plain():\n    torch.manual_seed(0)\n    return SmallCNN(3, width=4)\n"
         "def adapted():\n    return Classifier(plain(), image_size=16, input_range=(0, 1), classes=['x', 'y', 'z'])\n"
         "def nothing():\n    return None\n"
@@ -206,7 +206,7 @@ def test_a_saved_folder_is_a_spec_and_resizes_to_what_it_was_trained_on(tmp_path
         ("torchvision:", ["no such folder, and no SPEC"]),
         ("torchvision:resnet999", ["torchvision has no classifier 'resnet999'"]),
         ("timm:resnet999", ["timm has no model 'resnet999'"]),
-        ("torchvision:resnet18?speed=3", ["option 'speed=3' is unknown; allowed: weights, size, range"]),
+        ("torchvision:resnet18?speed=3", ["option 'speed=3' is unknown; allowed: weights, prefix, size"]),
         ("torchvision:resnet18?weights=nowhere.pth", ["nowhere.pth: no such file"]),
         ("torchvision:resnet18?weights=WEIGHTS&size=big", ["option size=big: 1 number expected"]),
         ("torchvision:resnet18?weights=WEIGHTS&range=0", ["option range=0: 2 numbers expected"]),
@@ -220,7 +220,7 @@ def test_a_saved_folder_is_a_spec_and_resizes_to_what_it_was_trained_on(tmp_path
         ("python:mine:absent", ["cannot be made: AttributeError"]),
         ("python:mine:needs", ["cannot be made: TypeError"]),
         ("python:mine:nothing", ["the factory gives NoneType, no torch.nn.Module"]),
-        ("python:mine:softmax", ["gives probabilities that add up to 1; logits are needed: leave its softmax out"]),
+        ("python:mine:softmax", ["gives probabilities that add up to 1, not logits: leave its softmax out"]),
         ("python:mine:flat", ["expected (B, K)"]),
         ("python:mine:adapted?size=3", ["says itself what it expects; drop the options"]),
     ],
@@ -269,7 +269,8 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch):
 
 
 def test_what_a_spec_is():
-    assert [is_spec(text) for text in ("torchvision:a", "python:a:b", "models/a", "C:\\models", "a:b")] == [
-        *(True, True, False, False, False)
-    ]
-    assert parse("timm:hf_hub:me/it?size=3&range=0,1").options == {"size": "3", "range": "0,1"}
+    expected = ("timm", "hf_hub:me/it", {"size": "3", "range": "0,1"})
+    assert parse("timm:hf_hub:me/it?size=3&range=0,1") == expected
+    for text in ("models/a", "C:\\models", "a:b"):
+        with pytest.raises(DataError, match="no such folder, and no SPEC"):
+            parse(text)

@@ -174,7 +174,7 @@ def test_a_hub_id_is_opened_with_its_commit(tmp_path):
     (repository / "refs" / "main").write_text(commit)
     code = """
 import sys
-from nrcg.pretrained import open_pretrained
+from nrcg.training.pretrained import open_pretrained
 for source in sys.argv[1:]:
     pipe, origin = open_pretrained(source)
     print(pipe.unet.config.sample_size, origin["source"], origin["revision"])
