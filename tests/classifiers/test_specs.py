@@ -11,8 +11,8 @@ from toys import SmoothCNN
 
 from nrcg import Classifier
 from nrcg.classifiers.architectures import build_module
-from nrcg.classifiers.specs import parse
 from nrcg.classifiers.specs import load_classifier as load_spec
+from nrcg.classifiers.specs import parse
 from nrcg.classifiers.storage import open_classifier, save_classifier
 from nrcg.errors import DataError
 
