@@ -51,9 +51,8 @@ def build_module(architecture: str, num_classes: int, batch_norm_momentum: float
 
         # get_model would also build detection and segmentation models.
         if architecture not in models.list_models(module=models):
-            raise DataError(
-                f"architecture {architecture!r} is unknown; allowed: small_cnn or a torchvision model's name"
-            )
+            allowed = "small_cnn or a torchvision model's name"
+            raise DataError(f"architecture {architecture!r} is unknown; allowed: {allowed}")
         module = models.get_model(architecture, weights=None, num_classes=num_classes)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):

@@ -59,9 +59,8 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the classifier gave {type(output).__name__}; expected logits (B, K) or an object with .logits"
-        )
+        kind = type(output).__name__
+        raise TypeError(f"the classifier gave {kind}; expected logits (B, K) or an object with .logits")
     if logits.ndim != 2:
         raise ValueError(f"the classifier gave logits of shape {tuple(logits.shape)}; expected (B, K)")
     return logits

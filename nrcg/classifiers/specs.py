@@ -106,22 +106,21 @@ def load_for_classes(spec: str, classes: Sequence[str], class_map: Mapping[str, 
     Raises:
         DataError: see `load_classifier`; or the classes do not fit.
     """
-    if class_map is None:
-        classifier = load_classifier(spec)
-        if classifier.classes is None:
-            count = classifier.count_classes()
-            if count != len(classes):
-                raise DataError(
-                    f"classifier {spec!r}: it has {count} classes, the data set {len(classes)}; give class_map"
-                )
-            classifier.classes = list(classes)
-        if classifier.classes == list(classes):
-            return classifier
-        if not set(classes) <= set(classifier.classes):
-            theirs = listed(classifier.classes)
-            raise DataError(f"classifier {spec!r}: its classes are {theirs}; give a class_map for {', '.join(classes)}")
-        class_map = {name: name for name in classes}
-    return load_classifier(spec, {name: class_map[name] for name in classes})
+    if class_map is not None:
+        return load_classifier(spec, {name: class_map[name] for name in classes})
+    classifier = load_classifier(spec)
+    if classifier.classes is None:
+        count = classifier.count_classes()
+        if count != len(classes):
+            raise DataError(f"classifier {spec!r}: it has {count} classes, the data set {len(classes)}; give class_map")
+        classifier.classes = list(classes)
+    theirs = classifier.classes
+    if not set(classes) <= set(theirs):
+        wanted = f"give a class_map for {', '.join(classes)}"
+        raise DataError(f"classifier {spec!r}: its classes are {listed(theirs)}; {wanted}")
+    if theirs != list(classes):
+        classifier.group(classes, [[theirs.index(name)] for name in classes])
+    return classifier
 
 
 def _with_options(classifier: Classifier, options: Mapping[str, str]) -> Classifier:
@@ -129,8 +128,11 @@ def _with_options(classifier: Classifier, options: Mapping[str, str]) -> Classif
     settings = classifier.settings()
     for option, (setting, kind, count) in SETTINGS.items():
         if option in options:
-            numbers = _numbers(options[option], kind)
-            if not numbers or (count is not None and len(numbers) != count):
+            try:
+                numbers = [kind(part) for part in options[option].split(",")]
+            except ValueError:
+                numbers = []
+            if not numbers or len(numbers) != (count or len(numbers)):
                 expected = f"{count or 'some'} number{'' if count == 1 else 's'}"
                 raise DataError(f"option {option}={options[option]}: {expected} expected")
             settings[setting] = numbers[0] if count == 1 else numbers
@@ -139,14 +141,6 @@ def _with_options(classifier: Classifier, options: Mapping[str, str]) -> Classif
     adapted = Classifier(module, **settings, classes=classes, rebuild=classifier.rebuild)
     adapted.groups = classifier.groups
     return adapted
-
-
-def _numbers(text: str, kind: Callable[[str], float]) -> list[float]:
-    """Numbers of a comma-separated list; none where it holds something else."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        return []
 
 
 def _groups(classifier: Classifier, class_map: Mapping[str, Any]) -> list[list[int]]:

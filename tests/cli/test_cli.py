@@ -23,7 +23,7 @@ from nrcg.data.sportballs import write_sportballs
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "config.yaml")
 VERBS = [
-    *("run", "plan", "validate", "schema", "import-released", "adopt", "compare", "track", "export-ddpm"),
+    *("run", "plan", "validate", "schema", "adopt", "compare", "track", "export-ddpm"),
     *("export-classifier", "dataset", "train-ddpm", "train-classifier", "forward", "sample", "reference", "evaluate"),
     *("tune", "collect", "figures", "report"),
 ]
@@ -248,7 +248,7 @@ def sample(tiny: Path, out: Path, *more: object) -> np.ndarray:
 def test_a_classifier_by_spec_and_a_trace(tiny, tmp_path, monkeypatch):
     """A classifier without names, from one's own module, on the denoised image; every flag of the guidance at once."""
     (tmp_path / "mine.py").write_text(
-        "import torch\nfrom nrcg.classifiers import SmallCNN\n"
+        "import torch\nfrom nrcg.classifiers.architectures import SmallCNN\n"
         "def make():\n    torch.manual_seed(0)\n    return SmallCNN(3)\n"
     )
     monkeypatch.chdir(tmp_path)
