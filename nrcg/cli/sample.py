@@ -82,6 +82,7 @@ def sample(arguments: argparse.Namespace) -> None:
 def _sample_shard(arguments: argparse.Namespace) -> None:
     """Samples of one shard as uint8 .npy, and beside it what made them."""
     from nrcg import tracking
+    from nrcg.classifiers.storage import open_classifier
     from nrcg.files import weights_sha256
 
     for flag in ("method", "scale", "shard"):
@@ -241,6 +242,7 @@ def forward(arguments: argparse.Namespace) -> None:
 
     from nrcg import tracking
     from nrcg.classifiers.logits import class_index
+    from nrcg.classifiers.storage import open_classifier
     from nrcg.config import stabilizer_name
     from nrcg.csv_files import write_csv
     from nrcg.data.arrays import load_manifest, open_split, to_unit

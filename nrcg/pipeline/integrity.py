@@ -2,9 +2,8 @@
 
 A shard stands beside a record that holds its SHA-256. One that is no longer what its record says is set aside as
 NAME.damaged; then Snakemake misses it and makes it anew. So are tables, figures and the report where they are cut off.
-Data and weights are compared with their records too, but what is damaged is refused: making them anew may take
-days. Snakemake does not start with them: it would take a damaged record for a newer one and
-delete what was made of it.
+Data and weights are compared with their records too, but what is damaged is refused: making them anew may take days.
+Snakemake does not start with them: it would take a damaged record for a newer one and delete what was made of it.
 """
 
 from __future__ import annotations
