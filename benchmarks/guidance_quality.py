@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace, rows: list[dict], keep: Callable[[lis
     from nrcg.data.arrays import open_split, to_uint8
     from nrcg.devices import resolve_device, resolve_precision
     from nrcg.evaluation.evaluate import evaluate_images
-    from nrcg.evaluation.features import JudgeExtractor
+    from nrcg.evaluation.features import ClassifierExtractor
     from nrcg.evaluation.references import make_reference
     from nrcg.guidance.stabilizers import scaled_beta
 
@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace, rows: list[dict], keep: Callable[[lis
     guide = load_classifier(models / "classifiers" / "non_robust").to(device)
     judge = load_classifier(models / "classifiers" / "judge").to(device)
     target = class_index(judge.classes, arguments.target)
-    extractor = JudgeExtractor(judge)
+    extractor = ClassifierExtractor(judge)
     images, labels = open_split(arguments.data, "train")
     count = arguments.num_reference
     reference = make_reference(extractor, images[:count], labels[:count], target)

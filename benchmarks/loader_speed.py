@@ -27,7 +27,7 @@ from nrcg.config import UNetConfig
 from nrcg.devices import autocast, resolve_device, resolve_precision
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.unet import build_unet
-from nrcg.training.feed import Images, batches_from
+from nrcg.training.feed import TrainingImages, batches_from
 
 
 def write_images(path: Path, count: int, size: int) -> None:
@@ -47,7 +47,7 @@ def forget(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def feed(images: Images, variant: str, order: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def feed(images: TrainingImages, variant: str, order: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     return (images.batch(indices) for indices in order) if variant == "plain" else images.batches(order)
 
 
@@ -58,7 +58,7 @@ def measure(path: Path, variant: str, arguments: argparse.Namespace, device: tor
     resident = float("inf") if variant == "resident" else arguments.limit_mib * 2**20
     if variant != "resident" and array.nbytes <= resident:
         raise SystemExit(f"--images: {array.nbytes / 2**20:.0f} MiB are within --limit-mib; take more images")
-    images = Images(array, np.zeros(len(array), np.int64), device, resident)
+    images = TrainingImages(array, np.zeros(len(array), np.int64), device, resident)
     schedule = Schedule.linear(400, 1e-4, 0.02)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     precision = resolve_precision("auto", device)

@@ -139,7 +139,7 @@ def our_loop(config, images, device, precision, seconds: float) -> tuple[int, fl
                 raise _Enough
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
-        ddpm.train_ddpm(
+        ddpm.train_unet(
             config,
             pictures,
             pictures,

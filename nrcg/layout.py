@@ -23,6 +23,19 @@ training."""
 CLASSIFIER_FILES = ("config.json", "model.safetensors", "accuracy_over_t.csv")
 """The same of a classifier."""
 
+FIGURES = (
+    "forward_accuracy",
+    "logit_sensitivity",
+    "gradient_sensitivity",
+    "stabilizers",
+    "accuracy_vs_scale",
+    "fid_vs_scale",
+    "cfid_vs_scale",
+    "pareto",
+    "best_samples",
+)
+"""Names of the figures of an experiment; nrcg.report draws each."""
+
 REFERENCE_CACHE = ".nrcg/references"
 """Where features of reference images are kept; safe to delete."""
 

@@ -13,7 +13,7 @@ import torch
 from nrcg.config import ClassifierConfig, DDPMConfig
 from nrcg.diffusion.schedule import Schedule
 from nrcg.training import classifier, ddpm, distributed, trainer
-from nrcg.training.feed import Images
+from nrcg.training.feed import TrainingImages
 
 SIZE = 8
 NUM_IMAGES = 40
@@ -50,12 +50,12 @@ CPU = torch.device("cpu")
 SCHEDULE = Schedule.linear(10, 0.01, 0.6)
 
 
-def bright_or_dark(num_images: int, seed: int = 0) -> Images:
+def bright_or_dark(num_images: int, seed: int = 0) -> TrainingImages:
     """Class 0 is dark, class 1 bright: a task that anything learns."""
     rng = np.random.default_rng(seed)
     labels = np.arange(num_images) % 2
     pixels = rng.integers(0, 60, (num_images, SIZE, SIZE, 3)) + 180 * labels[:, None, None, None]
-    return Images(pixels.astype(np.uint8), labels.astype(np.int64), CPU)
+    return TrainingImages(pixels.astype(np.uint8), labels.astype(np.int64), CPU)
 
 
 TRAIN, VAL = bright_or_dark(NUM_IMAGES), bright_or_dark(20, seed=1)
@@ -75,7 +75,7 @@ def _work(folder: Path, config: dict, checkpoint_minutes: float, environment: di
         steps.value = done
 
     if "architecture" in config:
-        model, log = classifier.train_classifier(
+        model, log = classifier.fit_classifier(
             ClassifierConfig(**config),
             SCHEDULE,
             TRAIN,
@@ -88,7 +88,7 @@ def _work(folder: Path, config: dict, checkpoint_minutes: float, environment: di
             on_epoch=lambda row: None,
         )
     else:
-        model, log = ddpm.train_ddpm(
+        model, log = ddpm.train_unet(
             DDPMConfig(**config),
             TRAIN,
             VAL,

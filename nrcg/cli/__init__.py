@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. A user's mistake prints one line and returns 1."""
     _die_with_parent()
     arguments = _parser().parse_args(argv)
-    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for the processes of a training
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     if getattr(arguments, "threads", None):
         # Read by the matrix libraries when they are loaded, so before any import of them.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -58,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _die_with_parent() -> None:
     """Under the workflow a job ends with its parent: after a kill -9 of Snakemake it must not write on.
 
-    NRCG_WORKFLOW holds the parent's process number, NRCG_LAUNCHER that of a training's processes. Those that torchrun
-    started end with it.
+    NRCG_WORKFLOW holds the parent's process number. The processes of a training end with the one that launched them.
     """
-    torchrun = str(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
-    parent = os.environ.get("NRCG_LAUNCHER") or torchrun or os.environ.get("NRCG_WORKFLOW")
+    launcher = str(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    parent = launcher or os.environ.get("NRCG_WORKFLOW")
     if parent:
         end_with_parent(int(parent))
 
@@ -96,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_reference(verbs)
     evaluate.add_evaluate(verbs)
     evaluate.add_tune(verbs)
-    evaluate.add_collect(verbs)
+    report.add_collect(verbs)
     report.add_figures(verbs)
     report.add_report(verbs)
     return parser

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nrcg.config import StepSettings, checked_device, read_step_settings
-from nrcg.errors import ConfigError
+from nrcg.errors import ConfigError, NrcgError
 
 if TYPE_CHECKING:
     import torch
@@ -93,16 +94,19 @@ def choose_device(arguments: argparse.Namespace, settings: StepSettings | None) 
     return device, resolve_precision(precision, device)
 
 
-def open_pipeline(
-    arguments: argparse.Namespace, settings: StepSettings | None
-) -> tuple[Any, torch.device, torch.dtype]:
-    """The pipeline of --ddpm on its device, that device, and the precision."""
+def quiet_diffusers() -> None:
+    """No bars for two files."""
     from diffusers.utils import logging
 
-    from nrcg.guidance.pipeline import GuidedDDPMPipeline
+    logging.disable_progress_bar()
 
-    logging.disable_progress_bar()  # a bar for two files
-    device, precision = choose_device(arguments, settings)
-    if arguments.ddpm is None:
-        raise ConfigError("--ddpm: missing; give the folder of the diffusion model")
-    return GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device), device, precision
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """What the library refuses about a setting or a model becomes a user's mistake."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if isinstance(error, NrcgError):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error

@@ -16,11 +16,17 @@ from nrcg.cli.arguments import Verbs, add_verb, device_flag, print_table
 from nrcg.config import get_experiment, load, write_schema
 from nrcg.devices import device_name
 from nrcg.errors import DataError
+from nrcg.layout import DatasetPaths, ExperimentPaths
 from nrcg.processes import processors
 
+START_SECONDS = 10.0
+"""CPU seconds that a job's interpreter and libraries take to start."""
+
 if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
     from nrcg.config import ExperimentConfig
-    from nrcg.pipeline.plan import Estimate, Step
+    from nrcg.pipeline.plan import Costs, Step
 
 
 def add_run(verbs: Verbs) -> None:
@@ -31,15 +37,15 @@ def add_run(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run Snakemake with bars instead of pages of log."""
-    from nrcg.pipeline.plan import job_weights
-    from nrcg.pipeline.progress import watch
+    from nrcg.pipeline.plan import job_weights, make_plan
+    from nrcg.pipeline.watch import PLUGIN, watch
 
-    weights = job_weights(load("config.yaml"), arguments.experiment)
+    weights = job_weights(make_plan(load("config.yaml"), arguments.experiment))
     _use_this_environment()
     # The target stands first: --resources takes every word after it.
     command = ["snakemake", arguments.experiment, "--cores", "all", "--resources", "gpu=1", *arguments.snakemake]
     log = Path("logs") / f"{arguments.experiment}-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    code = watch(command, log, weights=weights)
+    code = watch([*command, "--logger", PLUGIN], log, weights=weights)
     if code == 0 and not {"-n", "--dry-run"} & set(arguments.snakemake):
         _print_results(arguments.experiment)
     return code
@@ -67,49 +73,42 @@ def add_plan(verbs: Verbs) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Estimate an experiment before it starts: jobs, images, U-Net passes, hours, disk."""
-    from nrcg.pipeline.plan import image_counts, make_plan, plan_notes, plan_rows
+    from nrcg.pipeline.plan import image_counts, make_plan
+    from nrcg.pipeline.plan_table import plan_notes, plan_rows
+    from nrcg.pipeline.timing import meta_unet
 
     config = load(arguments.config)
     settings = get_experiment(config, arguments.experiment)
-    steps = make_plan(config, arguments.experiment)
-    estimate = _measured(arguments, settings, steps) if arguments.measure else None
-    print_table(plan_rows(steps, estimate))
+    unet = meta_unet(settings, ExperimentPaths(arguments.experiment).ddpm)
+    parameters = None if unet is None else unet.num_parameters()
+    counts = image_counts(settings.dataset, DatasetPaths(settings.dataset.name))
+    steps = make_plan(config, arguments.experiment, counts=counts, parameters=parameters)
+    costs = _measured(arguments, settings, steps, unet) if arguments.measure else None
+    print_table(plan_rows(steps, costs))
     print()
-    counts = image_counts(settings.dataset, Path("data") / settings.dataset.name)
-    for note in plan_notes(settings, steps, estimate, counts):
+    for note in plan_notes(settings, steps, costs, counts, parameters):
         print(note)
 
 
-def _measured(arguments: argparse.Namespace, settings: ExperimentConfig, steps: Sequence[Step]) -> Estimate:
-    """What the steps' operations cost on the device at hand."""
-    from nrcg.pipeline.plan import Estimate, find_unet
+def _measured(
+    arguments: argparse.Namespace, settings: ExperimentConfig, steps: Sequence[Step], unet: UNet2DModel | None
+) -> Costs:
+    """What is counted costs on the device at hand."""
+    from nrcg.devices import resolve_device, resolve_precision
+    from nrcg.pipeline.plan import Costs
+    from nrcg.pipeline.timing import measure
 
     print("measuring ...", file=sys.stderr, flush=True)
-    began, busy = time.perf_counter(), time.process_time()
-    import diffusers.models  # noqa: F401  what a job imports
-    import torch
-    import torchvision.models  # noqa: F401
-
-    from nrcg.devices import resolve_device, resolve_precision
-    from nrcg.pipeline import timing
-
-    start = time.process_time() - busy
+    began = time.perf_counter()
     device = resolve_device(arguments.device or settings.device)
     precision = resolve_precision(settings.precision, device)
-    on_cpu = device.type == "cpu"
-    costs, notes = timing.measure(
-        settings,
-        sorted({operation for step in steps for operation in step.work}),
-        unet=find_unet(settings.ddpm, Path("models") / arguments.experiment / "ddpm"),
-        device=device,
-        precision=precision,
-        classifier_precision=torch.float32 if on_cpu and settings.precision == "auto" else precision,
-    )
-    cores = processors() if on_cpu else None
-    name = f"{cores} CPU cores" if on_cpu else f"one {device_name(device)}"
+    counted = sorted({name for step in steps for name in step.work})
+    costs, notes = measure(settings, counted, unet=unet, device=device, precision=precision)
+    cores = processors() if device.type == "cpu" else None
+    name = f"{cores} CPU cores" if cores else f"one {device_name(device)}"
     seconds = time.perf_counter() - began
     how = f"hours: measured in {seconds:.0f} s on {name}, U-Net in {str(precision).removeprefix('torch.')}"
-    return Estimate(costs | {"start": start}, name, cores, [how, *notes])
+    return Costs(costs | {"start": START_SECONDS}, name, cores, [how, *notes])
 
 
 def add_validate(verbs: Verbs) -> None:

@@ -1,16 +1,31 @@
 """The configuration: `config.yaml` merged, validated and cut into the settings of each step. Imports no torch."""
 
-from nrcg.config.basics import ROLES, BestBy, checked_device, fingerprint
+from nrcg.config.basics import (
+    BEST_BY,
+    GRAD_MODES,
+    INPUTS,
+    PRECISIONS,
+    PREPROCESSING,
+    ROLES,
+    SAMPLERS,
+    STARTS,
+    GradMode,
+    Input,
+    checked_device,
+    fingerprint,
+)
 from nrcg.config.data import DatasetConfig, ImageData, SportBallsData
 from nrcg.config.experiment import RULES, Config, ExperimentConfig, dataset_owner, get_experiment
 from nrcg.config.messages import _models_in
-from nrcg.config.methods import MethodConfig, ScaleScheduleConfig, StabilizerConfig, stabilizer_name
+from nrcg.config.methods import STABILIZER_KEYS, MethodConfig, ScaleScheduleConfig, StabilizerConfig, stabilizer_name
 from nrcg.config.models import ClassifierConfig, DDPMConfig, OptimizerConfig, ScheduleConfig, UNetConfig
 from nrcg.config.reading import load, merge, parse, read_yaml
 from nrcg.config.schema import json_schema, write_schema
 from nrcg.config.steps import (
     STEPS,
+    DatasetStep,
     EvaluateStep,
+    ForwardStep,
     ReferenceStep,
     ReportStep,
     SampleStep,
@@ -23,17 +38,28 @@ from nrcg.config.steps import (
 )
 
 __all__ = [
+    "BEST_BY",
+    "GRAD_MODES",
+    "INPUTS",
+    "PRECISIONS",
+    "PREPROCESSING",
     "ROLES",
     "RULES",
+    "SAMPLERS",
+    "STABILIZER_KEYS",
+    "STARTS",
     "STEPS",
-    "BestBy",
     "ClassifierConfig",
     "Config",
     "DDPMConfig",
     "DatasetConfig",
+    "DatasetStep",
     "EvaluateStep",
     "ExperimentConfig",
+    "ForwardStep",
+    "GradMode",
     "ImageData",
+    "Input",
     "MethodConfig",
     "OptimizerConfig",
     "ReferenceStep",

@@ -1,15 +1,33 @@
-"""TODO config.basics."""
+"""Types and choices that the sections of the configuration share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-ROLES = ("non_robust", "robust", "judge")
+Role = Literal["non_robust", "robust", "judge"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Input = Literal["pred_x0", "x_t"]
+GradMode = Literal["full", "checkpoint", "no_jacobian"]
+SamplerName = Literal["model", "ddpm", "ddim", "dpmpp"]
+Start = Literal["standard_normal", "data_mean"]
+Preprocessing = Literal["squash", "center_crop"]
+BestBy = Literal["cfid", "fid", "ckid", "kid", "accuracy_judge"]
+
+# The same as tuples, for whoever lists or checks a choice: each is spelled here alone.
+ROLES: tuple[str, ...] = get_args(Role)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+INPUTS: tuple[str, ...] = get_args(Input)
+GRAD_MODES: tuple[str, ...] = get_args(GradMode)
+SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+STARTS: tuple[str, ...] = get_args(Start)
+PREPROCESSING: tuple[str, ...] = get_args(Preprocessing)
+BEST_BY: tuple[str, ...] = get_args(BestBy)
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -22,13 +40,8 @@ def _checked_batch_size(value: Any) -> Any:
 
 
 BatchSize = Annotated[Positive | Literal["auto"], BeforeValidator(_checked_batch_size)]
-
-
-# A name becomes a folder and a Snakemake rule.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-BestBy = Literal["cfid", "fid", "ckid", "kid", "accuracy_judge"]
-Role = Literal["non_robust", "robust", "judge"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+"""A name that becomes a folder and a Snakemake rule."""
 
 
 def checked_device(device: str) -> str:

@@ -1,4 +1,4 @@
-"""TODO config.data."""
+"""The section `dataset`: which images, and how they are made or read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nrcg.config.basics import Fraction, Name, Positive, Section
+from nrcg.config.basics import Fraction, Name, Positive, Preprocessing, Section
 
 
 class DataSection(Section):
@@ -53,7 +53,7 @@ class ImageData(DataSection):
     path: Annotated[str, Field(min_length=1)] = Field(
         description="Folder of the raw files, relative to the working directory."
     )
-    preprocessing: Literal["squash", "center_crop"] = Field(
+    preprocessing: Preprocessing = Field(
         default="center_crop",
         description="How an image becomes square: squash resizes both sides, center_crop first cuts out the largest"
         " centred square. Resized by Pillow's antialiased bilinear filter.",
@@ -69,7 +69,7 @@ class CelebAData(ImageData):
     """CelebA, aligned and cropped, with its official splits; labelled by one of its 40 attributes."""
 
     source: Literal["celeba"] = Field(description="img_align_celeba (folder or zip) and its two lists.")
-    preprocessing: Literal["squash", "center_crop"] = Field(
+    preprocessing: Preprocessing = Field(
         default="squash",
         description="squash: 178 x 218 to a square, as published; center_crop: the middle 178 x 178 first, the usual"
         " protocol elsewhere. Resized by Pillow's antialiased bilinear filter.",

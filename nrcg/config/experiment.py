@@ -1,17 +1,14 @@
-"""The configuration: `config.yaml` merged, validated and cut into the sections that each step reads.
-
-Imports no torch, so that the Snakefile and `nrcg --help` stay light.
-"""
+"""An experiment: `defaults` with its own keys laid over it; and the whole file."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from nrcg.config.basics import ROLES, BatchSize, BestBy, Name, Positive, Precision, Section, checked_device
+from nrcg.config.basics import ROLES, BatchSize, BestBy, Name, Positive, Precision, Section, Start, checked_device
 from nrcg.config.data import DatasetConfig
 from nrcg.config.methods import MethodConfig, StabilizerConfig, stabilizer_name
 from nrcg.config.models import ClassifiersConfig, DDPMConfig
@@ -60,7 +57,7 @@ class SamplingConfig(Section):
     batch_size: BatchSize = Field(
         description="Samples at once on the device; never changes the samples. auto: as many as fit."
     )
-    start: Literal["standard_normal", "data_mean"] = Field(
+    start: Start = Field(
         description="x_T ~ N(0, I) as published, or around sqrt(abar_T) times the mean training image."
     )
     clip_pred_x0: bool = Field(description="Clip the one-step denoised image to [-1, 1], as published.")

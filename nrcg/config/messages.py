@@ -1,4 +1,4 @@
-"""TODO config.messages."""
+"""What pydantic refuses, as one line that names the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO config.methods."""
+"""The section `methods`: what guides, and the sampler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nrcg.config.basics import Beta, Fraction, Positive, Section
+from nrcg.config.basics import Beta, Fraction, GradMode, Input, Positive, SamplerName, Section
 
 STABILIZER_KEYS = {
     "none": (),
@@ -86,7 +86,7 @@ class ScaleScheduleConfig(Section):
 class SamplerConfig(Section):
     """The way from x_T to x_0."""
 
-    name: Literal["model", "ddpm", "ddim", "dpmpp"] = Field(
+    name: SamplerName = Field(
         default="model", description="model: the scheduler saved with the diffusion model; dpmpp: DPM-Solver++(2M)."
     )
     steps: Positive | None = Field(default=None, description="Sampling steps; null: all T.")
@@ -105,13 +105,13 @@ class MethodConfig(Section):
     classifier: Literal["robust", "non_robust"] | None = Field(
         default=None, description="Guiding classifier; null samples without guidance."
     )
-    input: Literal["x_t", "pred_x0"] = Field(
-        default="x_t",
-        description="The classifier sees the noisy image or the one-step denoised image (eq. 5).",
+    input: Input = Field(
+        default="pred_x0",
+        description="The classifier sees the one-step denoised image (eq. 5) or the noisy image.",
     )
     stabilizer: StabilizerConfig = StabilizerConfig()
     scale_schedule: ScaleScheduleConfig = ScaleScheduleConfig()
-    grad_mode: Literal["full", "checkpoint", "no_jacobian"] = Field(
+    grad_mode: GradMode = Field(
         default="full", description="pred_x0: how the gradient passes the U-Net; no_jacobian takes eps for a constant."
     )
     every_k: Positive = Field(default=1, description="A new gradient each k-th step.")

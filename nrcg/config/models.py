@@ -1,4 +1,4 @@
-"""TODO config.models."""
+"""The sections `ddpm` and `classifiers`: networks, and how they are trained."""
 
 from __future__ import annotations
 

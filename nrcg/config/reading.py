@@ -1,4 +1,4 @@
-"""TODO config.reading."""
+"""Reading `config.yaml`: merged and validated, each mistake as one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO config.schema."""
+"""The JSON schema of `config.yaml`, for editors."""
 
 from __future__ import annotations
 

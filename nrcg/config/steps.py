@@ -1,4 +1,7 @@
-"""TODO config.steps."""
+"""What each step of the pipeline reads: these settings and no others.
+
+A step's settings file carries a fingerprint in its name; a step runs again when that changes, and only then.
+"""
 
 from __future__ import annotations
 

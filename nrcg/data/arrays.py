@@ -1,13 +1,9 @@
 """Image data sets on disk: arrays that `np.load(mmap_mode="r")` opens, and a manifest that vouches for them.
 
-    <folder>/{train,val}/images.npy   (N, H, W, C) uint8
-    <folder>/{train,val}/labels.npy   (N,) int64, positions in the manifest's `classes`
-    <folder>/train/mean.npy           (H, W, C) float32 in [-1, 1], the mean training image
-    <folder>/dataset.json             the manifest, written last: where it is, the data set is whole
-
-Images are written piece by piece under a temporary name, which is changed when they are whole, so a data set may be
-larger than the memory and a run that stops midway leaves nothing that looks finished. One process at a time writes a
-data set: a lock file beside its folder sees to that.
+<folder>/{train,val}/images.npy   (N, H, W, C) uint8
+<folder>/{train,val}/labels.npy   (N,) int64, positions in the manifest's `classes`
+<folder>/train/mean.npy           (H, W, C) float32 in [-1, 1], the mean training image
+<folder>/dataset.json             the manifest, written last: where it is, the data set is whole
 """
 
 from __future__ import annotations
@@ -21,12 +17,10 @@ from numpy.typing import NDArray
 
 from nrcg.errors import DataError
 from nrcg.files import read_record, sha256_file
+from nrcg.layout import SPLITS
 
 if TYPE_CHECKING:
     import torch
-
-
-SPLITS = ("train", "val")
 
 
 def load_manifest(folder: Path | str) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def open_split(folder: Path | str, split: str) -> tuple[np.memmap, NDArray[np.in
     images = _open_array(folder / split / "images.npy", np.uint8, shape)
     labels = np.array(_open_array(folder / split / "labels.npy", np.int64, (num,)))
     try:
-        _check_labels(folder / split / "labels.npy", labels, len(manifest["classes"]))
+        check_labels(folder / split / "labels.npy", labels, len(manifest["classes"]))
     except DataError as error:
         raise DataError(str(error).split(": ", 1)[1], folder / split / "labels.npy") from None
     return images, labels
@@ -112,7 +106,8 @@ def verify(folder: Path | str, sha256: Callable[[Path], str] = sha256_file) -> N
                 raise DataError("has changed since it was written (SHA-256 differs)", path)
 
 
-def _check_labels(path: Path, labels: NDArray[np.int64], num_classes: int) -> None:
+def check_labels(path: Path, labels: NDArray[np.int64], num_classes: int) -> None:
+    """Raises DataError where a label is no position among the classes."""
     if labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(f"{path}: labels go from {labels.min()} to {labels.max()}, but there are {num_classes} classes")
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from nrcg.config import PREPROCESSING
 from nrcg.errors import DataError
 
-PREPROCESSING = ("squash", "center_crop")
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels."""
 

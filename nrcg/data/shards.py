@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from nrcg.errors import DataError
-from nrcg.files import SEAL, read_record, sha256_file
+from nrcg.files import SEAL, atomic_save_array, read_record, sha256_file, write_record
+from nrcg.layout import record_of
 
 RECORD_KEYS = {"first_sample", "nonfinite", "seconds", "peak_memory_mib", "sha256", SEAL}
 MADE_BY = {
@@ -20,6 +21,29 @@ MADE_BY = {
     "scale": "another scale",
 }
 """Key of the record -> what is said where it is not as expected."""
+
+
+def write_shard(
+    path: Path, images: np.ndarray, record: Mapping[str, Any], trace_path: Path | None = None
+) -> dict[str, Any]:
+    """Write a shard: the array, then its record beside it.
+
+    Args:
+        path: The array's file.
+        images: (N, H, W, C) uint8.
+        record: What made them; their SHA-256 is added, and that of the trace.
+        trace_path: The trace's file, written before.
+
+    Returns:
+        The record as written.
+    """
+    atomic_save_array(path, images)
+    sums = {"sha256": sha256_file(path)}
+    if trace_path is not None:
+        sums["trace_sha256"] = sha256_file(trace_path)
+    record = {**record, **sums}
+    write_record(record_of(path), record)
+    return record
 
 
 def read_shard(path: Path, expected: Mapping[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:

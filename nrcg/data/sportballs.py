@@ -5,7 +5,7 @@ After the SportBalls data of arXiv 2507.00687, sec. 4, with balls of our own dra
 below mixes two images. So it matters neither how many images are made nor in what order, batch or thread.
 
 Drawing happens in two steps. Once per ball: `_master` evaluates its pattern on the sphere at high resolution
-and `_texture` low-passes it to the pixel grid of one size bucket. Then, many images at a time: each texture is
+and `texture` low-passes it to the pixel grid of one size bucket. Then, many images at a time: each texture is
 sampled bilinearly, rotated, over the bounding box of the balls that use it.
 """
 
@@ -14,112 +14,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nrcg.data import sportballs
-from nrcg.data.arrays import SPLITS, load_manifest
-from nrcg.data.writing import _PIECE_BYTES, new_dataset
+from nrcg.data.arrays import load_manifest
+from nrcg.data.ball_textures import BUCKETS, CLASSES, MARGIN, TEXELS, Array, texture, texture_side
+from nrcg.data.writing import PIECE_BYTES, new_dataset
 from nrcg.errors import ConfigError
+from nrcg.layout import SPLITS
 from nrcg.processes import in_threads
 
-if TYPE_CHECKING:
-    pass
 
-
-def write_sportballs(
-    folder: Path | str,
-    *,
-    image_size: int,
-    classes: Sequence[str],
-    num_train: int,
-    num_val: int,
-    diameter: tuple[float, float],
-    seed: int,
-    workers: int | None = None,
-    progress: Callable[[int, int], object] | None = None,
-    name: str = "sportballs",
-) -> dict[str, Any]:
-    """Draw and store SportBalls: images 0 .. num_train - 1 of `seed` train, the next num_val validate.
-
-    Args:
-        folder: of the data set.
-        image_size, classes, diameter, seed: see `nrcg.data.sportballs.attributes`.
-        num_train, num_val: images per split.
-        workers: threads that draw; None is one per processor this process may use. The files do not depend on it.
-        progress: called with (images done, images in all) after every piece.
-        name: of the data set, for its manifest.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ConfigError: an argument out of range.
-        DataError: see `SplitWriter`.
-    """
-    drawing = {"image_size": image_size, "classes": list(classes), "diameter": list(diameter)}
-    counts = {"num_train": num_train, "num_val": num_val}
-    sportballs.attributes(seed, [], image_size=image_size, classes=classes, diameter=diameter)  # checks
-    with new_dataset(
-        folder,
-        name=name,
-        source="drawn by nrcg.sportballs",
-        classes=classes,
-        image_shape=(image_size, image_size, 3),
-        num_images={"train": num_train, "val": num_val},
-        generation={"seed": seed, **drawing, **counts},
-    ) as writers:
-        size = max(1, _PIECE_BYTES // (3 * image_size**2))
-
-        def draw(piece: tuple[str, int, int]) -> tuple[str, int, NDArray[np.uint8], NDArray[np.int64]]:
-            split, start, stop = piece
-            offset = num_train if split == "val" else 0
-            images, labels = sportballs.render(
-                seed,
-                np.arange(offset + start, offset + stop),
-                image_size=image_size,
-                classes=classes,
-                diameter=diameter,
-            )
-            return split, start, images, labels
-
-        done = 0
-        pieces = [
-            (split, s, min(s + size, n))
-            for split, n in zip(SPLITS, (num_train, num_val), strict=True)
-            for s in range(0, n, size)
-        ]
-        with _one_torch_thread_each() as initializer:
-            for split, start, images, labels in in_threads(draw, pieces, workers, initializer):
-                writers[split].write_piece(start, images, labels)
-                done += len(images)
-                if progress is not None:
-                    progress(done, num_train + num_val)
-    return load_manifest(folder)
-
-
-@contextmanager
-def _one_torch_thread_each() -> Iterator[Callable[[], None]]:
-    """Yield what a thread calls at its start to use one torch thread; afterwards torch is as it was."""
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        yield lambda: torch.set_num_threads(1)
-    finally:
-        torch.set_num_threads(before)
-
-
-Array = NDArray[np.float64]
-Pattern = Callable[[Array], Array]
-
-
-# nrcg.noise has the same generator in torch, for noise on a GPU; this module does without torch.
+# nrcg.diffusion.noise has the same generator in torch, for noise on a GPU; this module does without torch.
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
     """Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3".
 
@@ -228,162 +139,6 @@ def _check(
     return index.astype(np.uint64)
 
 
-def _tilted(p: Array, x_degrees: float, y_degrees: float) -> Array:
-    """Points (3, ...) on the sphere in the coordinates of a ball that is tilted about x, then about y."""
-    a, b = np.deg2rad([x_degrees, y_degrees])
-    about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
-    about_y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
-    return np.einsum("ij,j...->i...", about_y @ about_x, p)
-
-
-def _paint(shape: tuple[int, ...], base: tuple[int, int, int]) -> Array:
-    return np.broadcast_to(np.array(base, float), (*shape, 3)).copy()
-
-
-def _around(p: Array, axis: tuple[float, float, float]) -> tuple[Array, Array]:
-    """Angle of each point from `axis` and its azimuth around it, radians."""
-    n = np.array(axis) / np.linalg.norm(axis)
-    u = np.cross(n, [0.0, 1.0, 0.0])
-    u /= np.linalg.norm(u)
-    height, e1, e2 = (np.einsum("i,i...->...", axis_, p) for axis_ in (n, u, np.cross(n, u)))
-    return np.arccos(np.clip(height, -1, 1)), np.arctan2(e2, e1)
-
-
-def _baseball(p: Array) -> Array:
-    """Off-white leather; two seams, each a red line crossed by slanted stitches."""
-    colour = _paint(p.shape[1:], (250, 244, 228))
-    for side in (-1.0, 1.0):
-        angle, azimuth = _around(p, (side * 0.93, 0.0, 0.36))
-        off = angle - np.deg2rad(46)
-        slanted = azimuth + side * np.abs(off) * 1.1  # the stitches are little arrows along the seam
-        stitch = (np.abs(off) < 0.15) & (np.abs(np.mod(slanted * 26 / (2 * np.pi), 1.0) - 0.5) < 0.19)
-        colour[stitch | (np.abs(off) < 0.04)] = (206, 32, 44)
-    return colour
-
-
-def _basketball(p: Array) -> Array:
-    """Orange; two great circles and two side arcs in near-black."""
-    q = _tilted(p, 18, -14)
-    seam = (np.abs(q[0]) < 0.045) | (np.abs(q[1]) < 0.045)
-    for side in (-1.0, 1.0):
-        angle, _ = _around(q, (side, 0.0, 0.12))
-        seam |= np.abs(angle - np.deg2rad(50)) < 0.045
-    colour = _paint(p.shape[1:], (240, 122, 34))
-    colour[seam] = (52, 26, 14)
-    return colour
-
-
-def _soccer_faces() -> tuple[Array, Array]:
-    """Scaled normals of the truncated icosahedron's 12 pentagons and 20 hexagons.
-
-    A ray p leaves the solid through the face with the largest normal . p / (distance of the face).
-    """
-    g = (1 + 5**0.5) / 2
-    signs = [(a, b) for a in (-1, 1) for b in (-1, 1)]
-    corners = [np.roll([0, a, b * g], k) for k in range(3) for a, b in signs]
-    faces = [np.roll([0, a / g, b * g], k) for k in range(3) for a, b in signs]
-    faces += [np.array([a, b, c]) for a, b in signs for c in (-1, 1)]
-    # (a, g) and (1/g, g) are dual in opposite orders of the axes.
-    faces = [f[::-1] for f in faces]
-    pentagons, hexagons = (np.array([v / np.linalg.norm(v) for v in s]) for s in (corners, faces))
-    return pentagons / 0.9393, hexagons / 0.9150
-
-
-def _soccer(p: Array) -> Array:
-    """White hexagons parted by grey seams, black pentagons."""
-    q = _tilted(p, 40, 10)
-    pentagons, hexagons = _soccer_faces()
-    black = np.max([np.einsum("i,i...->...", n, q) for n in pentagons], axis=0)
-    first = np.full(q.shape[1:], -2.0)
-    second = first.copy()
-    for n in hexagons:
-        height = np.einsum("i,i...->...", n, q)
-        second = np.maximum(second, np.minimum(first, height))
-        first = np.maximum(first, height)
-    colour = _paint(p.shape[1:], (252, 252, 252))
-    colour[first - second < 0.04] = (120, 122, 130)
-    colour[black > first - 0.02] = (24, 24, 30)
-    return colour
-
-
-def _volleyball(p: Array) -> Array:
-    """Three faces of a swirled cube, each of three curved panels: yellow, white and blue."""
-    a = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]], float)
-    a /= np.linalg.norm(a, axis=1, keepdims=True)
-    swirl = 0.9 * (1 - np.clip(p[2], 0, 1))
-    x, y = p[0] * np.cos(swirl) - p[1] * np.sin(swirl), p[0] * np.sin(swirl) + p[1] * np.cos(swirl)
-    q = np.einsum("ji,j...->i...", a, np.stack([p[2], x, y]))
-    face = np.argmax(q, axis=0)
-    top = np.take_along_axis(q, face[None], 0)[0]
-    across = np.take_along_axis(q, (face[None] + 1) % 3, 0)[0]
-    other = np.take_along_axis(q, (face[None] + 2) % 3, 0)[0]
-    place = np.arctan2(across, top) / (np.pi / 4)  # -1 .. 1 over the face
-    colour = np.array([(250, 204, 36), (250, 250, 250), (34, 82, 190)], float)[
-        np.digitize(place, [-0.08, 0.42]).clip(0, 2)
-    ]
-    edge = np.minimum(np.abs(place + 0.08), np.abs(place - 0.42)) < 0.04
-    colour[edge | (top - np.maximum(across, other) < 0.05)] = (22, 40, 92)
-    return colour
-
-
-_PATTERNS: dict[str, Pattern] = {
-    "baseball": _baseball,
-    "basketball": _basketball,
-    "soccer": _soccer,
-    "volleyball": _volleyball,
-}
-CLASSES: tuple[str, ...] = tuple(_PATTERNS)
-_MASTER = 512  # samples across a ball before filtering
-_TEXELS = 2  # texels per canvas pixel, each way
-_BLUR = 0.35  # standard deviation of the prefilter, canvas pixels; bilinear sampling adds a little
-_MARGIN = 3  # pixels of a patch beyond the ball's diameter, room for its soft edge
-_BUCKETS = 2.0 ** (np.arange(0, 14 * 8 + 1) / 8)  # diameters in pixels at which textures are made
-
-
-@cache
-def _master(name: str) -> NDArray[np.uint8]:
-    """(512, 512, 3) darkness (255 - colour on white) of the ball, which touches all four sides."""
-    axis = (np.arange(_MASTER) + 0.5) / (_MASTER / 2) - 1
-    x, y = np.meshgrid(axis, axis)
-    radius = np.hypot(x, y)
-    z = np.sqrt(np.clip(1 - radius**2, 0, 1))
-    inside = radius < 1
-    limb = np.where(inside, radius, 1)
-    colour = _PATTERNS[name](np.stack([x, y, z]) / np.maximum(radius, 1))
-    # Seen from the light: bright in the middle, darker to the limb, so that white balls have an outline.
-    colour *= (1 - 0.30 * limb**4)[..., None]
-    colour[radius > 0.955] *= 0.62
-    return np.rint(np.where(inside[..., None], 255 - colour, 0)).clip(0, 255).astype(np.uint8)
-
-
-def ball(name: str) -> NDArray[np.uint8]:
-    """(512, 512, 3) uint8 RGB: the ball `name` on white, unrotated, touching all four sides."""
-    return 255 - _master(name)
-
-
-@lru_cache(maxsize=256)
-def _texture(name: str, bucket: int):
-    """(3, T, T) float32 tensor: the ball on white, filtered for diameters up to `_BUCKETS[bucket]`, plus 0.5.
-
-    The half turns the later cast to uint8, which cuts off, into rounding. Weights and samples are whole
-    numbers, so the sums below are exact and do not depend on the matrix library or on its threads.
-    """
-    import torch
-
-    side = _texture_side(bucket)
-    step = _MASTER / (_BUCKETS[bucket] * _TEXELS)  # master samples per texel
-    centre = (np.arange(side) - (side - 1) / 2) * step + (_MASTER - 1) / 2
-    sigma = max(_BLUR * _TEXELS * step, 0.4)
-    weight = np.exp(-0.5 * ((np.arange(_MASTER)[None] - centre[:, None]) / sigma) ** 2)
-    weight = np.rint(weight * (65536 / (sigma * np.sqrt(2 * np.pi))))
-    dark = np.stack([weight @ plane @ weight.T for plane in _master(name).transpose(2, 0, 1).astype(np.float64)])
-    return torch.from_numpy((255.5 - np.clip(dark / 65536.0**2, 0, 255)).astype(np.float32))
-
-
-def _texture_side(bucket: int) -> int:
-    return int(np.ceil((_BUCKETS[bucket] + _MARGIN + 1) * _TEXELS))
-
-
 _PIXELS_AT_ONCE = 1 << 16  # of one sampling call: its buffers then stay in the processor's cache
 
 
@@ -403,13 +158,13 @@ def render(
     """
     drawn = attributes(seed, indices, image_size=image_size, classes=classes, diameter=diameter)
     images = np.full((len(drawn.label), image_size, image_size, 3), 255, np.uint8)
-    bucket = np.searchsorted(_BUCKETS, drawn.diameter)
+    bucket = np.searchsorted(BUCKETS, drawn.diameter)
     group = bucket * len(classes) + drawn.label
     order = np.argsort(group, kind="stable")
     bounds = np.flatnonzero(np.diff(group[order], prepend=-1, append=-1))
     for start, stop in pairwise(bounds):
         first = order[start]
-        side = min(int(np.ceil(_BUCKETS[bucket[first]])) + _MARGIN, image_size)
+        side = min(int(np.ceil(BUCKETS[bucket[first]])) + MARGIN, image_size)
         step = max(1, _PIXELS_AT_ONCE // side**2)
         name, level = classes[drawn.label[first]], int(bucket[first])
         for s in range(start, stop, step):
@@ -429,8 +184,8 @@ def _draw(
     """Draw the balls of `images[rows]`, all of one class and size bucket, in patches of `side` pixels."""
     import torch
 
-    texture = _texture(name, bucket)
-    gain = 2 * _BUCKETS[bucket] * _TEXELS / ((_texture_side(bucket) - 1) * drawn.diameter[rows])
+    pattern = texture(name, bucket)
+    gain = 2 * BUCKETS[bucket] * TEXELS / ((texture_side(bucket) - 1) * drawn.diameter[rows])
     turn = np.rint(drawn.rotation[rows] * (_TURN / (2 * np.pi))).astype(np.int64)
     cos, sin = (gain * table[turn] for table in _cosines())
     left, top = (
@@ -446,7 +201,90 @@ def _draw(
     row.real, row.imag = -sin[:, None] * dy, cos[:, None] * dy
     grid = torch.view_as_real(torch.from_numpy(column)[:, None, :] + torch.from_numpy(row)[:, :, None])
     patch = torch.nn.functional.grid_sample(
-        texture.expand(len(rows), -1, -1, -1), grid, padding_mode="border", align_corners=True
+        pattern.expand(len(rows), -1, -1, -1), grid, padding_mode="border", align_corners=True
     )
     windows = np.lib.stride_tricks.sliding_window_view(images, (side, side), axis=(1, 2), writeable=True)
     windows[rows, top, left] = patch.to(torch.uint8).numpy()
+
+
+def write_sportballs(
+    folder: Path | str,
+    *,
+    image_size: int,
+    classes: Sequence[str],
+    num_train: int,
+    num_val: int,
+    diameter: tuple[float, float],
+    seed: int,
+    workers: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    name: str = "sportballs",
+) -> dict[str, Any]:
+    """Draw and store SportBalls: images 0 .. num_train - 1 of `seed` train, the next num_val validate.
+
+    Args:
+        folder: of the data set.
+        image_size, classes, diameter, seed: see `nrcg.data.sportballs.attributes`.
+        num_train, num_val: images per split.
+        workers: threads that draw; None is one per processor this process may use. The files do not depend on it.
+        progress: called with (images done, images in all) after every piece.
+        name: of the data set, for its manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: an argument out of range.
+        DataError: see `SplitWriter`.
+    """
+    drawing = {"image_size": image_size, "classes": list(classes), "diameter": list(diameter)}
+    counts = {"num_train": num_train, "num_val": num_val}
+    attributes(seed, [], image_size=image_size, classes=classes, diameter=diameter)  # checks
+    with new_dataset(
+        folder,
+        name=name,
+        source="drawn by nrcg.sportballs",
+        classes=classes,
+        image_shape=(image_size, image_size, 3),
+        num_images={"train": num_train, "val": num_val},
+        generation={"seed": seed, **drawing, **counts},
+    ) as writers:
+        size = max(1, PIECE_BYTES // (3 * image_size**2))
+
+        def draw(piece: tuple[str, int, int]) -> tuple[str, int, NDArray[np.uint8], NDArray[np.int64]]:
+            split, start, stop = piece
+            offset = num_train if split == "val" else 0
+            images, labels = render(
+                seed,
+                np.arange(offset + start, offset + stop),
+                image_size=image_size,
+                classes=classes,
+                diameter=diameter,
+            )
+            return split, start, images, labels
+
+        done = 0
+        pieces = [
+            (split, s, min(s + size, n))
+            for split, n in zip(SPLITS, (num_train, num_val), strict=True)
+            for s in range(0, n, size)
+        ]
+        with _one_torch_thread_each() as initializer:
+            for split, start, images, labels in in_threads(draw, pieces, workers, initializer):
+                writers[split].write_piece(start, images, labels)
+                done += len(images)
+                if progress is not None:
+                    progress(done, num_train + num_val)
+    return load_manifest(folder)
+
+
+@contextmanager
+def _one_torch_thread_each() -> Iterator[Callable[[], None]]:
+    """Yield what a thread calls at its start to use one torch thread; afterwards torch is as it was."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield lambda: torch.set_num_threads(1)
+    finally:
+        torch.set_num_threads(before)

@@ -1,11 +1,14 @@
-"""TODO data.writing."""
+"""Writing a data set: its arrays piece by piece under temporary names, its manifest last.
+
+A data set may be larger than the memory, and a run that stops midway leaves nothing that looks finished: it is made
+anew. One process at a time writes a data set; a lock file beside its folder sees to that.
+"""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -15,49 +18,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nrcg.data.arrays import SPLITS, _check_labels
-from nrcg.errors import DataError, NrcgError
-from nrcg.files import atomic_save_array, exclusive, naming, sha256_file, write_record
+from nrcg.data.arrays import check_labels
+from nrcg.errors import DataError
+from nrcg.files import atomic_save_array, exclusive, naming, sha256_file, temporary_name, write_record
+from nrcg.layout import SPLITS
 
-_PARTIAL = ".partial"
-_PIECE_BYTES = 24_000_000
+PIECE_BYTES = 24_000_000
+"""Images written or moved at a time."""
+GAP, UNWRITTEN = -1, -2
+"""Labels of an image that could not be had, and of one that is yet to come."""
 
 
 class SplitWriter:
     """Writes one split in pieces, in any order; a context manager that removes unfinished files.
 
     Args:
-        folder: of the split, made if need be.
+        folder: Folder of the split, made if need be.
         num_images: N > 0, known beforehand.
         image_shape: (H, W, C).
-        resumable: leave unfinished files where they are when the writing process is stopped (but not when the data
-            turn out to be wrong), and take such files up: see `take_up`.
 
     Attributes:
         total: (H, W, C) float64, the running sum of the images; exact, so the order of pieces does not matter.
-        written: (N,) bool, places that have been written.
     """
 
-    def __init__(
-        self, folder: Path | str, num_images: int, image_shape: tuple[int, int, int], *, resumable: bool = False
-    ) -> None:
+    def __init__(self, folder: Path | str, num_images: int, image_shape: tuple[int, int, int]) -> None:
         if num_images < 1:
             raise DataError(f"{folder}: a split needs at least one image")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.total = np.zeros(image_shape, np.float64)
-        self.written = np.zeros(num_images, bool)
-        self._labels = np.zeros(num_images, np.int64)
-        self._resumable = resumable
-        self._path = self.folder / f"images.npy{_PARTIAL}"
+        self._labels = np.full(num_images, UNWRITTEN, np.int64)
+        self._path = temporary_name(self.folder / "images.npy")
         header = _npy_header((num_images, *image_shape))
         self._offset, self._row = len(header), math.prod(image_shape)
-        size = self._offset + num_images * self._row
         # Written through a file, not a memory map, whose pages would count as the process's memory.
-        if not (resumable and self._path.exists() and self._path.stat().st_size == size):
-            with self._path.open("wb") as file:
-                file.truncate(size)  # sparse: nothing is written yet
-        self._file = os.open(self._path, os.O_RDWR)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         with naming(self._path):
             os.pwrite(self._file, header, 0)
 
@@ -67,12 +62,12 @@ class SplitWriter:
         """Store n images.
 
         Args:
-            place: position of the first image in the split, the others following, or the position of each.
+            place: Position of the first image in the split, the others following, or the position of each.
             images: (n, H, W, C) uint8.
-            labels: (n,) integers; -1 is a gap, an image that could not be had: `finish` closes the gaps.
+            labels: (n,) integers; GAP is an image that could not be had, which `finish` leaves out.
 
         Raises:
-            DataError: wrong shape or type, beyond the end, or a place that has been written before.
+            DataError: Wrong shape or type, beyond the end, or a place that has been written before.
         """
         places = place + np.arange(len(images)) if np.ndim(place) == 0 else np.asarray(place)
         if images.dtype != np.uint8 or images.shape[1:] != self.total.shape or labels.shape != images.shape[:1]:
@@ -80,35 +75,15 @@ class SplitWriter:
                 f"{self.folder}: a piece must be uint8 (n, {', '.join(map(str, self.total.shape))}) with (n,)"
                 f" labels, got {images.dtype} {images.shape} with {labels.shape}"
             )
-        if places.min() < 0 or places.max() >= len(self.written) or self.written[places].any():
+        end = len(self._labels)
+        if places.min() < 0 or places.max() >= end or (self._labels[places] != UNWRITTEN).any():
             raise DataError(
-                f"{self.folder}: images {places.min()} .. {places.max()} of {len(self.written)}"
-                " lie beyond the end or were written before"
+                f"{self.folder}: images {places.min()} .. {places.max()} of {end} lie beyond the end or were written"
+                " before"
             )
         for first, stop in _runs(places):
             self._write(int(places[first]), images[first:stop])
-        self._count(places, images, labels)
-
-    def take_up(self, places: NDArray[np.integer], labels: NDArray[np.int64], crc32: int) -> bool:
-        """Count images of an earlier, stopped process as written, where they still are what it wrote.
-
-        Args:
-            places: (n,) positions.
-            labels: (n,) integers, as for `write_piece`.
-            crc32: of the images' bytes in this order.
-
-        Returns:
-            Whether they are; if not, they have to be written.
-        """
-        images = np.concatenate([self._read(int(places[a]), b - a) for a, b in _runs(places)])
-        if zlib.crc32(images) != crc32:
-            return False
-        self._count(places, images, labels)
-        return True
-
-    def _count(self, places: NDArray[np.integer], images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         self._labels[places] = labels
-        self.written[places] = True
         real = images if labels.min(initial=0) >= 0 else images[labels >= 0]
         # 65,536 images of 255 fit in 32 bits, which add up several times faster than float64.
         for s in range(0, len(real), 65536):
@@ -121,21 +96,17 @@ class SplitWriter:
                 done = os.pwrite(self._file, data, offset)
                 data, offset = data[done:], offset + done
 
-    def _read(self, place: int, count: int) -> NDArray[np.uint8]:
-        data = os.pread(self._file, count * self._row, self._offset + place * self._row)
-        return np.frombuffer(data, np.uint8).reshape(-1, *self.total.shape)
-
     def finish(self, classes: Sequence[str]) -> dict[str, Any]:
         """Move the whole arrays to their final names and return the split's entry of the manifest.
 
         Raises:
-            DataError: images are missing or a label is not a position in `classes`.
+            DataError: Images are missing or a label is not a position in `classes`.
         """
-        missing = int((~self.written).sum())
+        missing = int((self._labels == UNWRITTEN).sum())
         if missing:
-            raise DataError(f"{self.folder}: {missing} of {len(self.written)} images were never written")
+            raise DataError(f"{self.folder}: {missing} of {len(self._labels)} images were never written")
         labels = self._close_gaps()
-        _check_labels(self.folder, labels, len(classes))
+        check_labels(self.folder, labels, len(classes))
         os.fsync(self._file)
         self._close()
         atomic_save_array(self.folder / "labels.npy", labels)
@@ -154,10 +125,10 @@ class SplitWriter:
             return self._labels
         if not len(kept):
             raise DataError(f"{self.folder}: no image of this split could be read")
-        at_once = max(1, _PIECE_BYTES // self._row)
-        for first, stop in _runs(kept):
-            for s in range(first, stop, at_once):
-                self._write(s, self._read(int(kept[s]), min(at_once, stop - s)))
+        written = np.load(self._path, mmap_mode="r")
+        at_once = max(1, PIECE_BYTES // self._row)
+        for s in range(0, len(kept), at_once):
+            self._write(s, written[kept[s : s + at_once]])
         header = _npy_header((len(kept), *self.total.shape))
         assert len(header) == self._offset  # numpy pads headers so that the first axis may change
         os.pwrite(self._file, header, 0)
@@ -167,7 +138,7 @@ class SplitWriter:
     @property
     def mean(self) -> NDArray[np.float32]:
         """(H, W, C) float32 in [-1, 1]: mean of the images written so far."""
-        return (self.total / (self._labels[self.written] >= 0).sum() / 127.5 - 1).astype(np.float32)
+        return (self.total / (self._labels >= 0).sum() / 127.5 - 1).astype(np.float32)
 
     def _close(self) -> None:
         if self._file >= 0:
@@ -177,11 +148,9 @@ class SplitWriter:
     def __enter__(self) -> SplitWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._close()
-        stopped = kind is not None and not issubclass(kind, NrcgError)
-        if not (self._resumable and stopped):
-            self._path.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
@@ -207,7 +176,6 @@ def new_dataset(
     image_shape: tuple[int, int, int],
     num_images: Mapping[str, int],
     generation: Mapping[str, Any],
-    resumable: bool = False,
 ) -> Iterator[dict[str, SplitWriter]]:
     """Yield a `SplitWriter` per split; on leaving without an error, finish both and write the manifest.
 
@@ -219,7 +187,6 @@ def new_dataset(
         num_images: of "train" and of "val".
         generation: the arguments that make this data set anew, for the manifest. What is added to it before leaving
             is in the manifest too.
-        resumable: see `SplitWriter`.
 
     Raises:
         DataError: see `SplitWriter`; or another process is writing this data set.
@@ -230,8 +197,7 @@ def new_dataset(
         lock = folder.with_name(f".{folder.name}.lock")
         stack.enter_context(exclusive(lock, f"{folder}: another process is writing this data set; wait until it ends"))
         writers = {
-            split: stack.enter_context(SplitWriter(folder / split, num_images[split], image_shape, resumable=resumable))
-            for split in SPLITS
+            split: stack.enter_context(SplitWriter(folder / split, num_images[split], image_shape)) for split in SPLITS
         }
         (folder / "dataset.json").unlink(missing_ok=True)
         yield writers

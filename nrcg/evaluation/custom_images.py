@@ -294,7 +294,7 @@ def _is_header(texts: list[str]) -> bool:
     return texts[0].lower() in HEADINGS or (numbers and not texts[0].lstrip("+-").isdecimal())
 
 
-def evaluate_own(
+def evaluate_custom(
     samples: Side,
     reference: Side,
     *,

@@ -1,6 +1,6 @@
 """Evaluation of samples: accuracies, distances to real images, diversity, each with its 95 % interval.
 
-`evaluate_images` takes anybody's images; `evaluate_method` applies it to the samples of a method of the pipeline.
+`evaluate_images` takes arrays of images, `evaluate_features` their features.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.logits import calibration_error, class_hits, predict, predicted_class
 from nrcg.errors import DataError
-from nrcg.evaluation import frechet
 from nrcg.evaluation.features import Extractor, extract
+from nrcg.evaluation.frechet import FeatureStatistics, frechet_estimate, metric_names
 from nrcg.evaluation.intervals import Estimate, bootstrap_intervals, share, share_difference
 from nrcg.evaluation.pairwise import (
     across,
@@ -27,7 +27,6 @@ from nrcg.evaluation.pairwise import (
 )
 from nrcg.evaluation.references import Reference, ReferenceSet
 
-GRID_SAMPLES = 64
 BATCH = 256
 
 
@@ -47,8 +46,8 @@ def evaluate_images(
 
     Args:
         samples: (N, H, W, C) uint8, or an iterable of such arrays, N in all.
-        references: one per extractor, in its order (`nrcg.evaluation.references.make_reference`). The first is the headline: its
-            precision, recall and so on carry no suffix.
+        references: one per extractor, in its order (`make_reference`). The first is the headline: its precision,
+            recall and so on carry no suffix.
         extractors: the protocols.
         target: the class that was aimed at, for judge and guide. A reference of `make_reference` knows its own.
         judge, guide: classifiers that score the samples; None leaves out what they say.
@@ -138,13 +137,14 @@ def evaluate_features(
         "num_pairwise": min(done, references[0].num_pairwise or done),
     }
     for name, estimate in estimates.items():
-        row |= _with_interval(name, estimate.value, intervals[name])
+        row |= with_interval(name, estimate.value, intervals[name])
     for kind, column in (("protocol", "protocols"), ("reference", "reference")):
         row[column] = " | ".join(dict.fromkeys(reference.identity[kind] for reference in references))
     return row
 
 
-def _with_interval(name: str, value: float, interval: Sequence[float]) -> dict[str, float]:
+def with_interval(name: str, value: float, interval: Sequence[float]) -> dict[str, float]:
+    """A metric's columns: NAME, NAME_lo, NAME_hi."""
     return {name: value, f"{name}_lo": interval[0], f"{name}_hi": interval[1]}
 
 
@@ -170,8 +170,8 @@ def feature_estimates(
     Pairwise metrics take `reference.num_pairwise` samples, a fixed random choice. Without a target class
     the class-conditional columns are left out. Raises DataError with too few images.
     """
-    names = frechet.metric_names(reference.name)
-    statistics = frechet.FeatureStatistics.from_features(features)
+    names = metric_names(reference.name)
+    statistics = FeatureStatistics.from_features(features)
     compared = fixed_choice(len(features), reference.num_pairwise)
     few = features if len(compared) == len(features) else features[compared]
     chosen = np.ones(len(few), bool) if chosen is None else np.asarray(chosen, bool)[compared]
@@ -180,7 +180,7 @@ def feature_estimates(
 
     def compare(real: ReferenceSet, frechet: str, kernel: str, ending: str, keep: Sequence[str]) -> None:
         require_neighbours(len(few), len(real.features))
-        found[frechet] = frechet.frechet_estimate(features, statistics, real.statistics, real.factor)
+        found[frechet] = frechet_estimate(features, statistics, real.statistics, real.factor)
         between = across(few, real.features, pairs, real.pairs, device=device)
         found[kernel] = kernel_estimate(pairs, real.pairs, between)
         near = neighbour_estimates(real.pairs, between)

@@ -146,10 +146,10 @@ def load_extractor(
     if spec == "judge":
         if judge is None:
             raise DataError("features of the judge need a judge: give its folder")
-        return JudgeExtractor(judge)
+        return ClassifierExtractor(judge)
     from nrcg.classifiers.specs import load_classifier
 
-    return JudgeExtractor(load_classifier(spec).to(device), extractor_name(spec), repeat_grey=True)
+    return ClassifierExtractor(load_classifier(spec).to(device), extractor_name(spec), repeat_grey=True)
 
 
 class InceptionExtractor:
@@ -270,7 +270,7 @@ class TorchevalExtractor:
             return self._model(x).float().cpu().numpy()
 
 
-class JudgeExtractor:
+class ClassifierExtractor:
     """Penultimate features of a classifier, the judge or any other; the Fréchet distance is `fd_<name>`, never FID.
 
     classifier: an nn.Module with `features(x)`, (B, C, H, W) in [-1, 1] -> (B, D), and `feature_dim`, which

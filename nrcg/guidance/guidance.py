@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nrcg.classifiers.adapter import probe
 from nrcg.classifiers.logits import class_log_prob, logits_of
+from nrcg.config import GRAD_MODES, INPUTS, GradMode, Input
 from nrcg.devices import freeze
 from nrcg.diffusion.objectives import Prediction, as_prediction
 from nrcg.diffusion.schedule import Schedule
@@ -20,8 +20,6 @@ from nrcg.guidance.stabilizers import Identity, Stabilizer
 
 PredictNoise = Callable[[Tensor, int], Tensor | Prediction]
 """eps_theta: (x_t (B, C, H, W), t in 1..T) to eps (B, C, H, W) in float32, or to a Prediction."""
-GradMode = Literal["full", "checkpoint", "no_jacobian"]
-GRAD_MODES: tuple[str, ...] = ("full", "checkpoint", "no_jacobian")
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class ClassifierGuidance:
         classifier: nn.Module,
         target: int,
         scale: float | ScaleSchedule = 1.0,
-        input: Literal["pred_x0", "x_t"] = "pred_x0",
+        input: Input = "pred_x0",
         stabilizer: Stabilizer | None = None,
         clip_pred_x0: bool = True,
         grad_mode: GradMode = "full",
@@ -112,8 +110,8 @@ class ClassifierGuidance:
         skip_above: float = 1.0,
         time_conditioned: bool = False,
     ):
-        if input not in ("pred_x0", "x_t"):
-            raise ValueError(f"input: {input!r} is unknown; allowed: pred_x0, x_t")
+        if input not in INPUTS:
+            raise ValueError(f"input: {input!r} is unknown; allowed: {', '.join(INPUTS)}")
         if grad_mode not in GRAD_MODES:
             raise ValueError(f"grad_mode: {grad_mode!r} is unknown; allowed: {', '.join(GRAD_MODES)}")
         if every_k < 1:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from nrcg.batching import BatchSize, in_batches, largest_batch
+from nrcg.config import STARTS
 from nrcg.data.arrays import to_uint8
 from nrcg.devices import autocast, freeze
 from nrcg.diffusion.objectives import Prediction, to_eps
@@ -47,7 +48,8 @@ SUPPORTED: dict[str, dict[str, tuple]] = {
 }
 """Schedulers whose mathematics is implemented, and the settings of them that are. Others are refused: a guidance that
 is silently left out would be worse."""
-SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
+SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
+"""Sampler of the configuration -> its scheduler; `model` keeps the model's own."""
 
 
 @dataclass
@@ -113,10 +115,10 @@ class GuidedDDPMPipeline(DDPMPipeline):
         """
         if name == "model":
             return self
-        if name not in SAMPLERS:
-            raise ValueError(f"sampler: {name!r} is unknown; allowed: model, {', '.join(SAMPLERS)}")
+        if name not in SCHEDULERS:
+            raise ValueError(f"sampler: {name!r} is unknown; allowed: model, {', '.join(SCHEDULERS)}")
         # Trailing: fewer steps start at T, where the noise is what sampling starts from.
-        scheduler = getattr(diffusers, SAMPLERS[name])
+        scheduler = getattr(diffusers, SCHEDULERS[name])
         self.scheduler = scheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
         return self
 
@@ -300,8 +302,8 @@ class GuidedDDPMPipeline(DDPMPipeline):
         return largest_batch(one_step, most, self.device)
 
     def _start_mean(self, start: str) -> Tensor | None:
-        if start not in ("auto", "standard_normal", "data_mean"):
-            raise ValueError(f"start: {start!r} is unknown; allowed: auto, standard_normal, data_mean")
+        if start not in ("auto", *STARTS):
+            raise ValueError(f"start: {start!r} is unknown; allowed: auto, {', '.join(STARTS)}")
         if start == "data_mean" and self.data_mean is None:
             raise ValueError("start: data_mean needs the file data_mean.npy beside the pipeline's model_index.json")
         return None if start == "standard_normal" else self.data_mean

@@ -8,11 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nrcg.config import ScaleScheduleConfig
-
+from nrcg.config import ScaleScheduleConfig
 
 ScaleSchedule = Callable[[float], float]
 
@@ -62,8 +59,12 @@ class Interval:
         return self.scale if self.low <= share_left <= self.high else 0.0
 
 
+SHELL_KEYS = {"constant": (), "linear": ("end",), "cosine": ("end",), "interval": ("low", "high")}
+"""Schedule -> its settings that the shell names, in this order."""
+
+
 def from_config(config: ScaleScheduleConfig, scale: float) -> float | ScaleSchedule:
-    """The scale, or the schedule, that a method of `config.yaml` has at one scale of the sweep."""
+    """The scale, or the schedule, that a method has at one scale of the sweep."""
     if config.name == "linear":
         return Linear(config.start * scale, config.end * scale)
     if config.name == "cosine":
@@ -73,9 +74,9 @@ def from_config(config: ScaleScheduleConfig, scale: float) -> float | ScaleSched
     return scale
 
 
-def parse(spec: str, scale: float) -> float | ScaleSchedule:
-    """A schedule from the shell: `constant`, `linear:END`, `cosine:END` (from the scale to END times it), or
-    `interval:LOW,HIGH` (guidance where LOW <= t / T <= HIGH).
+def parse(spec: str) -> ScaleScheduleConfig:
+    """The settings of a schedule from the shell: `constant`, `linear:END`, `cosine:END` (from the scale to END times
+    it), or `interval:LOW,HIGH` (guidance where LOW <= t / T <= HIGH).
 
     Raises:
         ValueError: anything else.
@@ -83,17 +84,19 @@ def parse(spec: str, scale: float) -> float | ScaleSchedule:
     name, _, rest = spec.partition(":")
     try:
         numbers = [float(part) for part in rest.split(",")] if rest else []
-        if name == "constant" and not numbers:
-            return scale
-        if name in ("linear", "cosine") and len(numbers) == 1:
-            return (Linear if name == "linear" else Cosine)(scale, numbers[0] * scale)
-        if name == "interval" and len(numbers) == 2:
-            return Interval(scale, *numbers)
     except ValueError as error:
         raise ValueError(f"scale schedule {spec!r}: {error}") from None
-    raise ValueError(
-        f"scale schedule {spec!r} is unknown; allowed: constant, linear:END, cosine:END, interval:LOW,HIGH"
-    )
+    keys = SHELL_KEYS.get(name)
+    if keys is None or len(numbers) != len(keys):
+        raise ValueError(
+            f"scale schedule {spec!r} is unknown; allowed: constant, linear:END, cosine:END, interval:LOW,HIGH"
+        )
+    config = ScaleScheduleConfig.model_construct(name=name, **dict(zip(keys, numbers, strict=True)))
+    try:
+        from_config(config, 1.0)
+    except ValueError as error:
+        raise ValueError(f"scale schedule {spec!r}: {error}") from None
+    return config
 
 
 def _check(**scales: float) -> None:

@@ -73,7 +73,7 @@ def forward_analysis(
         on_step: called after each step with the number done, of images times (T + 1).
 
     Returns:
-        Rows with `nrcg.report.columns.FORWARD_COLUMNS`: mean and standard deviation over the images for each method and t.
+        Rows of forward.csv: mean and standard deviation over the images for each method and t.
     """
     methods = [*classifiers, DENOISED, *(f"{DENOISED}_{name}" for name in stabilizers)]
     curves = {name: _Curves.empty(len(images), schedule.num_steps) for name in methods}

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from nrcg.config import StabilizerConfig
-
+from nrcg.config import STABILIZER_KEYS, StabilizerConfig
 
 PUBLISHED_STEPS = 400
 """T of the paper: the number of steps for which `config.yaml` states a stabilizer's betas."""
@@ -219,79 +217,83 @@ def _checked_beta(name: str, beta: float) -> float:
     return float(beta)
 
 
+STABILIZERS: dict[str, Callable[..., Stabilizer]] = {
+    "none": Identity,
+    "ema": EMA,
+    "adam": Adam,
+    "adam_debiased": functools.partial(Adam, debias=True),
+    "unit_norm": UnitNorm,
+    "norm_clip": NormClip,
+    "adaptive_clip": AdaptiveClip,
+}
+"""Name in `config.yaml` and in the shell -> what makes it; its arguments are the name's STABILIZER_KEYS."""
+BETAS = ("beta", "beta1", "beta2")
+"""Arguments that count steps."""
+
+
 def from_config(config: StabilizerConfig, num_steps: int) -> Stabilizer:
-    """A stabilizer of `config.yaml` for a trajectory of num_steps steps.
+    """A stabilizer for a trajectory of num_steps steps.
 
     The config's betas hold at the published 400 steps; here they become beta^(400 / num_steps).
 
     Raises:
-        ValueError: one's own class that cannot be imported or made.
+        ValueError: an argument is out of its range, or one's own class cannot be imported or made.
     """
     if config.name == "chain":
         return Chain(*(from_config(part, num_steps) for part in config.of))
-    if config.name == "ema":
-        return EMA(scaled_beta(config.beta, num_steps))
-    if config.name in ("adam", "adam_debiased"):
-        beta1, beta2 = scaled_beta(config.beta1, num_steps), scaled_beta(config.beta2, num_steps)
-        return Adam(beta1, beta2, config.eps, debias=config.name == "adam_debiased")
-    if config.name == "unit_norm":
-        return UnitNorm()
-    if config.name == "norm_clip":
-        return NormClip(config.max_norm)
-    if config.name == "adaptive_clip":
-        return AdaptiveClip(config.factor, scaled_beta(config.beta, num_steps))
-    if config.name == "none":
-        return Identity()
+    if config.name in STABILIZERS:
+        values = {key: getattr(config, key) for key in STABILIZER_KEYS[config.name]}
+        scaled = {key: scaled_beta(value, num_steps) for key, value in values.items() if key in BETAS}
+        return STABILIZERS[config.name](**values | scaled)
     try:
-        return _own_class(*config.name.split(":"))(**(config.arguments or {}))
+        return _own_class(config.name)(**(config.arguments or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"stabilizer {config.name!r}: {error}") from None
 
 
-def parse(spec: str) -> Stabilizer:
-    """A stabilizer from the shell, or several joined by `+`, as in `adaptive_clip+ema:0.99`; betas are per step.
+def parse(spec: str) -> StabilizerConfig:
+    """The settings of a stabilizer from the shell, or of several joined by `+`, as in `adaptive_clip+ema:0.99`.
 
     `none`, `ema:BETA`, `adam[:BETA1,BETA2,EPS]`, `adam_debiased[:...]`, `unit_norm`, `norm_clip:MAX`,
-    `adaptive_clip[:FACTOR,BETA]`, or one's own class as `module:Class[:numbers]`.
+    `adaptive_clip[:FACTOR,BETA]`, or one's own class as `module:Class[:numbers]`. Betas are per step, so that
+    `from_config` is to make it for PUBLISHED_STEPS, whatever the number of steps.
 
     Raises:
         ValueError: anything else.
     """
     parts = [_parse_one(part) for part in spec.split("+")]
-    return parts[0] if len(parts) == 1 else Chain(*parts)
+    return parts[0] if len(parts) == 1 else StabilizerConfig.model_construct(name="chain", of=parts)
 
 
-def _parse_one(spec: str) -> Stabilizer:
-    name, *arguments = spec.split(":")
-    known = {
-        "none": (Identity, (0,)),
-        "ema": (EMA, (1,)),
-        "adam": (Adam, (0, 3)),
-        "adam_debiased": (functools.partial(Adam, debias=True), (0, 3)),
-        "unit_norm": (UnitNorm, (0,)),
-        "norm_clip": (NormClip, (1,)),
-        "adaptive_clip": (AdaptiveClip, (0, 2)),
-    }
+def _parse_one(spec: str) -> StabilizerConfig:
+    name, *rest = spec.split(":")
+    own = name not in STABILIZERS and bool(rest) and rest[0].isidentifier()
     try:
-        if name not in known and arguments and arguments[0].isidentifier():
-            make: Callable[..., Stabilizer] = _own_class(name, arguments.pop(0))
-            counts = None
-        else:
-            make, counts = known[name]
-        numbers = [float(part) for part in arguments[0].split(",")] if arguments else []
-        if len(arguments) <= 1 and (counts is None or len(numbers) in counts):
-            return make(*numbers)
+        if own:
+            name = f"{name}:{rest.pop(0)}"
+        make = _own_class(name) if own else STABILIZERS[name]
+        numbers = [float(part) for part in rest[0].split(",")] if rest else []
+        arguments = inspect.signature(make).bind(*numbers)  # where the shell gives none, the class's defaults hold
+        arguments.apply_defaults()
+        if len(rest) > 1 or not (own or len(numbers) in (0, len(STABILIZER_KEYS[name]))):
+            raise KeyError(name)
     except (KeyError, TypeError):
-        pass
+        raise ValueError(
+            f"stabilizer {spec!r} is unknown; allowed: none, ema:BETA, adam[:BETA1,BETA2,EPS], adam_debiased[:...], "
+            "unit_norm, norm_clip:MAX, adaptive_clip[:FACTOR,BETA], MODULE:CLASS[:NUMBERS]"
+        ) from None
     except ValueError as error:
         raise ValueError(f"stabilizer {spec!r}: {error}") from None
-    raise ValueError(
-        f"stabilizer {spec!r} is unknown; allowed: none, ema:BETA, adam[:BETA1,BETA2,EPS], adam_debiased[:...], "
-        "unit_norm, norm_clip:MAX, adaptive_clip[:FACTOR,BETA], MODULE:CLASS[:NUMBERS]"
+    if own:
+        return StabilizerConfig.model_construct(name=name, arguments=dict(arguments.arguments))
+    return StabilizerConfig.model_construct(
+        name=name, **{key: arguments.arguments[key] for key in STABILIZER_KEYS[name]}
     )
 
 
-def _own_class(module: str, name: str) -> Callable[..., Stabilizer]:
+def _own_class(path: str) -> Callable[..., Stabilizer]:
+    """One's own stabilizer by `module:Class`."""
+    module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -1,21 +1,17 @@
 """Damage that is found before anything runs. Imports neither numpy nor torch: the Snakefile asks.
 
 A shard stands beside a record that holds its SHA-256. One that is no longer what its record says is set aside as
-NAME.damaged; then Snakemake misses it and makes it anew. So are tables, figures and the report where they are cut off.
-Data and weights are compared with their records too, but what is damaged is refused: making them anew may take days.
-Snakemake does not start with them: it would take a damaged record for a newer one and delete what was made of it.
+NAME.damaged; then Snakemake misses it and makes it anew. Data and weights are compared with their records too, but what
+is damaged is refused: making them anew may take days. Snakemake does not start with them: it would take a damaged
+record for a newer one and delete what was made of it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from xml.parsers import expat
 
 from nrcg.config import ROLES
 from nrcg.errors import DataError
@@ -23,13 +19,6 @@ from nrcg.files import SEAL, atomic_write_text, read_record, sha256_file
 
 ENDING = ".damaged"
 SHARDS = "results/*/samples/*/scale*/"
-TABLES = tuple(
-    f"results/*/{name}"
-    for name in (
-        *("reference.json", "forward.csv", "metrics/*.csv", "metrics.csv", "summary.json"),
-        *("figures/*.png", "figures/*.svg", "report.html", "paper_comparison.md"),
-    )
-)
 WEIGHTS = {
     "training.json": "unet/diffusion_pytorch_model.safetensors",  # of records that do not list every file
     "config.json": "model.safetensors",
@@ -165,54 +154,13 @@ def refuse_damaged_sources(root: Path, *, datasets: Iterable[str], experiments: 
         raise DataError(what, path)
 
 
-def cut_off(root: Path) -> Iterator[tuple[Path, str]]:
-    """Results of the workflow below `root`/results that are no whole file of their kind, each with the reason."""
-    for pattern in TABLES:
-        for path in sorted(root.glob(pattern)):
-            try:
-                content = path.read_bytes()
-                if path.suffix == ".csv":
-                    rows = list(csv.reader(io.StringIO(content.decode(), newline="")))
-                    whole = content.endswith(b"\n") and len(rows) > 1 and len({len(row) for row in rows}) == 1
-                elif path.suffix == ".json":
-                    whole = isinstance(read_record(path), dict)
-                elif path.suffix == ".png":
-                    whole = _is_png(content)
-                elif path.suffix == ".svg":
-                    # Expat reads no external entity unless it is told to.
-                    whole = bool(expat.ParserCreate().Parse(content, True))
-                elif path.suffix == ".md":
-                    whole = bool(content.strip()) and content.endswith(b"\n")
-                else:
-                    whole = content.rstrip().endswith(b"</html>")
-            except (OSError, ValueError, csv.Error, expat.ExpatError):
-                whole = False
-            if not whole:
-                yield path, "is cut off or damaged"
-
-
-def _is_png(content: bytes) -> bool:
-    """Whether it is a whole PNG file: chunks of length, type, data and the CRC-32 of the last two, up to IEND."""
-    position, kind = 8, b""
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return False
-    while position < len(content) and kind != b"IEND":
-        end = position + 12 + int.from_bytes(content[position : position + 4])
-        kind = content[position + 4 : position + 8]
-        if zlib.crc32(content[position + 4 : end - 4]) != int.from_bytes(content[end - 4 : end]):
-            return False
-        position = end
-    return kind == b"IEND" and position == len(content)
-
-
 def set_aside_damaged(root: Path) -> list[str]:
     """Rename damaged files to NAME.damaged, and remove those that have been made anew; a line about each new one."""
-    for pattern in (f"{SHARDS}*", *TABLES):
-        for old in root.glob(pattern + ENDING):
-            if old.with_suffix("").exists():
-                old.unlink()
+    for old in root.glob(f"{SHARDS}*{ENDING}"):
+        if old.with_suffix("").exists():
+            old.unlink()
     lines = []
-    for path, reason in (*damaged_shards(root), *cut_off(root)):
+    for path, reason in damaged_shards(root):
         path.replace(path.with_name(f"{path.name}{ENDING}"))
         lines.append(f"{path}: {reason}; set aside as {path.name}{ENDING}, to be made anew")
     return lines

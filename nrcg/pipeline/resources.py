@@ -21,7 +21,7 @@ MOST_FEATURE_THREADS = 8
 
 
 @dataclass(frozen=True)
-class Resources:
+class JobResources:
     """What the jobs of an experiment ask for.
 
     Args:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nrcg.config import ROLES, Config, ExperimentConfig
-from nrcg.layout import CLASSIFIER_FILES, DDPM_FILES, DatasetPaths, ExperimentPaths, format_scale, record_of
+from nrcg.layout import CLASSIFIER_FILES, DDPM_FILES, FIGURES, DatasetPaths, ExperimentPaths, format_scale, record_of
 
 SHOWN_SAMPLES = 256
 """First samples of a setting that figures and report show, as many as the paper's fig. 9."""
@@ -19,12 +19,10 @@ class Targets:
     Args:
         config: The whole configuration.
         experiment: Name of the experiment.
-        figures: Names of the figures.
     """
 
     config: Config
     experiment: str
-    figures: tuple[str, ...] = ()
 
     @property
     def settings(self) -> ExperimentConfig:
@@ -75,7 +73,7 @@ class Targets:
         models = [paths.ddpm / name for name in DDPM_FILES]
         models += [paths.classifier(role) / name for role in ROLES for name in CLASSIFIER_FILES]
         tables = [paths.forward, paths.reference, paths.metrics, paths.summary, paths.report, paths.comparison]
-        figures = [paths.figure(name, ending) for name in self.figures for ending in ("png", "svg")]
+        figures = [paths.figure(name, ending) for name in FIGURES for ending in ("png", "svg")]
         files = [self.data.manifest, *self.data.arrays, *models, *tables, *figures]
         return [*_texts(files), *self.method_metrics(), *self.samples()]
 

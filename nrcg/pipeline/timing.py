@@ -1,44 +1,63 @@
-"""What one image costs on this device: a short measurement with the experiment's own networks, for `nrcg plan`.
+"""What one image costs on this device: a step of sampling and one of training, measured for `nrcg plan`.
 
 Random weights take as long as trained ones.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from diffusers import UNet2DModel
 from torch.nn import functional as F
 
-from nrcg.batching import MOST_ON_CPU, is_out_of_memory, largest_batch
+from nrcg.batching import is_out_of_memory
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.architectures import build_module
 from nrcg.classifiers.specs import load_classifier
-from nrcg.config import ROLES, ExperimentConfig, UNetConfig
-from nrcg.data import sportballs
-from nrcg.devices import autocast, freeze
-from nrcg.diffusion.unet import build_unet
-from nrcg.evaluation.features import load_extractor
-from nrcg.guidance.guidance import log_prob_gradient
+from nrcg.config import ROLES, ExperimentConfig
+from nrcg.devices import autocast
+from nrcg.diffusion.schedule import Schedule
+from nrcg.diffusion.unet import build_scheduler, build_unet
+from nrcg.guidance.guidance import ClassifierGuidance
+from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.plan import CHANNELS
+from nrcg.training.ddpm import ddpm_loss
+from nrcg.training.trainer import Trainer
 
-SLOW_SECONDS = 4.0
-"""A U-Net whose forward pass of one image takes longer is not measured further."""
-SLOW_RATIOS = {"unet_gradient": 3.0, "unet_checkpoint": 4.0, "unet_train": 4.0}
-"""What is taken for it instead, in forward passes: a backward pass costs about two, the weights' gradients one more."""
+MOST_IMAGES = {"cpu": 32, "cuda": 256}
+"""Images at once where the batch size is `auto`."""
 
 
-def seconds_per_image(
-    work: Callable[[int], object], batch_size: int, *, device: torch.device, budget: float = 1.0
-) -> float:
+def meta_unet(settings: ExperimentConfig, folder: Path) -> UNet2DModel | None:
+    """The U-Net that is trained, or a pretrained one as its folder says, without memory for its weights.
+
+    Args:
+        settings: The experiment's.
+        folder: models/<experiment>/ddpm, looked at first where the model is pretrained.
+
+    Returns:
+        None where the pretrained model is not at hand.
+    """
+    with torch.device("meta"):
+        if settings.ddpm.pretrained is None:
+            return build_unet(settings.ddpm.unet, settings.dataset.image_size, CHANNELS)
+        for place in (folder, Path(settings.ddpm.pretrained)):
+            try:
+                return UNet2DModel.from_config(json.loads((place / "unet" / "config.json").read_text()))
+            except (OSError, ValueError, TypeError):
+                continue
+    return None
+
+
+def seconds_per_image(work: Callable[[int], object], most: int, *, device: torch.device, budget: float = 1.0) -> float:
     """Time of work(n), which does n images at once, for each image.
 
     Wall time on a GPU; processor time on the CPU, which what else the machine does disturbs less. Warmed up with one
-    image, then measured in batches of batch_size or of as many as take about `budget` seconds; the lowest time counts.
-    One image that alone takes several times the budget is not done twice.
+    image, then measured in batches of as many as take about `budget` seconds, `most` at most; the lowest time counts.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
 
@@ -52,206 +71,116 @@ def seconds_per_image(
     cold = timed(1)
     if cold > 5 * budget:
         return cold
-    size, best, began = 1, timed(1), clock()
-    while size < batch_size:  # a larger batch costs less per image, so that again more may fit
-        larger = min(batch_size, int(budget / best))
-        if larger < 1.5 * size and larger < batch_size:
-            break
+    best, size, began = timed(1), 1, clock()
+    while clock() - began < budget:
+        size = max(size, min(most, int(budget / best)))
         try:
-            size, best = larger, timed(larger) / larger
+            best = min(best, timed(size) / size)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return best
-    while True:
-        best = min(best, timed(size) / size)
-        if clock() - began > budget:
-            return best
+    return best
 
 
 def measure(
     settings: ExperimentConfig,
-    operations: Collection[str],
+    counted: Collection[str],
     *,
-    unet: UNetConfig | None,
+    unet: UNet2DModel | None,
     device: torch.device,
     precision: torch.dtype,
-    classifier_precision: torch.dtype,
     budget: float = 1.0,
 ) -> tuple[dict[str, float], list[str]]:
-    """Seconds per image of some operations of `nrcg.plan`; on the CPU, of one core.
+    """Seconds per image of what `nrcg.pipeline.plan` counts; on the CPU, of one core.
 
     Args:
-        operations: names; those that cannot be measured here are left out of the result.
-        unet: None: not known, nothing that passes through it is measured.
-        precision: autocast of the U-Net.
-        classifier_precision: autocast of the classifiers' training.
-        budget: seconds for each operation, about.
+        settings: The experiment's.
+        counted: Names; those that cannot be measured here are left out of the result.
+        unet: As `meta_unet` gives it; None: nothing that passes through it is measured.
+        precision: Autocast of the U-Net.
+        budget: Seconds for each measurement, about.
 
     Returns:
-        operation -> seconds, and notes on how they came about.
+        Name -> seconds, and notes on how they came about.
     """
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # the workflow's jobs share the cores
     try:
+        costs, notes = {}, []
         if unet is None:
-            costs: dict[str, float] = {}
-            notes = ["U-Net: the pretrained model is not at hand, so that its passes cannot be measured"]
+            notes.append("U-Net: the pretrained model is not at hand, so that its passes cannot be measured")
         else:
-            costs, notes = _unet_costs(settings, unet, operations, device, precision, budget)
-        for operation in operations:
-            kind, _, architecture = operation.partition(" ")
-            if kind == "features":
-                work = _features(settings, architecture, device)
-                costs[operation] = seconds_per_image(work, 64, device=device, budget=budget)
-            elif architecture:
-                costs[operation] = _classifier_cost(
-                    settings, kind, architecture, device, classifier_precision, budget=budget / 2
-                )
-            elif kind == "draw":
-                costs[operation] = seconds_per_image(_drawing(settings), 256, device=torch.device("cpu"), budget=budget)
+            costs |= _unet_costs(settings, unet.to_empty(device=device), device, precision, budget)
+        for architecture in {name.partition(" ")[2] for name in counted if " " in name}:
+            costs |= _classifier_costs(settings, architecture, device, budget / 2)
     finally:
         torch.set_num_threads(threads)
     return costs, notes
 
 
-def _sampling_batch(settings: ExperimentConfig, trial: Callable[[int], object], device: torch.device) -> int:
-    """Samples at once, as sampling chooses them."""
-    most = min(settings.sampling.shard_size, settings.sampling.num_samples)
-    if settings.sampling.batch_size != "auto":
-        return min(settings.sampling.batch_size, most)
-    # On a CPU the search would cost more than the measurement.
-    return largest_batch(trial, most, device) if device.type == "cuda" else min(MOST_ON_CPU, most)
-
-
 def _unet_costs(
-    settings: ExperimentConfig,
-    config: UNetConfig,
-    operations: Collection[str],
-    device: torch.device,
-    precision: torch.dtype,
-    budget: float,
-) -> tuple[dict[str, float], list[str]]:
-    size = settings.dataset.image_size
-    unet = freeze(build_unet(config, size, CHANNELS).to(device))
+    settings: ExperimentConfig, unet: UNet2DModel, device: torch.device, precision: torch.dtype, budget: float
+) -> dict[str, float]:
+    """A step without guidance, one guided through x0hat, and one of training."""
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    size, schedule = settings.dataset.image_size, Schedule.from_config(settings.ddpm.schedule)
+    pipe = GuidedDDPMPipeline(unet, build_scheduler(settings.ddpm.schedule))
+    predict = pipe.noise_predictor(precision)
+    guidance = ClassifierGuidance(_classifier(settings, settings.classifiers.non_robust.architecture).to(device), 0)
 
-    def images(n: int) -> Tensor:
+    def images(n: int) -> torch.Tensor:
         return torch.zeros(n, CHANNELS, size, size, device=device)
 
     def forward(n: int) -> None:
-        with torch.no_grad(), autocast(device, precision):
-            unet(images(n), torch.zeros(n, device=device))
+        with torch.no_grad():
+            predict(images(n), schedule.num_steps)
 
-    def gradient(n: int) -> None:
-        x = images(n).requires_grad_(True)
-        with autocast(device, precision):
-            eps = unet(x, torch.zeros(n, device=device)).sample
-        torch.autograd.grad(eps.float().sum(), x)
+    def guided(n: int) -> None:
+        guidance.reset()
+        guidance(images(n), schedule.num_steps, predict, schedule)
 
-    guided = bool({"unet_gradient", "unet_checkpoint"} & set(operations))
-    batch_size = _sampling_batch(settings, gradient if guided else forward, device)
-    costs = {"unet_forward": seconds_per_image(forward, batch_size, device=device, budget=budget)}
-    if costs["unet_forward"] > SLOW_SECONDS:
-        costs |= {name: ratio * costs["unet_forward"] for name, ratio in SLOW_RATIOS.items()}
-        seconds = f"{costs['unet_forward']:.0f} s"
-        return costs, [f"U-Net: one forward pass takes {seconds}; gradients and training are taken for 3 and 4 of them"]
-    if guided:
-        costs["unet_gradient"] = seconds_per_image(gradient, batch_size, device=device, budget=budget)
-        costs["unet_checkpoint"] = costs["unet_gradient"] + costs["unet_forward"]
-    if "unet_train" in operations:
-        unet.train().requires_grad_(True)
-        update = _updates(unet)
+    batch = settings.sampling.batch_size
+    most = MOST_IMAGES.get(device.type, 32) if batch == "auto" else batch
+    costs = {
+        "unet_forward": seconds_per_image(forward, most, device=device, budget=budget),
+        "unet_gradient": seconds_per_image(guided, most, device=device, budget=budget),
+    }
+    costs["unet_checkpoint"] = costs["unet_gradient"] + costs["unet_forward"]
+    trainer = Trainer(unet.train().requires_grad_(True), settings.ddpm.optimizer, 1000, device, precision)
 
-        def step(n: int) -> None:
-            noise = torch.randn_like(images(n))
-            with autocast(device, precision):
-                eps = unet(noise, torch.zeros(n, device=device)).sample
-            update(F.mse_loss(eps.float(), noise))
+    def step(n: int) -> None:
+        t = torch.ones(n, dtype=torch.long, device=device)
+        trainer.backward(ddpm_loss(unet, schedule, images(n), t, torch.randn_like(images(n)), precision))
+        trainer.update()
 
-        costs["unet_train"] = seconds_per_image(step, settings.ddpm.batch_size, device=device, budget=2 * budget)
-    return costs, []
+    most = settings.ddpm.micro_batch_size or settings.ddpm.batch_size
+    return costs | {"unet_train": seconds_per_image(step, most, device=device, budget=budget)}
 
 
-def _classifier_cost(
-    settings: ExperimentConfig,
-    kind: str,
-    architecture: str,
-    device: torch.device,
-    precision: torch.dtype,
-    *,
-    budget: float,
-) -> float:
-    """Of `train`, `classify` or `gradient`."""
+def _classifier_costs(
+    settings: ExperimentConfig, architecture: str, device: torch.device, budget: float
+) -> dict[str, float]:
+    """A training step of a classifier, and a third of it for a forward pass."""
+    classifier = _classifier(settings, architecture).to(device).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-6)
     size = settings.dataset.image_size
-    if any(getattr(settings.classifiers, role).pretrained == architecture for role in ROLES):
-        classifier = load_classifier(architecture).to(device)
-    else:
-        classifier = Classifier(build_module(architecture, len(settings.dataset.classes), 0.1)).to(device)
-    batch_size = 256  # as accuracies are taken
-    if kind == "train":
-        roles = (getattr(settings.classifiers, role) for role in ROLES)
-        batch_size = next(role.batch_size for role in roles if role.architecture == architecture)
-        work = _classifier_step(classifier, size, device, precision)
-    elif kind == "gradient":
-        batch_size = MOST_ON_CPU if device.type == "cpu" else batch_size
-        work = _classifier_pass(classifier, size, device, gradient=True)
-    else:
-        work = _classifier_pass(classifier, size, device, gradient=False)
-    return seconds_per_image(work, batch_size, device=device, budget=budget)
-
-
-def _updates(module: nn.Module) -> Callable[[Tensor], None]:
-    """What a training step does with its loss."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
-
-    def update(loss: Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return update
-
-
-def _classifier_step(
-    classifier: nn.Module, size: int, device: torch.device, precision: torch.dtype
-) -> Callable[[int], None]:
-    update = _updates(classifier.train())
 
     def step(n: int) -> None:
         n = max(n, 2)  # batch norm learns nothing from one image
-        with autocast(device, precision):
+        with autocast(device, torch.float32):
             logits = classifier(torch.randn(n, CHANNELS, size, size, device=device))
-        update(F.cross_entropy(logits.float(), torch.zeros(n, dtype=torch.long, device=device)))
+        F.cross_entropy(logits.float(), torch.zeros(n, dtype=torch.long, device=device)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    return step
-
-
-def _classifier_pass(
-    classifier: nn.Module, size: int, device: torch.device, *, gradient: bool
-) -> Callable[[int], None]:
-    freeze(classifier)
-
-    def work(n: int) -> None:
-        x = torch.zeros(n, CHANNELS, size, size, device=device)
-        if gradient:
-            log_prob_gradient(classifier, 0, x)
-        else:
-            with torch.no_grad():
-                classifier(x)
-
-    return work
+    seconds = seconds_per_image(step, 128, device=device, budget=budget)
+    return {f"train {architecture}": seconds, f"classify {architecture}": seconds / 3}
 
 
-def _drawing(settings: ExperimentConfig) -> Callable[[int], object]:
-    data = settings.dataset
-    return lambda n: sportballs.render(
-        data.seed, np.arange(n), image_size=data.image_size, classes=data.classes, diameter=tuple(data.diameter)
-    )
-
-
-def _features(settings: ExperimentConfig, name: str, device: torch.device) -> Callable[[int], object]:
-    size = settings.dataset.image_size
-    extractor = load_extractor(name, weights_dir=settings.evaluation.inception_dir, device=device)
-    return lambda n: extractor(np.zeros((n, size, size, CHANNELS), np.uint8))
+def _classifier(settings: ExperimentConfig, architecture: str) -> Classifier:
+    if any(getattr(settings.classifiers, role).pretrained == architecture for role in ROLES):
+        return load_classifier(architecture)
+    return Classifier(build_module(architecture, len(settings.dataset.classes), 0.1))

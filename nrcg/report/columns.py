@@ -126,7 +126,7 @@ def protocol_of(frechet: str) -> str:
     return "inception" if frechet == "fid" else frechet.removeprefix("fid_").removeprefix("fd_")
 
 
-def extractor(rows: Sequence[Row]) -> str:
+def headline_protocol(rows: Sequence[Row]) -> str:
     """The network whose features the headline distances compare: `inception`, `judge`, ... Raises DataError."""
     return protocol_of(frechet_columns(rows)[0])
 

@@ -24,7 +24,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -40,19 +39,15 @@ from nrcg.files import atomic_write
 from nrcg.layout import format_scale
 from nrcg.report.best import best_per_method, best_rule, pareto_front
 from nrcg.report.columns import (
-    extractor,
     frechet_columns,
     has_intervals,
+    headline_protocol,
     method_label,
     read_forward,
     read_metrics,
     sort_methods,
 )
 from nrcg.report.tables import format_percent
-
-if TYPE_CHECKING:
-    from nrcg.guidance.trace import Trace
-
 
 DPI = 150
 UNSTABILIZED = ("robust", "robust_x0", "non_robust", "non_robust_x0")
@@ -158,43 +153,6 @@ def make_figures(
     return written
 
 
-def save_trace_figure(path: str | os.PathLike, trace: Trace) -> None:
-    """Write `trace_figure` as PNG or SVG, as the path's ending says."""
-    atomic_write(path, render(lambda: trace_figure(trace), Path(path).suffix.removeprefix(".")))
-
-
-def trace_figure(trace: Trace) -> Figure:
-    """What the guidance did in each step: norms, cosines, log-probability and clipped pixels, median over the samples
-    and the range of the middle 80 %."""
-    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    (norms, cosines), (log_prob, clipped) = figure.subplots(2, 2, sharex=True)
-    gradient, guide = ("#0072B2", "gradient $g_t$"), ("#D55E00", "after the stabilizer")
-    for axes, quantity in ((norms, "norm"), (cosines, "cosine")):
-        _band(axes, trace.t, getattr(trace, f"grad_{quantity}"), *gradient)
-        _band(axes, trace.t, getattr(trace, f"guide_{quantity}"), *guide)
-    _band(log_prob, trace.t, trace.log_prob, "#009E73")
-    _band(clipped, trace.t, 100 * trace.clipped, "#CC79A7")
-    norms.set(ylabel="2-norm", yscale="log")
-    cosines.set(ylabel="cosine with the step before", ylim=(-1.05, 1.05))
-    log_prob.set(ylabel="log p(target)", xlabel="diffusion step $t$")
-    log_prob.set_yscale("symlog", linthresh=1.0)
-    log_prob.set_ylim(top=0.2)
-    clipped.set(ylabel=r"pixels of $\hat{x}_0$ outside [-1, 1], %", xlabel="diffusion step $t$")
-    if len(trace.t) > 1:
-        log_prob.set_xlim(trace.t[0], trace.t[-1])  # as sampling goes, from T down
-    _legend(norms)
-    return figure
-
-
-def _band(axes: Axes, t: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
-    """Median over the samples (N, S) where there is one, and the range of the middle 80 %."""
-    known = np.isfinite(values).any(axis=0)
-    low, middle, high = np.nanpercentile(values[:, known], (10, 50, 90), axis=0)
-    axes.fill_between(t[known], low, high, color=color, alpha=0.2, linewidth=0)
-    axes.plot(t[known], middle, color=color, linewidth=1.7, label=label)
-
-
 def render(draw: Callable[[], Figure], kind: str) -> bytes:
     """The bytes of a figure, drawn in the project's style.
 
@@ -243,7 +201,7 @@ def forward_accuracy(rows: Sequence[Row], styles: Mapping[str, Style], *, num_cl
             _line(axes, t, 100 * accuracy, styles[method], method)
     axes.axhline(100 / num_classes, color="#777777", linestyle=":", linewidth=1, label=f"chance (1/{num_classes})")
     axes.set(xlabel="diffusion step $t$", ylabel="accuracy on noised validation images, %", ylim=(0, 102))
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -262,7 +220,7 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: Style, method: str, m
     )
 
 
-def _legend(axes: Axes, columns: int | None = None) -> None:
+def legend(axes: Axes, columns: int | None = None) -> None:
     """Below the axes, where it hides no line."""
     handles, labels = axes.get_legend_handles_labels()
     columns = columns or (len(labels) if len(labels) <= 4 else 3)
@@ -311,7 +269,7 @@ def _sensitivity(rows: Sequence[Row], methods: Sequence[str], styles: Mapping[st
     if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):  # an empty log axis cannot be drawn
         axes.set_yscale("log")
     axes.set(xlabel="diffusion step $t$", ylabel=f"{quantity} sensitivity (mean, band of one std)")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -328,7 +286,7 @@ def accuracy_vs_scale(rows: Sequence[Row], styles: Mapping[str, Style], *, targe
         axes.set_title(words, fontsize=9.5)
         axes.set(xlabel="guidance scale $s$", ylim=(-2, 104))
     panels[0].set_ylabel(_text(f"samples classified as {target}, %"))
-    _legend(panels[1], columns=4)
+    legend(panels[1], columns=4)
     return figure
 
 
@@ -349,11 +307,11 @@ def _distance_vs_scale(rows: Sequence[Row], styles: Mapping[str, Style], column:
     if values and max(values) > 10 * min(values):  # noise would flatten everything else
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis, minor=max(values) < 100 * min(values))
-    network = extractor(rows)
+    network = headline_protocol(rows)
     kind = {"inception": "Inception", "torcheval": "torcheval's Inception"}.get(network, network)
     axes.set(xlabel="guidance scale $s$", ylabel=_text(f"Fréchet distance, {kind} features ({column})"))
     axes.set_title(_text(f"to {reference}; lower is better, ring: best scale by {best_rule(rows)[0]}"), fontsize=9)
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -443,7 +401,7 @@ def pareto(rows: Sequence[Row], styles: Mapping[str, Style], *, target: str) -> 
         _plain_numbers(axes.yaxis, minor=max(values) < 100 * min(values))
     axes.set(xlabel=_text(f"samples that the judge takes for {target}, %"), ylabel=conditional, xlim=(-3, 106))
     axes.set_title("every method and scale (numbers); best towards the lower right", fontsize=9)
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -516,5 +474,5 @@ def classifier_accuracy(tables: Mapping[str, Sequence[Row]]) -> Figure:
         points = sorted((row["t"], 100 * row["accuracy"]) for row in rows)
         axes.plot(*zip(*points, strict=True), color=style.color, linestyle=style.dash, lw=1.7, label=method_label(role))
     axes.set(xlabel="diffusion step $t$", ylabel="validation accuracy, %", ylim=(0, 102))
-    _legend(axes)
+    legend(axes)
     return figure

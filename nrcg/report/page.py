@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from nrcg.config import ROLES
 from nrcg.csv_files import Row, read_csv
 from nrcg.data.pictures import load_samples, png_bytes, sample_grid
 from nrcg.errors import DataError
@@ -25,7 +26,14 @@ from nrcg.layout import format_scale
 from nrcg.report import comparison, paper
 from nrcg.report.best import at_edge, best_and_ties, best_per_method, best_rule, pareto_front
 from nrcg.report.claims import check_claims
-from nrcg.report.columns import extractor, frechet_columns, method_label, read_forward, read_metrics, sort_methods
+from nrcg.report.columns import (
+    frechet_columns,
+    headline_protocol,
+    method_label,
+    read_forward,
+    read_metrics,
+    sort_methods,
+)
 from nrcg.report.figures import classifier_accuracy, render, training_loss
 from nrcg.report.tables import (
     edge_notes,
@@ -41,7 +49,6 @@ STRIP_COLUMNS = 16
 """Samples per method in the row of equal seeds."""
 GALLERY = 256
 """Samples of the best setup, as many as the paper's fig. 9 shows."""
-ROLES = ("non_robust", "robust", "judge")
 
 
 class ReportContext(TypedDict, total=False):
@@ -176,7 +183,7 @@ def write_report(
         published=paper.published_rows(context["experiment"]),
         differences=paper.differences(
             context["experiment"],
-            features=extractor(metrics),
+            features=headline_protocol(metrics),
             num_samples=context.get("num_samples"),
             image_size=image_size,
             num_steps=context.get("T"),
@@ -190,7 +197,7 @@ def write_report(
         compared={"titles": comparison.TITLES, "lines": [comparison.cells(line) for line in compared]},
         front=[_name(row) for row in pareto_front(metrics)],
         protocols=[str(metrics[0].get(key, "")) for key in ("protocols", "reference")],
-        self_trained=extractor(metrics) == "judge",
+        self_trained=headline_protocol(metrics) == "judge",
         sweep=_sweep(metrics),
         figures=_figures(Path(figures_dir)),
         strips=strips,

@@ -11,7 +11,7 @@ from nrcg.errors import DataError
 from nrcg.layout import format_scale
 from nrcg.report import paper
 from nrcg.report.best import at_edge, best_and_ties, best_per_method, best_rule
-from nrcg.report.columns import extractor, frechet_columns, interval, sort_methods
+from nrcg.report.columns import frechet_columns, headline_protocol, interval, sort_methods
 
 MAX_WIDTH = 110
 
@@ -115,7 +115,7 @@ def format_comparison(tables: Mapping[str, Sequence[Row]]) -> str:
     """
     columns = {name: frechet_columns(rows) for name, rows in tables.items()}
     if len(set(columns.values())) > 1:
-        features = ", ".join(f"{name}: {extractor(rows)}" for name, rows in tables.items())
+        features = ", ".join(f"{name}: {headline_protocol(rows)}" for name, rows in tables.items())
         raise DataError(f"features differ and cannot be compared: {features}")
     everything, conditional = next(iter(columns.values()))
     best = {name: best_per_method(rows) for name, rows in tables.items()}
@@ -167,7 +167,7 @@ def _published_lines(rows: Sequence[Row]) -> list[str]:
         return []
     counts = {int(row["num_samples"]) for row in rows if math.isfinite(row["num_samples"])}
     changes = paper.differences(
-        experiment, features=extractor(rows), num_samples=counts.pop() if len(counts) == 1 else None
+        experiment, features=headline_protocol(rows), num_samples=counts.pop() if len(counts) == 1 else None
     )
     lines = ["", f"published, {published[0].dataset} (guide %, cFID, FID by torcheval's Inception):"]
     lines += _align(

@@ -1,9 +1,9 @@
-"""TODO steps.evaluate."""
+"""Metrics of a method's samples over its scales."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,102 +13,126 @@ from nrcg import tracking
 from nrcg.classifiers.logits import class_index
 from nrcg.classifiers.storage import open_classifier
 from nrcg.config import EvaluateStep, SampleStep
-from nrcg.data.arrays import load_manifest
+from nrcg.csv_files import write_csv
 from nrcg.data.pictures import sample_grid, save_png
 from nrcg.data.shards import read_samples
-from nrcg.evaluation.evaluate import GRID_SAMPLES, _with_interval, evaluate_images
+from nrcg.evaluation.evaluate import evaluate_images, with_interval
 from nrcg.files import weights_sha256
 from nrcg.guidance.trace import Trace
-from nrcg.layout import format_scale, setting_folder
+from nrcg.layout import REFERENCE_CACHE, format_scale, setting_folder
 from nrcg.pipeline.progress import Progress
-from nrcg.report.columns import check_comparable
-from nrcg.report.figures import save_trace_figure
-from nrcg.steps.reference import _warn_of_rank, open_references
+from nrcg.report.best import best_per_method
+from nrcg.report.columns import check_comparable, frechet_columns
+from nrcg.report.trace_figure import save_trace_figure
+from nrcg.steps.common import checked_data, log_dataset
+from nrcg.steps.reference import open_references, read_reference_record, warn_of_rank
+
+GRID_SAMPLES = 64
+"""Samples in the picture of a tracking run."""
 
 
 def evaluate_method(
     settings: EvaluateStep,
+    *,
     samples: Path,
     data: Path,
     classifiers: Path,
-    scales: list[float],
+    scales: Sequence[float],
+    reference: Path,
+    out: Path,
     device: torch.device,
-    *,
-    record: Mapping,
-    cache: Path,
-    traces: Path,
     ddpm: Path | None = None,
-) -> tuple[list[dict], list[str]]:
-    """Metrics of a method's samples at each scale, logged as one tracking run per scale.
+    cache: Path = Path(REFERENCE_CACHE),
+) -> list[dict]:
+    """Metrics of a method's samples at each scale: a table, a tracking run of the method, and one of each scale.
 
     `accuracy_guide` is graded by the classifier that guided (self-graded), by the non-robust one where none did;
     `accuracy_judge` by the judge, which never guides.
 
     Args:
+        settings: The method's settings.
         samples: results/<experiment>/samples.
         data: data/<dataset>.
         classifiers: models/<experiment>/classifiers.
-        record: of `describe_reference`: how good the classifiers are on clean images.
-        cache: folder of the references, made anew where they are missing.
-        traces: folder for the pictures of what the guidance did, where the settings asked for a trace.
+        scales: Guidance scales.
+        reference: reference.json, which says how good the classifiers are on clean images.
+        out: The table; a folder of its name takes the pictures of what the guidance did, where a trace was asked for.
+        device: Device that computes.
         ddpm: models/<experiment>/ddpm; None does not ask which weights drew the samples.
+        cache: Folder of the references, made anew where they are missing.
 
     Returns:
-        A row per scale and the columns' names.
+        A row per scale.
 
     Raises:
-        DataError: samples are damaged, or not what these settings and weights draw.
+        DataError: Samples are damaged, or not what these settings and weights draw.
     """
-    judge = open_classifier(classifiers / "judge").to(device)
-    guide_role = settings.guidance.classifier or "non_robust"
-    guide = open_classifier(classifiers / guide_role).to(device)
-    target = class_index(judge.classes, settings.target)
-    manifest = load_manifest(data)
-    extractors, references = open_references(settings, data, judge, cache, device)
-    made_by = {"method": settings.method, "settings": sample_settings(settings).fingerprint()}
+    manifest = checked_data(data)
+    tags = {"method": settings.method, "dataset": manifest["name"], "nrcg.step": "1000 x scale"}
+    with tracking.run(
+        settings.experiment, settings.method, kind=tracking.KIND_METHOD, params=settings.model_dump(), tags=tags
+    ) as run:
+        log_dataset(run, manifest, data, "train", "reference")
+        judge = open_classifier(classifiers / "judge").to(device)
+        role = settings.guidance.classifier or "non_robust"
+        guide = open_classifier(classifiers / role).to(device)
+        extractors, references = open_references(settings, data, manifest, judge, cache, device)
+        common = {
+            "references": references,
+            "extractors": extractors,
+            "target": class_index(judge.classes, settings.target),
+            "judge": judge,
+            "guide": guide,
+            "device": device,
+        }
+        quality = _quality(reference, role)
+        made_by = _made_by(settings, ddpm, classifiers / role)
+        rows = []
+        with Progress(f"evaluate {settings.method}", settings.sampling.num_samples * len(scales), "image") as bar:
+            for scale in scales:
+                folder = setting_folder(samples, settings.method, scale)
+                drawn = read_samples(folder, settings.sampling.num_samples, made_by | {"scale": scale})
+                before = len(rows) * len(drawn.images)
+                row = {"experiment": settings.experiment, "method": settings.method, "scale": scale}
+                row |= evaluate_images(
+                    drawn.images, **common, progress=lambda done, before=before: bar.set(before + done)
+                )
+                row |= quality
+                row |= {key: getattr(drawn, key) for key in ("nonfinite", "images_per_second", "peak_memory_mib")}
+                trace = _read_trace(folder, settings)
+                if trace is not None:
+                    save_trace_figure(out.with_suffix("") / f"trace_scale{format_scale(scale)}.png", trace)
+                row["mlflow_run_id"] = _log(settings, row, drawn.images, manifest, trace)
+                rows.append(row)
+        check_comparable(rows)
+        for extractor in extractors:
+            warn_of_rank(extractor.name, min(row["num_samples"] for row in rows), extractor.dim)
+        best = best_per_method([row | {"best_by": settings.evaluation.best_by} for row in rows])[settings.method]
+        shown = ("scale", "accuracy_judge", "accuracy_guide", *frechet_columns(rows))
+        tracking.log_method_over_scales(run, rows, {name: best[name] for name in shown})
+        write_csv(out, rows, list(rows[0]))
+    return rows
+
+
+def _quality(reference: Path, role: str) -> dict[str, float]:
+    """How good judge and guide are on clean images, as columns with their intervals."""
+    record, columns = read_reference_record(reference), {}
+    for name, classifier in (("judge", "judge"), ("guide", role)):
+        for measure in ("clean_accuracy", "ece"):
+            value, *interval = record["classifiers"][classifier][measure]
+            columns |= with_interval(f"{name}_{measure}", value, interval)
+    return columns
+
+
+def _made_by(settings: EvaluateStep, ddpm: Path | None, guide: Path) -> dict[str, object]:
+    """What must have drawn the samples."""
+    made_by: dict[str, object] = {"method": settings.method, "settings": sample_settings(settings).fingerprint()}
     if ddpm is not None:
-        made_by["weights_sha256"] = {"ddpm": weights_sha256(ddpm)}
+        weights = {"ddpm": weights_sha256(ddpm)}
         if settings.guidance.classifier is not None:
-            made_by["weights_sha256"]["classifier"] = weights_sha256(classifiers / guide_role)
-    quality = {}
-    for name, role in (("judge", "judge"), ("guide", guide_role)):
-        for measure, (value, *interval) in (
-            (key, record["classifiers"][role][key]) for key in ("clean_accuracy", "ece")
-        ):
-            quality |= _with_interval(f"{name}_{measure}", value, interval)
-    rows = []
-    with Progress(f"evaluate {settings.method}", settings.sampling.num_samples * len(scales), "image") as bar:
-        for number, scale in enumerate(scales):
-            folder = setting_folder(samples, settings.method, scale)
-            drawn = read_samples(folder, settings.sampling.num_samples, made_by | {"scale": scale})
-            before = number * len(drawn.images)
-            row = {"experiment": settings.experiment, "method": settings.method, "scale": scale}
-            row |= evaluate_images(
-                drawn.images,
-                references,
-                extractors,
-                target=target,
-                judge=judge,
-                guide=guide,
-                device=device,
-                progress=lambda done, before=before: bar.set(before + done),
-            )
-            row |= quality
-            row |= {
-                "nonfinite": drawn.nonfinite,
-                "images_per_second": drawn.images_per_second,
-                "peak_memory_mib": drawn.peak_memory_mib,
-            }
-            trace = _read_trace(folder, settings)
-            if trace is not None:
-                traces.mkdir(parents=True, exist_ok=True)
-                save_trace_figure(traces / f"trace_scale{format_scale(scale)}.png", trace)
-            row["mlflow_run_id"] = _log(settings, row, drawn.images, manifest, trace)
-            rows.append(row)
-    check_comparable(rows)
-    for extractor in extractors:
-        _warn_of_rank(extractor.name, min(row["num_samples"] for row in rows), extractor.dim)
-    return rows, list(rows[0])
+            weights["classifier"] = weights_sha256(guide)
+        made_by["weights_sha256"] = weights
+    return made_by
 
 
 def sample_settings(settings: EvaluateStep) -> SampleStep:

@@ -1,4 +1,4 @@
-"""TODO steps.reference."""
+"""What every method is compared with: features of the training images, and how good the classifiers are."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.logits import class_index
 from nrcg.classifiers.storage import open_classifier
 from nrcg.config import ROLES, EvaluateStep, ReferenceStep
-from nrcg.data.arrays import load_manifest, open_split
+from nrcg.data.arrays import open_split
 from nrcg.errors import DataError
-from nrcg.evaluation import frechet
 from nrcg.evaluation.evaluate import classifier_quality
 from nrcg.evaluation.features import Extractor, load_extractor, resolve_features
+from nrcg.evaluation.frechet import rank_warning
 from nrcg.evaluation.references import Reference, cached_reference, make_reference
-from nrcg.files import read_record
+from nrcg.files import read_record, write_record
+from nrcg.layout import REFERENCE_CACHE
 from nrcg.pipeline.progress import Progress
+from nrcg.steps.common import checked_data
 
 
 def open_references(
     settings: ReferenceStep | EvaluateStep,
     data: Path,
+    manifest: dict,
     judge: Classifier,
     cache: Path,
     device: torch.device,
@@ -35,7 +38,6 @@ def open_references(
     """
     config = settings.evaluation
     target = class_index(judge.classes, settings.target)
-    manifest = load_manifest(data)
     images, labels = open_split(data, "train")
     held_out, held_out_labels = open_split(data, "val")
     count = len(images) if config.num_reference is None else min(config.num_reference, len(images))
@@ -75,24 +77,42 @@ def open_references(
 
 
 def describe_reference(
-    settings: ReferenceStep, data: Path, classifiers: Path, cache: Path, device: torch.device
+    settings: ReferenceStep,
+    *,
+    data: Path,
+    classifiers: Path,
+    out: Path,
+    device: torch.device,
+    cache: Path = Path(REFERENCE_CACHE),
 ) -> dict[str, object]:
-    """Make what every method is compared with, and say what it is: for reference.json.
+    """Make what every method is compared with, and write what it is.
+
+    Args:
+        settings: The experiment's settings.
+        data: data/<dataset>.
+        classifiers: models/<experiment>/classifiers.
+        out: reference.json.
+        device: Device that computes.
+        cache: Folder that the features are kept in.
 
     Returns:
-        protocols: a dict per protocol; classifiers: role -> `classifier_quality` on the validation images.
+        The record: `protocols`, a dict per protocol; `classifiers`, role -> `classifier_quality` on the validation
+        images.
     """
+    manifest = checked_data(data)
     images, labels = open_split(data, "val")
     loaded = {role: open_classifier(classifiers / role).to(device) for role in ROLES}
-    with Progress(f"reference {settings.experiment}", len(open_split(data, "train")[0]), "image") as bar:
-        extractors, references = open_references(settings, data, loaded["judge"], cache, device, bar.set)
+    with Progress(f"reference {settings.experiment}", manifest["splits"]["train"]["num_images"], "image") as bar:
+        extractors, references = open_references(settings, data, manifest, loaded["judge"], cache, device, bar.set)
     for extractor, reference in zip(extractors, references, strict=True):
         if reference.target is not None:
-            _warn_of_rank(f"{extractor.name}, target class", reference.target.statistics.n, extractor.dim)
-    return {
+            warn_of_rank(f"{extractor.name}, target class", reference.target.statistics.n, extractor.dim)
+    record = {
         "protocols": [{"name": one.name, "dim": one.everything.statistics.dim, **one.identity} for one in references],
         "classifiers": {role: classifier_quality(one, images, labels) for role, one in loaded.items()},
     }
+    write_record(out, record)
+    return record
 
 
 def read_reference_record(path: Path) -> dict:
@@ -107,7 +127,8 @@ def read_reference_record(path: Path) -> dict:
         raise DataError(f"no record of the references ({error})", path) from None
 
 
-def _warn_of_rank(what: str, count: int, dim: int) -> None:
-    warning = frechet.rank_warning(count, dim)
+def warn_of_rank(what: str, count: int, dim: int) -> None:
+    """Print a line where there are too few images for a covariance of full rank."""
+    warning = rank_warning(count, dim)
     if warning:
         print(f"{what}: {warning}", flush=True)

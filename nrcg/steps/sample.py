@@ -1,100 +1,226 @@
-"""Guided sampling."""
+"""Guided sampling: a shard of the workflow, or images of anybody's model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
+from nrcg import tracking
+from nrcg.classifiers.logits import class_index
+from nrcg.classifiers.storage import open_classifier
 from nrcg.config import SampleStep
+from nrcg.data.arrays import to_uint8
+from nrcg.data.pictures import sample_grid, save_png
+from nrcg.data.shards import write_shard
 from nrcg.devices import device_name, peak_memory_mib
+from nrcg.errors import ConfigError
+from nrcg.files import weights_sha256
+from nrcg.guidance.building import build_guidance
+from nrcg.guidance.guidance import ClassifierGuidance
+from nrcg.guidance.pipeline import GuidedDDPMPipeline
+from nrcg.guidance.trace import Trace
+from nrcg.layout import format_scale, trace_of
+from nrcg.pipeline.progress import Progress
 from nrcg.provenance import versions
 
-if TYPE_CHECKING:
-    import torch
+GRID_SAMPLES = 256
+"""Samples in the grid of `sample_images`, as many as the paper's fig. 9 shows."""
 
 
-def method_guidance(settings: SampleStep, classifier: Any, scale: float, pipe: Any) -> Any:
+@dataclass(frozen=True)
+class Drawing:
+    """How samples are drawn: the arguments of `GuidedDDPMPipeline.__call__` of the same names."""
+
+    num_samples: int
+    batch_size: int | str
+    seed: int
+    start: str
+    precision: torch.dtype
+    first_sample: int = 0
+    num_inference_steps: int | None = None
+    eta: float = 0.0
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn and written.
+
+    Attributes:
+        images: (N, H, W, C) uint8.
+        record: What made them, as it stands beside the array.
+        trace: What the guidance did in each step, where asked for.
+    """
+
+    images: np.ndarray
+    record: dict[str, Any]
+    trace: Trace | None = None
+
+
+def draw(
+    pipe: GuidedDDPMPipeline,
+    guidance: ClassifierGuidance | None,
+    drawing: Drawing,
+    *,
+    label: str,
+    out: Path | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Drawn:
+    """Draw samples, and write them with their record.
+
+    Args:
+        pipe: The diffusion model on its device.
+        guidance: None samples without guidance.
+        drawing: How they are drawn.
+        label: What the progress says.
+        out: File of the array, its record and trace beside it; None writes nothing.
+        record: What the record says beside the drawing.
+    """
+    device = pipe.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    steps = len(pipe.timesteps(drawing.num_inference_steps))
+    with Progress(label, steps * drawing.num_samples, "step") as bar:
+        found = pipe(guidance=guidance, on_step=bar.set, **vars(drawing))
+    images = to_uint8(found.samples)
+    whole = {
+        **(record or {}),
+        **{name: getattr(drawing, name) for name in ("first_sample", "num_samples", "seed", "start")},
+        "num_inference_steps": drawing.num_inference_steps,
+        "precision": str(drawing.precision).removeprefix("torch."),
+        "device": device_name(device),
+        "nonfinite": int(found.nonfinite.sum()),
+        "seconds": found.seconds,
+        "peak_memory_mib": peak_memory_mib(device),
+        "versions": versions(),
+    }
+    if out is not None:
+        if found.trace is not None:
+            found.trace.save(trace_of(out))
+        whole = write_shard(out, images, whole, None if found.trace is None else trace_of(out))
+    return Drawn(images, whole, found.trace)
+
+
+def method_guidance(
+    settings: SampleStep, classifier: Any, scale: float, pipe: GuidedDDPMPipeline
+) -> ClassifierGuidance:
     """Guidance as a method of the configuration asks for it, for a pipeline that uses the method's sampler."""
-    from nrcg.classifiers.logits import class_index
-    from nrcg.guidance import scales, stabilizers
-    from nrcg.guidance.guidance import ClassifierGuidance
-
     method = settings.guidance
-    return ClassifierGuidance(
+    return build_guidance(
+        method,
         classifier,
         class_index(classifier.classes, settings.target),
-        scale=scales.from_config(method.scale_schedule, scale),
-        input=method.input,
-        stabilizer=stabilizers.from_config(method.stabilizer, len(pipe.timesteps(method.sampler.steps))),
+        scale,
+        num_steps=len(pipe.timesteps(method.sampler.steps)),
         clip_pred_x0=settings.sampling.clip_pred_x0,
-        grad_mode=method.grad_mode,
-        every_k=method.every_k,
-        skip_above=method.skip_above,
     )
 
 
-def draw_samples(
-    path: str | Path,
-    pipe: Any,
-    guidance: Any,
+def method_drawing(settings: SampleStep, precision: torch.dtype, **others: Any) -> Drawing:
+    """How a method's samples are drawn; `others` are further fields of Drawing."""
+    sampling, sampler = settings.sampling, settings.guidance.sampler
+    return Drawing(
+        batch_size=sampling.batch_size,
+        seed=sampling.seed,
+        start=sampling.start,
+        precision=precision,
+        num_inference_steps=sampler.steps,
+        eta=sampler.eta,
+        **others,
+    )
+
+
+def sample_shard(
+    settings: SampleStep,
+    *,
+    scale: float,
+    shard: int,
+    ddpm: Path,
+    classifier: Path | None,
+    out: Path,
     device: torch.device,
     precision: torch.dtype,
-    *,
-    num_samples: int,
-    first_sample: int,
-    batch_size: int | str,
-    seed: int,
-    start: str,
-    label: str,
-    record: dict,
-    num_inference_steps: int | None = None,
-    eta: float = 0.0,
-    trace: bool = False,
-) -> Any:
-    """Draw samples, write them as uint8 (N, H, W, C) to `path` and their record beside it; returns them."""
-    import torch
+) -> Drawn:
+    """One shard of the samples of a method at a scale (algorithm 1).
 
-    from nrcg.data.arrays import to_uint8
-    from nrcg.files import atomic_save_array, sha256_file, write_record
-    from nrcg.pipeline.progress import Progress
+    Args:
+        settings: The method's settings.
+        scale: Guidance scale s of eq. 1.
+        shard: Number of the shard, from 0.
+        ddpm: Folder of the diffusion model.
+        classifier: Folder of the guiding classifier; None where nothing guides.
+        out: File of the array, its record beside it.
+        device: Device that computes.
+        precision: Autocast of the U-Net.
 
-    path = Path(path)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with Progress(label, len(pipe.timesteps(num_inference_steps)) * num_samples, "step") as bar:
-        out = pipe(
-            num_samples=num_samples,
-            batch_size=batch_size,
-            seed=seed,
-            guidance=guidance,
-            first_sample=first_sample,
-            start=start,
-            num_inference_steps=num_inference_steps,
-            eta=eta,
-            precision=precision,
-            trace=trace,
-            on_step=bar.set,
+    Raises:
+        ConfigError: The shard is past the last, or the method's classifier is missing.
+    """
+    method, config = settings.guidance, settings.sampling
+    first = shard * config.shard_size
+    count = min(config.shard_size, config.num_samples - first)
+    if count < 1:
+        raise ConfigError(f"--shard: {shard} is past the last of {config.num_samples} samples")
+    pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device).use_sampler(method.sampler.name)
+    guidance, weights = None, {"ddpm": weights_sha256(ddpm)}
+    if method.classifier is not None:
+        if classifier is None:
+            raise ConfigError(f"--classifier: missing; method {settings.method} is guided by {method.classifier}")
+        guidance = method_guidance(settings, open_classifier(classifier), scale, pipe)
+        weights["classifier"] = weights_sha256(classifier)
+    label = f"sample {settings.method} scale {format_scale(scale)}"
+    trace = config.trace and guidance is not None and scale > 0
+    with tracking.run(
+        settings.experiment,
+        f"{label} shard {shard}",
+        kind="shard",
+        params=settings.model_dump() | {"scale": scale, "shard": shard, "weights_sha256": weights},
+        tags={"method": settings.method},
+        deferred=True,
+    ) as run:
+        drawn = draw(
+            pipe,
+            guidance,
+            method_drawing(settings, precision, num_samples=count, first_sample=first, trace=trace),
+            label=label,
+            out=out,
+            record={
+                "experiment": settings.experiment,
+                "method": settings.method,
+                "scale": scale,
+                "shard": shard,
+                "settings": settings.fingerprint(),
+                "weights_sha256": weights,
+            },
         )
-    traced = {}
-    if out.trace is not None:
-        out.trace.save(path.with_suffix(".trace.npz"))
-        traced = {"trace_sha256": sha256_file(path.with_suffix(".trace.npz"))}
-    images = to_uint8(out.samples)
-    atomic_save_array(path, images)
-    record = record | {
-        "first_sample": first_sample,
-        "num_samples": num_samples,
-        "seed": seed,
-        "start": start,
-        "num_inference_steps": num_inference_steps,
-        "precision": str(precision).removeprefix("torch."),
-        "device": device_name(device),
-        "nonfinite": int(out.nonfinite.sum()),
-        "seconds": out.seconds,
-        "peak_memory_mib": peak_memory_mib(device),
-        "sha256": sha256_file(path),
-        **traced,
-        "versions": versions(),
-    }
-    write_record(path.with_suffix(".json"), record)
-    return images
+        numbers = {key: drawn.record[key] for key in ("seconds", "nonfinite", "peak_memory_mib")}
+        run.log_metrics(numbers | {"images_per_second": count / drawn.record["seconds"]})
+    return drawn
+
+
+def sample_images(
+    pipe: GuidedDDPMPipeline,
+    guidance: ClassifierGuidance | None,
+    drawing: Drawing,
+    *,
+    out: Path,
+    record: Mapping[str, Any] | None = None,
+) -> Drawn:
+    """Images of anybody's model: samples.npy with its record, a PNG each, and a grid.
+
+    Args:
+        pipe, guidance, drawing, record: As for `draw`.
+        out: Folder to write to.
+    """
+    drawn = draw(pipe, guidance, drawing, label="sample", out=out / "samples.npy", record=record)
+    for index, image in enumerate(drawn.images):
+        Image.fromarray(image.squeeze()).save(out / f"{index:05d}.png")
+    shown = drawn.images[:GRID_SAMPLES]
+    save_png(out / "grid.png", sample_grid(shown, max(1, round(len(shown) ** 0.5))))
+    return drawn

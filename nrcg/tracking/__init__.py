@@ -2,7 +2,7 @@
 
 from nrcg.tracking.models import _load_module
 from nrcg.tracking.reading import charts_url, read_rows
-from nrcg.tracking.run import NullRun, _standard_tags, flatten, log_method_over_scales, run, scale_step
+from nrcg.tracking.run import _standard_tags, flatten, log_method_over_scales, run, scale_step
 from nrcg.tracking.store import (
     JOURNALS,
     KIND_METHOD,
@@ -22,7 +22,6 @@ __all__ = [
     "KIND_METHOD",
     "KIND_SETTING",
     "MAX_PARAM",
-    "NullRun",
     "Sync",
     "_connect",
     "_load_module",

@@ -13,25 +13,25 @@ from nrcg.config import ClassifierConfig
 from nrcg.devices import autocast, freeze
 from nrcg.diffusion.noise import spawn_seed
 from nrcg.diffusion.schedule import Schedule
-from nrcg.training.feed import Images, batches_from, steps_per_epoch
+from nrcg.training.feed import TrainingImages, batches_from, steps_per_epoch
 from nrcg.training.trainer import (
     Checkpoint,
     LogRow,
     OnEpoch,
     OnStep,
-    _naming_memory,
-    _random_state,
-    _set_random_state,
-    _step_noise,
-    _Trainer,
+    Trainer,
+    naming_memory,
+    random_state,
+    set_random_state,
+    step_noise,
 )
 
 
-def train_classifier(
+def fit_classifier(
     config: ClassifierConfig,
     schedule: Schedule,
-    train: Images,
-    val: Images,
+    train: TrainingImages,
+    val: TrainingImages,
     *,
     num_classes: int,
     device: torch.device,
@@ -54,22 +54,22 @@ def train_classifier(
     module = module.to(device, memory_format=torch.channels_last)
     classifier = Classifier(module).to(device)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
-    trainer = _Trainer(module, config.optimizer, per_epoch * config.epochs, device, precision)
+    trainer = Trainer(module, config.optimizer, per_epoch * config.epochs, device, precision)
     total = torch.zeros((), device=device)
     state = checkpoint.load()
     if state is not None:
         trainer.load_state_dict(state["trainer"])
         total = state["epoch_loss"].to(device)
-        _set_random_state(state["random"], device)
+        set_random_state(state["random"], device)
         on_resume(trainer.step)
     feed = train.batches(batches_from(len(train), config.batch_size, config.seed, trainer.step, config.epochs))
-    with _naming_memory("batch_size", f"{config.batch_size} images at once on {device} are too many: take fewer"):
+    with naming_memory("batch_size", f"{config.batch_size} images at once on {device} are too many: take fewer"):
         for epoch in range(len(trainer.log), config.epochs):
             classifier.train()
             while trainer.step < (epoch + 1) * per_epoch:
                 x, labels = next(feed)
                 if config.noised:
-                    t, noise = _step_noise(config.seed, trainer.step, x.shape, schedule.num_steps, device)
+                    t, noise = step_noise(config.seed, trainer.step, x.shape, schedule.num_steps, device)
                     x = schedule.q_sample(x, t, noise)
                 with autocast(device, precision):
                     logits = classifier(x)
@@ -79,7 +79,7 @@ def train_classifier(
                 total += loss.detach()
                 on_step(trainer.step)
                 if checkpoint.due():
-                    random = _random_state(device)  # dropout's
+                    random = random_state(device)  # dropout's
                     checkpoint.save({"trainer": trainer.state_dict(), "epoch_loss": total.cpu(), "random": random})
             row = {
                 "epoch": epoch + 1,
@@ -97,7 +97,7 @@ def train_classifier(
 @torch.no_grad()
 def accuracy(
     classifier: Classifier,
-    images: Images,
+    images: TrainingImages,
     *,
     schedule: Schedule | None = None,
     t: int = 0,
@@ -114,14 +114,14 @@ def accuracy(
     for first in range(0, count, batch_size):
         x, labels = images.batch(torch.arange(first, min(first + batch_size, count)))
         if schedule is not None and t > 0:
-            _, noise = _step_noise(t, first, x.shape, schedule.num_steps, x.device)
+            _, noise = step_noise(t, first, x.shape, schedule.num_steps, x.device)
             x = schedule.q_sample(x, t, noise)
         right += int((predicted_class(classifier(x)) == labels).sum())
     return right / count
 
 
 def accuracy_over_t(
-    classifier: Classifier, schedule: Schedule, images: Images, *, num_points: int = 21, num_images: int = 512
+    classifier: Classifier, schedule: Schedule, images: TrainingImages, *, num_points: int = 21, num_images: int = 512
 ) -> list[LogRow]:
     """Accuracy on noised images at evenly spaced t from 0 to T: rows t, accuracy."""
     points = sorted({round(share) for share in np.linspace(0, schedule.num_steps, num_points)})

@@ -23,8 +23,8 @@ from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.unet import build_unet
 from nrcg.errors import ConfigError
 from nrcg.training.distributed import Ranks
-from nrcg.training.feed import Images, batches_from, steps_per_epoch
-from nrcg.training.trainer import Checkpoint, LogRow, OnEpoch, OnStep, _chunks, _naming_memory, _step_noise, _Trainer
+from nrcg.training.feed import TrainingImages, batches_from, steps_per_epoch
+from nrcg.training.trainer import Checkpoint, LogRow, OnEpoch, OnStep, Trainer, chunks, naming_memory, step_noise
 
 
 def ddpm_loss(
@@ -55,7 +55,7 @@ def ddpm_loss(
 def ddpm_validation_loss(
     unet: nn.Module,
     schedule: Schedule,
-    images: Images,
+    images: TrainingImages,
     num_images: int,
     batch_size: int,
     precision: torch.dtype,
@@ -73,9 +73,9 @@ def ddpm_validation_loss(
         # The noise is the batch's, whoever computes which part of it.
         device, noise = images.device, None
         mine = ranks.share(len(indices))
-        for part in _chunks(mine.start, mine.stop, micro_batch_size):
+        for part in chunks(mine.start, mine.stop, micro_batch_size):
             if noise is None:
-                _, noise = _step_noise(0, first, (len(indices), *images.image_shape), schedule.num_steps, device)
+                _, noise = step_noise(0, first, (len(indices), *images.image_shape), schedule.num_steps, device)
             x0, _ = images.batch(indices[part])
             t = (indices[part] * 2654435761 % schedule.num_steps + 1).to(device)  # a fixed, well-mixed t per image
             loss = ddpm_loss(unet, schedule, x0, t, noise[part], precision, prediction_type)
@@ -84,10 +84,10 @@ def ddpm_validation_loss(
     return ranks.sum(total.to(device, torch.float32)).item() / count if ranks.count > 1 else total.item() / count
 
 
-def train_ddpm(
+def train_unet(
     config: DDPMConfig,
-    train: Images,
-    val: Images,
+    train: TrainingImages,
+    val: TrainingImages,
     *,
     image_size: int,
     channels: int,
@@ -127,7 +127,7 @@ def train_ddpm(
     unet = build_unet(config.unet, image_size, channels).to(device)
     ema_unet = freeze(build_unet(config.unet, image_size, channels).to(device))
     per_epoch = steps_per_epoch(len(train), config.batch_size)
-    trainer = _Trainer(unet, config.optimizer, per_epoch * config.epochs, device, precision)
+    trainer = Trainer(unet, config.optimizer, per_epoch * config.epochs, device, precision)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     epoch_loss, epoch_began, epoch_steps = torch.zeros((), device=device), time.perf_counter(), 0
     state = checkpoint.load()
@@ -142,14 +142,14 @@ def train_ddpm(
     unet.train()
     replicas = ranks.wrap(unet)
     mine = ranks.share(batch_size)
-    parts = _chunks(mine.start, mine.stop, config.micro_batch_size)
+    parts = chunks(mine.start, mine.stop, config.micro_batch_size)
     order = batches_from(len(train), config.batch_size, config.seed, trainer.step, config.epochs)
     feed = train.batches(indices[mine] for indices in order)
 
     def accumulate(x0: Tensor) -> Tensor:
         """Add up the gradients of this process's images; returns their part of the step's loss."""
         shape = (batch_size, *x0.shape[1:])
-        t, noise = _step_noise(config.seed, trainer.step, shape, schedule.num_steps, device)
+        t, noise = step_noise(config.seed, trainer.step, shape, schedule.num_steps, device)
         total = torch.zeros((), device=device)
         for part in parts:
             if config.unet.dropout:
@@ -164,7 +164,7 @@ def train_ddpm(
         return total
 
     advice = f"{max(part.stop - part.start for part in parts)} images at once on {device} are too many: take fewer, "
-    with _naming_memory("ddpm.micro_batch_size", advice + "it changes no result"):
+    with naming_memory("ddpm.micro_batch_size", advice + "it changes no result"):
         # By the rows, not the steps: a checkpoint of an epoch's last step comes before its row.
         for epoch in range(len(trainer.log), config.epochs):
             while trainer.step < (epoch + 1) * per_epoch:

@@ -1,22 +1,19 @@
 """Several processes that train together: how they start, end, and share a batch.
 
-`launch` starts a command once per process; each then calls `join`. torchrun and `accelerate launch` may start them
-too. Importing this module imports no torch.
+`launch`, torchrun or `accelerate launch` start them; each then calls `join`. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
+from nrcg.devices import cuda_uuids, lease_cuda_devices
 from nrcg.errors import ConfigError, DataError
 from nrcg.processes import launched
 
@@ -26,9 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-PARENT = "NRCG_LAUNCHER"
-"""Environment variable with the process number of `launch`: a rank ends with it (see nrcg.cli)."""
-POLL_SECONDS = 0.1
 TIMEOUT = timedelta(hours=6)
 """How long a rank waits for another, which may be drawing a sample grid. One that died is noticed at once."""
 
@@ -133,85 +127,43 @@ def num_processes(asked: int | str, device: torch.device, given: int | None) -> 
     return min(asked, limit)
 
 
-def launch(command: Sequence[str], count: int, environment: Mapping[str, str] | None = None) -> int:
-    """Run a command `count` times, as the ranks of one training. Where one fails, all end.
-
-    Rank 0 has this process's output; what the others say on stderr is shown if one of them fails first.
+def launch(arguments: Sequence[str], count: int, device: torch.device, *, lease: bool = False) -> int:
+    """Run this interpreter `count` times, as the ranks of one training, by torchrun's agent. Where one fails, all end.
 
     Args:
-        environment: added to this process's.
+        arguments: Of the interpreter, such as `-m nrcg.cli train-ddpm ...`.
+        count: Number of processes.
+        device: Kind of device that they train on.
+        lease: Whether several jobs share the GPUs: they are leased until this process ends.
 
     Returns:
         0, or the exit status of the rank that failed first, 128 + N if signal N ended it.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The processes find together here. As it is open before they start, no port can be taken meanwhile.
-    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    shared = {
-        **os.environ,
-        **(environment or {}),
-        PARENT: str(os.getpid()),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's name for a store that the parent holds
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-    }
-    ranks: list[subprocess.Popen] = []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminating())
-        stack.callback(_end, ranks)
-        errors: list[IO[bytes] | None] = [None]
-        for rank in range(count):
-            if rank > 0:
-                errors.append(stack.enter_context(tempfile.TemporaryFile()))
-            ranks.append(
-                subprocess.Popen(
-                    list(command),
-                    env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=None if rank == 0 else subprocess.DEVNULL,
-                    stderr=errors[rank],
-                )
-            )
-        while True:
-            states = [process.poll() for process in ranks]
-            failed = [rank for rank, state in enumerate(states) if state not in (None, 0)]
-            if failed:
-                first, state = failed[0], states[failed[0]]
-                _end(ranks)
-                if errors[first] is not None:
-                    errors[first].seek(0)
-                    sys.stderr.write(errors[first].read().decode(errors="replace"))
-                if state < 0:
-                    print(f"nrcg: process {first} of {count} was ended by signal {-state}", file=sys.stderr)
-                return state if state > 0 else 128 - state
-            if None not in states:
-                return 0
-            time.sleep(POLL_SECONDS)
-
-
-def _end(ranks: Sequence[subprocess.Popen]) -> None:
-    for process in ranks:
-        if process.poll() is None:
-            process.kill()  # checkpoints are written as a whole: nothing is lost that a kill would not lose
-    for process in ranks:
-        process.wait()
-
-
-@contextlib.contextmanager
-def _terminating():
-    """SIGTERM ends the block as an exception, so that the ranks are ended too."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
+    if device.type == "cuda" and lease:
+        leased = lease_cuda_devices(cuda_uuids(), count)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(max(leased) + 1)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[position] for position in leased)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what is wrong
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"nrcg-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        state = error.get_first_failure()[1].exitcode
+        if state < 0:
+            print(f"nrcg: one of {count} processes was ended by signal {-state}", file=sys.stderr)
+        return state if state > 0 else 128 - state
+    return 0

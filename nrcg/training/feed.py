@@ -19,7 +19,7 @@ READERS = 2
 """Threads that read them."""
 
 
-class Images:
+class TrainingImages:
     """A split's images as training batches.
 
     On a CUDA device all images stay there as uint8 where they fit. Otherwise `batches` reads ahead from the memory map
@@ -52,7 +52,7 @@ class Images:
         return channels, height, width
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) at some positions."""
+        """TrainingImages (B, C, H, W) float32 in [-1, 1] and labels (B,) at some positions."""
         if self._resident is not None:
             return self._finish(self._resident[indices.to(self.device)], indices)
         return self._finish(self._read(indices), indices)

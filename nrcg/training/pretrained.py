@@ -17,7 +17,7 @@ from nrcg.diffusion.storage import check_pipeline_files
 from nrcg.errors import ConfigError, DataError, NrcgError
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training.ddpm import ddpm_validation_loss
-from nrcg.training.feed import Images
+from nrcg.training.feed import TrainingImages
 from nrcg.training.trainer import LogRow
 
 KEY = "ddpm.pretrained"
@@ -148,7 +148,7 @@ def _schedule_to_write(pipe: GuidedDDPMPipeline) -> str:
 
 
 def pretrained_row(
-    pipe: GuidedDDPMPipeline, val: Images, *, num_images: int, batch_size: int, precision: torch.dtype
+    pipe: GuidedDDPMPipeline, val: TrainingImages, *, num_images: int, batch_size: int, precision: torch.dtype
 ) -> LogRow:
     """The row of training.csv: epoch 0 with the loss on validation images.
 

@@ -22,7 +22,7 @@ OnEpoch = Callable[[LogRow], None]
 
 
 @dataclass
-class _Trainer:
+class Trainer:
     """AdamW with warm-up and cosine decay, gradient clipping, and loss scaling under float16."""
 
     module: nn.Module
@@ -125,7 +125,7 @@ class Checkpoint:
         self._temporary.unlink(missing_ok=True)
 
 
-def _step_noise(
+def step_noise(
     seed: int, step: int, shape: Sequence[int], num_steps: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """t (B,) uniform over 1..T and eps (B, C, H, W), of one training step."""
@@ -134,14 +134,14 @@ def _step_noise(
     return t, torch.randn(tuple(shape), generator=generator, device=device)
 
 
-def _chunks(start: int, stop: int, size: int | None) -> list[slice]:
+def chunks(start: int, stop: int, size: int | None) -> list[slice]:
     """Positions start..stop in pieces of at most `size`; None: in one."""
     size = size or max(stop - start, 1)
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 @contextlib.contextmanager
-def _naming_memory(key: str, advice: str) -> Iterator[None]:
+def naming_memory(key: str, advice: str) -> Iterator[None]:
     """Out of memory becomes one line that names the key to change."""
     try:
         yield
@@ -152,13 +152,13 @@ def _naming_memory(key: str, advice: str) -> Iterator[None]:
         raise DataError(f"{key}: out of memory; {advice}") from error
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
+def random_state(device: torch.device) -> dict[str, Tensor]:
     """State of torch's default generators, on the CPU and on the device."""
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

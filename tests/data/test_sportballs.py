@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nrcg.data import sportballs
+from nrcg.data import ball_textures, sportballs
 from nrcg.errors import ConfigError
 
 LARGE = {"image_size": 64, "classes": sportballs.CLASSES, "diameter": (0.3, 0.7)}
@@ -43,7 +43,7 @@ def test_an_image_does_not_depend_on_the_number_of_threads():
     try:
         torch.set_num_threads(1)
         one, _ = sportballs.render(0, np.arange(200), **LARGE)
-        sportballs._texture.cache_clear()  # textures too must not depend on it
+        ball_textures.texture.cache_clear()  # textures too must not depend on it
         torch.set_num_threads(3)
         three, _ = sportballs.render(0, np.arange(200), **LARGE)
     finally:

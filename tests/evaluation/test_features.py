@@ -14,7 +14,7 @@ from nrcg.evaluation.features import (
     INCEPTION_FILE,
     TORCHEVAL_FILE,
     InceptionExtractor,
-    JudgeExtractor,
+    ClassifierExtractor,
     TorchevalExtractor,
     extract,
     extractor_name,
@@ -98,7 +98,7 @@ def inception(weights_dir):
 @pytest.fixture
 def judge():
     torch.manual_seed(0)
-    return JudgeExtractor(TinyJudge())
+    return ClassifierExtractor(TinyJudge())
 
 
 # --- extract ---------------------------------------------------------------------------------------------------------
@@ -377,8 +377,8 @@ def test_protocols_name_the_weights(judge):
     """Two judges of other weights are other protocols, the same judge is the same one."""
     again, other = TinyJudge(), TinyJudge()
     again.load_state_dict(judge._classifier.state_dict())
-    assert JudgeExtractor(again).protocol == judge.protocol
-    assert JudgeExtractor(other).protocol != judge.protocol
+    assert ClassifierExtractor(again).protocol == judge.protocol
+    assert ClassifierExtractor(other).protocol != judge.protocol
 
 
 # --- judge -----------------------------------------------------------------------------------------------------------

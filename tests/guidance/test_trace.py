@@ -11,7 +11,7 @@ from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline
 from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import DataError
 from nrcg.guidance.trace import QUANTITIES, Trace, TraceRecorder
-from nrcg.report.figures import save_trace_figure
+from nrcg.report.trace_figure import save_trace_figure
 
 SCHEDULE = Schedule.linear(6, 0.02, 0.5)
 

@@ -8,7 +8,7 @@ from nrcg import config
 from nrcg.errors import DataError
 from nrcg.files import write_record
 from nrcg.pipeline import resources, startup
-from nrcg.pipeline.resources import Resources
+from nrcg.pipeline.resources import JobResources
 from nrcg.pipeline.targets import Targets
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def whole():
 
 
 def test_targets_name_every_file_of_the_toy_experiment(whole):
-    toy = Targets(whole, "toy", ("stabilizers",))
+    toy = Targets(whole, "toy")
     assert toy.shards("non_robust_x0_ema99") == [
         f"results/toy/samples/non_robust_x0_ema99/scale{scale}/shard{shard:04d}.npy"
         for scale in ("1", "2.5")
@@ -53,21 +53,21 @@ def test_the_last_shard_holds_the_rest_and_256_samples_are_shown(whole):
 def test_a_gpu_is_asked_for_where_the_device_says_so(whole, monkeypatch):
     monkeypatch.setattr(resources, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(resources, "count_nvidia_gpus", lambda: 4)
-    here, cluster = Resources(whole, "sportballs"), Resources(whole, "sportballs", remote=True)
+    here, cluster = JobResources(whole, "sportballs"), JobResources(whole, "sportballs", remote=True)
     assert (here.gpus, cluster.gpus) == (0, 1)
-    assert Resources(whole, "toy", remote=True).gpus == 0  # device: cpu
+    assert JobResources(whole, "toy", remote=True).gpus == 0  # device: cpu
     assert (cluster.training_gpus, here.training_gpus) == (4, 0)
-    assert Resources(whole, "celebahq", remote=True).training_gpus == 1  # pretrained
+    assert JobResources(whole, "celebahq", remote=True).training_gpus == 1  # pretrained
     assert (here.feature_threads, cluster.feature_threads) == (1, 8)
 
 
 def test_time_grows_with_pixels_steps_and_images(whole):
-    cluster = Resources(whole, "sportballs", remote=True)
+    cluster = JobResources(whole, "sportballs", remote=True)
     # 1024 samples x 400 steps x 1.25 ms, twice, and ten minutes to start.
     assert cluster.sample_minutes("robust") == 10 + round(2 * 1024 * 400 * 1.25e-3 / 60)
     assert cluster.forward_minutes() == 10 + round(2 * 3 * 2048 * 400 * 1.25e-3 / 60)
     assert cluster.guided_mb("sampling") == 6000
-    cpu = Resources(whole, "toy")  # 16 x 16 pixels, batches of 5
+    cpu = JobResources(whole, "toy")  # 16 x 16 pixels, batches of 5
     assert cpu.guided_mb("sampling") == 2000 + round(5 * 160 / 16)
 
 

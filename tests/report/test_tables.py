@@ -12,7 +12,7 @@ from nrcg.report.best import at_edge, best_and_ties, best_per_method, best_rule,
 from nrcg.report.columns import (
     FORWARD_COLUMNS,
     check_comparable,
-    extractor,
+    headline_protocol,
     frechet_columns,
     read_forward,
     read_metrics,
@@ -105,7 +105,7 @@ def test_readers_ask_for_their_columns(tmp_path):
 def test_frechet_columns_are_named_after_their_features(columns, expected, network):
     rows = [dict.fromkeys(columns, 1.0)]
     assert frechet_columns(rows) == expected
-    assert extractor(rows) == network
+    assert headline_protocol(rows) == network
 
 
 def test_no_frechet_columns():

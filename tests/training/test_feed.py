@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from nrcg.training.feed import Images, batches_from, epoch_batches, steps_per_epoch
+from nrcg.training.feed import TrainingImages, batches_from, epoch_batches, steps_per_epoch
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def images(tmp_path) -> Images:
+def images(tmp_path) -> TrainingImages:
     """40 images of 4 x 6 pixels in a memory map, labels 0..39."""
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 4, 6, 3), dtype=np.uint8))
-    return Images(np.load(tmp_path / "images.npy", mmap_mode="r"), np.arange(40), CPU)
+    return TrainingImages(np.load(tmp_path / "images.npy", mmap_mode="r"), np.arange(40), CPU)
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(40, 8), (41, 8), (47, 8), (5, 8), (8, 8), (1, 1)])
@@ -71,13 +71,13 @@ def test_reading_ahead_gives_the_same_batches_in_the_same_order(images, count):
 
 def test_the_next_batches_are_read_while_one_is_in_use(images, monkeypatch):
     read = []
-    plain = Images._read
+    plain = TrainingImages._read
 
     def spy(self, indices):
         read.append((indices.tolist(), threading.current_thread() is threading.main_thread()))
         return plain(self, indices)
 
-    monkeypatch.setattr(Images, "_read", spy)
+    monkeypatch.setattr(TrainingImages, "_read", spy)
     order = [torch.tensor([index]) for index in range(20)]
     feed = images.batches(order)
     next(feed)
@@ -104,7 +104,7 @@ def test_what_fails_in_a_reader_is_raised_where_the_batch_is_wanted(images):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("resident_bytes", [0, None], ids=["read ahead", "resident"])
 def test_a_gpu_sees_the_same_batches(images, resident_bytes):
-    on_gpu = Images(images._array, np.arange(40), torch.device("cuda"), resident_bytes)
+    on_gpu = TrainingImages(images._array, np.arange(40), torch.device("cuda"), resident_bytes)
     order = list(batches_from(40, 8, 0, 0, 3))
     for (x, labels), indices in zip(on_gpu.batches(order), order, strict=True):
         assert labels.tolist() == indices.tolist()

@@ -46,7 +46,7 @@ def killer(step: int) -> Callable[[int], None]:
 
 def train_ddpm(checkpoint: Checkpoint, config: dict = DDPM, precision=torch.float32, **hooks):
     hooks = {"on_step": lambda done: None, "on_epoch": lambda row: None, "on_samples": lambda unet, epoch: None} | hooks
-    return ddpm.train_ddpm(
+    return ddpm.train_unet(
         DDPMConfig(**config),
         TRAIN,
         VAL,
@@ -351,7 +351,7 @@ def test_sample_grids_are_due_within_training_not_at_its_end(tmp_path):
 
 def test_training_steps_draw_every_t_from_1_to_T():
     def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return trainer._step_noise(0, step, (500, 1, 2, 2), 10, CPU)
+        return trainer.step_noise(0, step, (500, 1, 2, 2), 10, CPU)
 
     t, noise = draw(0)
     assert sorted(set(t.tolist())) == list(range(1, 11))
@@ -394,7 +394,7 @@ def test_the_saved_pipeline_opens_with_diffusers(tmp_path, undisturbed):
 
 
 def train_classifier(checkpoint: Checkpoint | None = None, on_step=lambda done: None, **changes):
-    return classifier.train_classifier(
+    return classifier.fit_classifier(
         ClassifierConfig(**CLASSIFIER | changes),
         SCHEDULE,
         TRAIN,

@@ -8,12 +8,12 @@ from nrcg import tracking
 from nrcg.config import ROLES
 from nrcg.errors import ConfigError, DataError
 from nrcg.evaluation.features import resolve_features
+from nrcg.layout import FIGURES
 from nrcg.pipeline import startup
 from nrcg.pipeline.remedies import explained
-from nrcg.pipeline.resources import Resources
+from nrcg.pipeline.resources import JobResources
 from nrcg.pipeline.targets import Targets
 from nrcg.processes import end_with_parent
-from nrcg.report.figures import FIGURES
 
 # DVC, of which Snakemake is a child, names itself in dvc.yaml: without it the workflow must not go on.
 if workflow.is_main_process and (dvc := os.environ.pop("NRCG_PARENT", "")):
@@ -54,7 +54,7 @@ shell.prefix(startup.job_prefix(workflow.deployment_settings.deployment_method))
 
 def targets(experiment):
     """The files of an experiment."""
-    return Targets(CONFIG, experiment, tuple(FIGURES))
+    return Targets(CONFIG, experiment)
 
 
 def files(ask):
@@ -114,7 +114,7 @@ def asked(ask):
     """Resource or threads function: what does not grow with the attempt, by `ask(resources)`."""
 
     def of(wildcards):
-        return ask(Resources(CONFIG, wildcards.experiment, workflow.non_local_exec, workflow.resource_settings.cores))
+        return ask(JobResources(CONFIG, wildcards.experiment, workflow.non_local_exec, workflow.resource_settings.cores))
 
     return of
 
@@ -123,7 +123,7 @@ def growing(ask):
     """Resource function: a retry asks for `attempt` times what `ask(resources, wildcards)` says."""
 
     def of(wildcards, attempt):
-        return attempt * ask(Resources(CONFIG, wildcards.experiment, workflow.non_local_exec), wildcards)
+        return attempt * ask(JobResources(CONFIG, wildcards.experiment, workflow.non_local_exec), wildcards)
 
     return of
 
