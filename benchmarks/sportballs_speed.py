@@ -24,7 +24,7 @@ PIECE = 2000  # images per call, as much as the data set writer draws at once
 
 def sprite(name: str, side: int) -> Image.Image:
     """RGBA picture of a ball, `side` pixels wide."""
-    picture = Image.fromarray(sportballs.ball(name))
+    picture = Image.fromarray(ball_textures.ball(name))
     axis = (np.arange(picture.width) + 0.5) / (picture.width / 2) - 1
     picture.putalpha(Image.fromarray((255 * (np.hypot(axis, axis[:, None]) < 1)).astype(np.uint8)))
     return picture.resize((side, side), Image.Resampling.LANCZOS)

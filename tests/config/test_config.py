@@ -14,6 +14,8 @@ import pytest
 from nrcg import config
 from nrcg.config import ROLES, STEPS, StabilizerConfig
 from nrcg.errors import ConfigError
+from nrcg.guidance.stabilizers import PUBLISHED_STEPS, scaled_beta
+from nrcg.layout import format_scale
 
 ROOT = Path(__file__).parents[2]
 RAW = config.read_yaml(ROOT / "config.yaml")
@@ -182,7 +184,7 @@ MISTAKES = [
     ("methods.robust.sampler", {"name": "dpmpp", "eta": 1}, "=.eta: the sampler 'dpmpp' has no such key; ddim has"),
     ("methods.robust.sampler", {"steps": 0}, "=.steps: input should be greater than 0, got 0"),
     ("methods.robust.grad_mode", "checkpoint", "is about the U-Net"),
-    ("methods.unconditional", {"input": "pred_x0"}, "=.input: guides nothing without a classifier"),
+    ("methods.unconditional", {"input": "x_t"}, "=.input: guides nothing without a classifier"),
     ("methods.unconditional", {"stabilizer": {"name": "ema", "beta": 0.9}}, "=.stabilizer: guides nothing without"),
     ("methods.robust.skip_above", 1.5, "input should be less than or equal to 1, got 1.5"),
     (f"{EXPERIMENT}.sampling.batch_size", "all", "'all' is no batch size; allowed: auto or a whole"),
@@ -352,7 +354,7 @@ def test_the_published_settings():
         "beta_end": 0.02,
         "beta_schedule": "linear",
     }
-    assert ddpm.schedule.num_train_timesteps == config.PUBLISHED_STEPS
+    assert ddpm.schedule.num_train_timesteps == PUBLISHED_STEPS
     assert ddpm.unet.block_out_channels == [64, 128, 192, 256]
     assert ddpm.unet.attention == [False, True, True, True]
     assert ddpm.unet.layers_per_block == 2
@@ -405,7 +407,7 @@ def test_the_methods_that_ship():
         for name, method in CONFIG.methods.items()
     }
     assert found == {
-        "unconditional": (None, "x_t", "none"),
+        "unconditional": (None, "pred_x0", "none"),
         "robust": ("robust", "x_t", "none"),
         "robust_x0": ("robust", "pred_x0", "none"),
         "non_robust": ("non_robust", "x_t", "none"),
@@ -654,7 +656,7 @@ def test_every_classifier_has_its_own_seed_and_role():
     ("beta", "steps", "expected"), [(0.99, 400, 0.99), (0.99, 100, 0.96059601), (0.9, 800, 0.9**0.5), (0.0, 100, 0.0)]
 )
 def test_scaled_beta(beta, steps, expected):
-    assert config.scaled_beta(beta, steps) == pytest.approx(expected, rel=1e-12)
+    assert scaled_beta(beta, steps) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -676,7 +678,7 @@ def test_stabilizer_name(settings, name):
     [(10.0, "10"), (0.5, "0.5"), (0, "0"), (1e-5, "1e-05"), (1e7, "1e+07"), (1.23456789, "1.23456789"), (150.0, "150")],
 )
 def test_format_scale(scale, text):
-    assert config.format_scale(scale) == text
+    assert format_scale(scale) == text
     assert float(text) == scale
     assert re.fullmatch(r"[0-9.e+-]+", text)  # the workflow's wildcard
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from raw_images import encoded, picture, write_celeba, write_celebahq, write_csv, write_folders, write_parquet
+from raw_images import encoded, write_celeba, write_celebahq, write_csv, write_folders, write_parquet
 
 from nrcg import cli, config
 from nrcg.data import arrays, conversion
@@ -20,6 +20,7 @@ from nrcg.data.folders import list_folders
 from nrcg.data.parquet import list_parquet
 from nrcg.data.pixels import decode
 from nrcg.errors import DataError
+from nrcg.files import remove_leftovers
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["cats", "dogs"]
@@ -195,44 +196,12 @@ def stopped(folder: Path, found, count: int = 20) -> None:
     assert "dataset.json" not in files(folder)
 
 
-def test_a_stopped_conversion_goes_on_where_it_was(raw, tmp_path, small_pieces, monkeypatch):
+def test_a_stopped_conversion_leaves_nothing_and_is_made_anew(raw, tmp_path, small_pieces):
     expected = run(tmp_path / "at_once", listing(raw))
     stopped(tmp_path / "out", listing(raw))
-    assert not [name for name in files(tmp_path / "out") if not name.endswith(".partial")]
-    decoded = []
-    monkeypatch.setattr(conversion, "decode", lambda *a, **k: decoded.append(1) or decode(*a, **k))
-    resumed = []
-    assert run(tmp_path / "out", listing(raw), on_resume=resumed.append) == expected
-    assert resumed[0] >= 20 and len(decoded) == 50 - resumed[0]
+    assert files(tmp_path / "out") == []
+    assert run(tmp_path / "out", listing(raw)) == expected
     assert files(tmp_path / "out") == WHOLE
-
-
-@pytest.mark.parametrize("change", ["journal cut", "pixels", "raw file", "settings", "no arrays"])
-def test_what_does_not_fit_is_converted_anew(raw, tmp_path, small_pieces, change):
-    stopped(tmp_path / "out", listing(raw))
-    journal, arrays = tmp_path / "out/conversion.jsonl.partial", tmp_path / "out/train/images.npy.partial"
-    changes = {}
-    if change == "journal cut":
-        journal.write_bytes(journal.read_bytes()[:-15])
-    elif change == "pixels":  # the power failed before they were on the disk
-        arrays.write_bytes(arrays.read_bytes()[:128] + bytes(arrays.stat().st_size - 128))
-    elif change == "raw file":
-        picture(99, 30, 30).save(raw / listing(raw).splits["train"].name(1))
-    elif change == "settings":
-        changes = {"preprocessing": "center_crop"}
-    else:
-        arrays.unlink()
-    expected = run(tmp_path / "at_once", listing(raw), **changes)
-    assert run(tmp_path / "out", listing(raw), **changes) == expected
-
-
-def test_unreadable_files_are_remembered_over_a_stop(raw, tmp_path, small_pieces):
-    spoil(raw / listing(raw).splits["train"].name(2), "cut")
-    with pytest.raises(Stop):
-        run(tmp_path / "out", listing(raw), max_unreadable=0.1, on_images=stop_after(20))
-    manifest = run(tmp_path / "out", listing(raw), max_unreadable=0.1)
-    assert manifest["generation"]["unreadable"]["count"] == 1
-    assert manifest == run(tmp_path / "at_once", listing(raw), max_unreadable=0.1)
 
 
 def test_two_writers_of_one_folder_are_told_apart(raw, tmp_path, small_pieces):
@@ -341,8 +310,8 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys, write, mes
     assert set(files(tmp_path / "out")) <= {"unreadable.csv"}
 
 
-def test_a_killed_command_goes_on(tmp_path):
-    """kill -9 within the conversion: what was done is not done again, and the arrays are as if nothing had been."""
+def test_a_killed_command_is_made_anew(tmp_path):
+    """kill -9 within the conversion: nothing looks finished, and the next run's arrays are as if nothing had been."""
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_folders(raw, {"a": 60, "b": 60})
     slow = [encoded(Image.new("RGB", (600, 600), (i, 7, 9)), "BMP") for i in range(5)]
@@ -351,18 +320,15 @@ def test_a_killed_command_goes_on(tmp_path):
     path = write_config(tmp_path, path=str(raw), source="folder", classes=["a", "b"], image_size=512)
     words = [sys.executable, "-m", "nrcg.cli", *command(path, out)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    journal = out / "conversion.jsonl.partial"
     deadline = time.monotonic() + 60
-    while not (journal.exists() and len(journal.read_text().splitlines()) > 2):
+    while not list(out.glob("train/.images.npy.*.tmp")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
     process.wait()
-    done = len(journal.read_text().splitlines()) - 1
     assert not (out / "dataset.json").exists() and not (out / "train/images.npy").exists()
-    assert done >= 2
+    remove_leftovers(out)  # as a run of the workflow does at its start
+    assert files(out) == []
     assert subprocess.run(words, stdout=subprocess.DEVNULL).returncode == 0
     assert files(out) == WHOLE
     arrays.verify(out)
-    assert cli.main(command(path, tmp_path / "at_once")) == 0
-    assert arrays.load_manifest(tmp_path / "at_once") == arrays.load_manifest(out)

@@ -139,7 +139,7 @@ def test_edges_are_antialiased(setting):
 
 def _pasted(name, drawn, i, size, fine=16):
     """The same image by the plain way: paste one rotated picture on a fine canvas, then average down."""
-    colour = Image.fromarray(sportballs.ball(name))
+    colour = Image.fromarray(ball_textures.ball(name))
     axis = (np.arange(colour.width) + 0.5) / (colour.width / 2) - 1
     disc = np.hypot(axis, axis[:, None]) < 1
     colour.putalpha(Image.fromarray(np.where(disc, 255, 0).astype(np.uint8)))
@@ -217,5 +217,5 @@ def test_a_ball_may_fill_the_canvas():
 
 def test_importing_the_modules_is_light():
     """The workflow imports them for every job; torch takes seconds."""
-    code = "import sys, nrcg.sportballs, nrcg.datasets; sys.exit('torch' in sys.modules)"
+    code = "import sys, nrcg.data.sportballs, nrcg.data.arrays; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -204,7 +204,7 @@ def test_data_mean_is_read_where_it_is(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"not an array"])
 def test_a_damaged_data_mean_is_one_clear_line(tmp_path, content):
     (tmp_path / storage.DATA_MEAN_FILE).write_bytes(content)
-    with pytest.raises(DataError, match=r"data_mean\.npy: cannot be read .*delete the file") as error:
+    with pytest.raises(DataError, match=r"data_mean\.npy: cannot be read") as error:
         read_data_mean(tmp_path)
     assert "\n" not in str(error.value)
 

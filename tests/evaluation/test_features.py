@@ -13,8 +13,8 @@ from nrcg.evaluation import features
 from nrcg.evaluation.features import (
     INCEPTION_FILE,
     TORCHEVAL_FILE,
-    InceptionExtractor,
     ClassifierExtractor,
+    InceptionExtractor,
     TorchevalExtractor,
     extract,
     extractor_name,

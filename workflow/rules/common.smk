@@ -114,7 +114,9 @@ def asked(ask):
     """Resource or threads function: what does not grow with the attempt, by `ask(resources)`."""
 
     def of(wildcards):
-        return ask(JobResources(CONFIG, wildcards.experiment, workflow.non_local_exec, workflow.resource_settings.cores))
+        return ask(
+            JobResources(CONFIG, wildcards.experiment, workflow.non_local_exec, workflow.resource_settings.cores)
+        )
 
     return of
 
@@ -133,15 +135,6 @@ def memory(base):
 
     def total(wildcards, input, attempt):
         return attempt * (base + int(input.size_mb))
-
-    return total
-
-
-def minutes(base):
-    """Resource function: a job's minutes."""
-
-    def total(wildcards, attempt):
-        return attempt * base
 
     return total
 

@@ -14,7 +14,7 @@ rule dataset:
     threads: 4
     resources:
         mem_mb=memory(2000),
-        runtime=minutes(240),  # where a download is part of it
+        runtime=lambda wildcards, attempt: attempt * 240,  # where a download is part of it
     params:
         config=settings_file("dataset"),
         folder=subpath(output.manifest, parent=True),

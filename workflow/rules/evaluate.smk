@@ -2,9 +2,7 @@ rule reference:
     """What every method is compared with: the training images' features, and how good the classifiers are."""
     input:
         arrays,
-        ancient(
-            expand("models/{{experiment}}/classifiers/{role}/model.safetensors", role=ROLES)
-        ),
+        ancient(expand("models/{{experiment}}/classifiers/{role}/model.safetensors", role=ROLES)),
         expand("models/{{experiment}}/classifiers/{role}/config.json", role=("robust", "non_robust")),
         manifest=manifest,
         judge="models/{experiment}/classifiers/judge/config.json",
@@ -35,9 +33,7 @@ rule evaluate:
         arrays,
         files(lambda one, wildcards: one.shards_and_records(wildcards.method)),
         ancient("models/{experiment}/ddpm/unet/diffusion_pytorch_model.safetensors"),
-        ancient(
-            expand("models/{{experiment}}/classifiers/{role}/model.safetensors", role=ROLES)
-        ),
+        ancient(expand("models/{{experiment}}/classifiers/{role}/model.safetensors", role=ROLES)),
         expand("models/{{experiment}}/classifiers/{role}/config.json", role=("robust", "non_robust")),
         manifest=manifest,
         ddpm="models/{experiment}/ddpm/training.json",
@@ -53,7 +49,7 @@ rule evaluate:
     resources:
         gpu=asked(lambda job: job.gpus),
         mem_mb=memory(8000),
-        runtime=minutes(240),
+        runtime=lambda wildcards, attempt: attempt * 240,
     params:
         config=settings_file("evaluate", "method"),
         data=subpath(input.manifest, parent=True),

@@ -48,7 +48,7 @@ rule train_classifier:
     resources:
         gpu=asked(lambda job: job.gpus),
         mem_mb=memory(6000),
-        runtime=minutes(360),
+        runtime=lambda wildcards, attempt: attempt * 360,
     params:
         config=settings_file("train_classifier", "role"),
         data=subpath(input.manifest, parent=True),
