@@ -122,9 +122,9 @@ def our_loop(config, images, device, precision, seconds: float) -> tuple[int, fl
     import numpy as np
     from flops import now
 
-    from nrcg.training import ddpm, trainer
+    from nrcg.training import ddpm, feed, trainer
 
-    pictures = ddpm.Images(images, np.zeros(len(images), np.int64), device)
+    pictures = feed.TrainingImages(images, np.zeros(len(images), np.int64), device)
     began, result, looked = 0.0, (0, 0.0), WARM_UP
 
     def on_step(step: int) -> None:
@@ -148,9 +148,7 @@ def our_loop(config, images, device, precision, seconds: float) -> tuple[int, fl
             device=device,
             precision=precision,
             checkpoint=trainer.Checkpoint(Path(folder) / "checkpoint.pt", "", config.checkpoint_minutes),
-            on_step=on_step,
-            on_epoch=lambda row: None,
-            on_samples=lambda unet, epoch: None,
+            hooks=ddpm.Hooks(on_step),
         )
     return result
 

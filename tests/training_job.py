@@ -97,9 +97,7 @@ def _work(folder: Path, config: dict, checkpoint_minutes: float, environment: di
             device=device,
             precision=torch.float32,
             checkpoint=checkpoint,
-            on_step=on_step,
-            on_epoch=lambda row: None,
-            on_samples=lambda unet, epoch: None,
+            hooks=ddpm.Hooks(on_step),
             ranks=ranks,
         )
     ranks.leave()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from nrcg.batching import BatchSize, in_batches, largest_batch
+from nrcg.batching import BatchSize, first_batch, in_batches
 from nrcg.config import STARTS
 from nrcg.data.arrays import to_uint8
 from nrcg.devices import autocast, freeze
@@ -202,8 +202,8 @@ class GuidedDDPMPipeline(DDPMPipeline):
 
         Args:
             num_samples: N.
-            batch_size: samples at once; changes memory and speed, never the samples. `auto` measures how many fit.
-                Where memory runs out all the same, a batch is done again in halves.
+            batch_size: samples at once; changes memory and speed, never the samples. `auto` takes as many as fit. Where
+                memory runs out, a batch is done again in halves.
             seed: sample i depends on (seed, first_sample + i) alone.
             guidance: None samples the plain DDPM.
             first_sample: global index of the first sample, to draw a run in parts.
@@ -212,7 +212,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
                 DPMSolverMultistepScheduler for samplers that need few.
             eta: for DDIM, share of the ancestral sampler's noise, in [0, 1].
             precision: autocast of the U-Net; x_t, the gradient and the stabilizer stay in float32.
-            trace: record gradient norms and cosines, log-probabilities and clipped pixels of each step (`nrcg.trace`).
+            trace: record gradient norms and cosines, log-probabilities and clipped pixels of each step (`Trace`).
             on_step: called after each step with the number of steps done, of num_samples times the steps taken;
                 instead of the progress bar.
 
@@ -220,29 +220,13 @@ class GuidedDDPMPipeline(DDPMPipeline):
             ValueError: a setting or a scheduler that is not supported, a classifier that does not fit.
             DataError: a single sample does not fit into the memory.
         """
-        for name, value, least in (
-            ("num_samples", num_samples, 1),
-            ("batch_size", 1 if batch_size == "auto" else batch_size, 1),
-            ("first_sample", first_sample, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: {value!r} is no whole number >= {least}")
+        _check_counts(num_samples, batch_size, first_sample)
         if trace and (guidance is None or guidance.scale == 0):
             raise ValueError("trace: needs guidance with a scale above 0")
-        sampler, timesteps, device = self.sampler(eta), self.timesteps(num_inference_steps), self.device
+        sampler, timesteps = self.sampler(eta), self.timesteps(num_inference_steps)
         data_mean = self._start_mean(start)
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (self.unet.config.in_channels, height, width)
-        if guidance is not None:
-            guidance.to(device).check(torch.empty(1, *shape, device=device))
+        shape = self._prepare(guidance)
         predict_noise = self.noise_predictor(precision)
-        if guidance is not None and guidance.grad_mode == "checkpoint":
-            self.unet.enable_gradient_checkpointing()
-        elif getattr(self.unet, "is_gradient_checkpointing", False):
-            self.unet.disable_gradient_checkpointing()
-        if batch_size == "auto":
-            batch_size = self._largest_batch(num_samples, shape, predict_noise, guidance)
         bar = None
         if on_step is None:
             bar = self.progress_bar(total=len(timesteps) * num_samples)
@@ -254,7 +238,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
             recorder = TraceRecorder() if trace else None
             done = itertools.count(batch.start * len(timesteps) + len(batch), len(batch))
             x, nonfinite = guided_sample(
-                start_samples(sampler.schedule, seed, indices, shape, device, data_mean, timesteps[0]),
+                start_samples(sampler.schedule, seed, indices, shape, self.device, data_mean, timesteps[0]),
                 predict_noise,
                 sampler,
                 timesteps,
@@ -270,36 +254,27 @@ class GuidedDDPMPipeline(DDPMPipeline):
 
         began = time.perf_counter()
         try:
-            drawn = in_batches(num_samples, batch_size, draw)
+            size = min(first_batch(batch_size, self.device, shape[1] * shape[2]), num_samples)
+            drawn = in_batches(num_samples, size, draw)
         finally:
             if bar is not None:
                 bar.close()
             if guidance is not None:
                 guidance.reset()  # its state holds the last batch's gradients
-        seconds = time.perf_counter() - began
-        samples = torch.cat([x for x, _ in drawn])
-        return GuidedOutput(
-            images=[Image.fromarray(image.squeeze()) for image in to_uint8(samples)],
-            samples=samples,
-            nonfinite=torch.cat([nonfinite for _, nonfinite in drawn]),
-            seconds=seconds,
-            trace=Trace.join(parts) if trace else None,
-        )
+        return _output(drawn, time.perf_counter() - began, Trace.join(parts) if trace else None)
 
-    def _largest_batch(
-        self, most: int, shape: Sequence[int], predict_noise: PredictNoise, guidance: ClassifierGuidance | None
-    ) -> int:
-        schedule = self.schedule()
-
-        def one_step(num_images: int) -> None:
-            x = torch.zeros(num_images, *shape, device=self.device)
-            if guidance is None:
-                with torch.no_grad():
-                    predict_noise(x, schedule.num_steps)
-            else:
-                guidance.gradient(x, schedule.num_steps, predict_noise, schedule)
-
-        return largest_batch(one_step, most, self.device)
+    def _prepare(self, guidance: ClassifierGuidance | None) -> tuple[int, int, int]:
+        """Try the classifier on the model's images, and set the U-Net's checkpointing; returns (C, H, W)."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (self.unet.config.in_channels, height, width)
+        if guidance is not None:
+            guidance.to(self.device).check(torch.empty(1, *shape, device=self.device))
+        if guidance is not None and guidance.grad_mode == "checkpoint":
+            self.unet.enable_gradient_checkpointing()
+        elif getattr(self.unet, "is_gradient_checkpointing", False):
+            self.unet.disable_gradient_checkpointing()
+        return shape
 
     def _start_mean(self, start: str) -> Tensor | None:
         if start not in ("auto", *STARTS):
@@ -312,3 +287,26 @@ class GuidedDDPMPipeline(DDPMPipeline):
 def _set_bar(bar: Any) -> Callable[[int], None]:
     """A tqdm bar as an on_step."""
     return lambda done: bar.update(done - bar.n)
+
+
+def _check_counts(num_samples: int, batch_size: BatchSize, first_sample: int) -> None:
+    """Raises ValueError for what is no whole number, or too small."""
+    for name, value, least in (
+        ("num_samples", num_samples, 1),
+        ("batch_size", 1 if batch_size == "auto" else batch_size, 1),
+        ("first_sample", first_sample, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: {value!r} is no whole number >= {least}")
+
+
+def _output(drawn: list[tuple[Tensor, Tensor]], seconds: float, trace: Trace | None) -> GuidedOutput:
+    """What the batches gave, joined."""
+    samples = torch.cat([x for x, _ in drawn])
+    return GuidedOutput(
+        images=[Image.fromarray(image.squeeze()) for image in to_uint8(samples)],
+        samples=samples,
+        nonfinite=torch.cat([nonfinite for _, nonfinite in drawn]),
+        seconds=seconds,
+        trace=trace,
+    )

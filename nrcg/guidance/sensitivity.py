@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from nrcg.batching import BatchSize, in_batches, largest_batch
+from nrcg.batching import BatchSize, first_batch, in_batches
 from nrcg.classifiers.logits import predicted_class
 from nrcg.diffusion.noise import sample_noise
 from nrcg.diffusion.objectives import as_prediction
@@ -69,7 +69,7 @@ def forward_analysis(
         stabilizers: by suffix, each applied to the gradients of `non_robust_x0` (fig. 4).
         target: class whose log-probability is differentiated, as in sampling.
         seed: image i's noise depends on (seed, i) alone.
-        batch_size: images at once, changes no result; `auto` measures how many fit.
+        batch_size: images at once, changes no result; `auto` takes as many as fit.
         on_step: called after each step with the number done, of images times (T + 1).
 
     Returns:
@@ -109,28 +109,8 @@ def forward_analysis(
             if on_step is not None:
                 on_step(batch.start * (schedule.num_steps + 1) + len(batch) * (schedule.num_steps + 1 - t))
 
-    if batch_size == "auto":
-        batch_size = _largest_batch(images, classifiers, predict_noise, schedule, target)
-    in_batches(len(images), batch_size, walk)
+    in_batches(len(images), first_batch(batch_size, images.device, images[0, 0].numel()), walk)
     return [row for name in methods for row in _rows(name, curves[name])]
-
-
-def _largest_batch(
-    images: Tensor, classifiers: Mapping[str, nn.Module], predict_noise: PredictNoise, schedule: Schedule, target: int
-) -> int:
-    """As many images as fit where it takes most: in the gradient through the U-Net."""
-
-    def one_step(num_images: int) -> None:
-        x = images[:1].expand(num_images, -1, -1, -1)
-        t = schedule.num_steps
-        log_prob_gradient(
-            classifiers["non_robust"],
-            target,
-            x,
-            lambda x: schedule.pred_x0(x, as_prediction(predict_noise(x, t)).eps, t),
-        )
-
-    return largest_batch(one_step, len(images), images.device)
 
 
 def _rows(method: str, curves: _Curves) -> list[dict]:

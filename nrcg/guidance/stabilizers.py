@@ -284,11 +284,14 @@ def _parse_one(spec: str) -> StabilizerConfig:
         ) from None
     except ValueError as error:
         raise ValueError(f"stabilizer {spec!r}: {error}") from None
-    if own:
-        return StabilizerConfig.model_construct(name=name, arguments=dict(arguments.arguments))
-    return StabilizerConfig.model_construct(
-        name=name, **{key: arguments.arguments[key] for key in STABILIZER_KEYS[name]}
-    )
+    given = dict(arguments.arguments)
+    known = {"arguments": given} if own else {key: given[key] for key in STABILIZER_KEYS[name]}
+    config = StabilizerConfig.model_construct(name=name, **known)
+    try:
+        from_config(config, PUBLISHED_STEPS)  # checks the ranges
+    except ValueError as error:
+        raise ValueError(f"stabilizer {spec!r}: {str(error).removeprefix(f'stabilizer {name!r}: ')}") from None
+    return config
 
 
 def _own_class(path: str) -> Callable[..., Stabilizer]:

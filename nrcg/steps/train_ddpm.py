@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
 from nrcg.steps.common import checked_data, data_tags, identity, log_dataset, log_epoch, model_record
 from nrcg.training import pretrained
-from nrcg.training.ddpm import train_unet
+from nrcg.training.ddpm import Hooks, train_unet
 from nrcg.training.distributed import Ranks
 from nrcg.training.feed import TrainingImages, steps_per_epoch
 from nrcg.training.trainer import Checkpoint, LogRow
@@ -60,7 +59,7 @@ def train_ddpm(
     )
     mean, scheduler = mean_image(data), build_scheduler(config.schedule)
     with contextlib.ExitStack() as stack:
-        hooks: dict[str, Callable] = {}
+        hooks = Hooks()
         if ranks.main:
             params = settings.model_dump() | {"num_processes": ranks.count}
             run = stack.enter_context(_tracked(settings, params, manifest, data, training="training"))
@@ -72,12 +71,7 @@ def train_ddpm(
                 draw_grid(unet, scheduler, config, mean, precision, path)
                 run.log_artifact(path, "samples")
 
-            hooks = {
-                "on_step": bar.set,
-                "on_resume": bar.resume,
-                "on_epoch": lambda row: log_epoch(run, row),
-                "on_samples": keep_grid,
-            }
+            hooks = Hooks(bar.set, lambda row: log_epoch(run, row), keep_grid, bar.resume)
         unet, log = train_unet(
             config,
             train,
@@ -87,8 +81,8 @@ def train_ddpm(
             device=device,
             precision=precision,
             checkpoint=checkpoint,
+            hooks=hooks,
             ranks=ranks,
-            **hooks,
         )
         ranks.leave()
         if ranks.main:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,23 @@ def ddpm_validation_loss(
     return ranks.sum(total.to(device, torch.float32)).item() / count if ranks.count > 1 else total.item() / count
 
 
+@dataclass
+class Hooks:
+    """What a training calls.
+
+    Attributes:
+        on_step: After each step, with the number of steps done.
+        on_epoch: With each epoch's row: epoch, step, train_loss, val_loss, learning_rate, images_per_second.
+        on_samples: With the EMA's U-Net and the epoch, when a sample grid is due.
+        on_resume: With the number of steps that a checkpoint brings.
+    """
+
+    on_step: OnStep = lambda step: None
+    on_epoch: OnEpoch = lambda row: None
+    on_samples: Callable[[nn.Module, int], None] = lambda unet, epoch: None
+    on_resume: OnStep = lambda step: None
+
+
 def train_unet(
     config: DDPMConfig,
     train: TrainingImages,
@@ -94,114 +112,148 @@ def train_unet(
     device: torch.device,
     precision: torch.dtype,
     checkpoint: Checkpoint,
-    on_step: OnStep,
-    on_epoch: OnEpoch,
-    on_samples: Callable[[nn.Module, int], None],
-    on_resume: OnStep = lambda step: None,
+    hooks: Hooks | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[nn.Module, list[LogRow]]:
     """Train the U-Net of an unconditional DDPM.
 
     Args:
-        on_step: called after each step with the number of steps done.
-        on_epoch: called with each epoch's row: epoch, step, train_loss, val_loss, learning_rate, images_per_second.
-        on_samples: called with the EMA's U-Net and the epoch when a sample grid is due.
-        on_resume: called with the number of steps that a checkpoint brings.
-        ranks: the processes that train together, each with this call; None: this one alone. Only the main one writes
-            checkpoints; every one calls the hooks.
+        config: Settings of the network and its training.
+        train, val: Images of each split.
+        image_size: Height and width.
+        channels: Of the images.
+        device: Device that computes.
+        precision: Autocast of the U-Net.
+        checkpoint: Where the training's state is kept.
+        hooks: What is called under way; every process calls its own.
+        ranks: The processes that train together, each with this call; None: this one alone. Only the main one writes
+            checkpoints.
 
     Returns:
         The U-Net with the EMA's weights, frozen, and all rows.
 
     Raises:
-        ConfigError, DataError: fewer images in a batch than processes; out of memory; checkpoints that differ.
+        ConfigError, DataError: Fewer images in a batch than processes; out of memory; checkpoints that differ.
     """
-    from diffusers.training_utils import EMAModel
+    run = _Training(config, train, val, image_size, channels, device, precision, checkpoint, ranks or Ranks())
+    hooks = hooks or Hooks()
+    run.resume(hooks)
+    advice = f"{max(part.stop - part.start for part in run.parts)} images at once on {device} are too many: take fewer,"
+    with naming_memory("ddpm.micro_batch_size", f"{advice} it changes no result"):
+        # By the rows, not the steps: a checkpoint of an epoch's last step comes before its row.
+        for epoch in range(len(run.trainer.log), config.epochs):
+            run.train_epoch(epoch, hooks)
+            if config.sample_every and (epoch + 1) % config.sample_every == 0 and epoch + 1 < config.epochs:
+                hooks.on_samples(run.ema_unet, epoch + 1)
+            run.start_epoch()
+    run.ema.copy_to(run.ema_unet.parameters())
+    return run.ema_unet, run.trainer.log
 
-    ranks = ranks or Ranks()
-    batch_size = min(config.batch_size, len(train))
-    if ranks.count > batch_size:
-        raise ConfigError(f"ddpm.num_processes: {ranks.count} processes cannot share a batch of {batch_size} images")
-    torch.manual_seed(spawn_seed(config.seed, 0, 2))
-    schedule = Schedule.from_config(config.schedule)
-    unet = build_unet(config.unet, image_size, channels).to(device)
-    ema_unet = freeze(build_unet(config.unet, image_size, channels).to(device))
-    per_epoch = steps_per_epoch(len(train), config.batch_size)
-    trainer = Trainer(unet, config.optimizer, per_epoch * config.epochs, device, precision)
-    ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
-    epoch_loss, epoch_began, epoch_steps = torch.zeros((), device=device), time.perf_counter(), 0
-    state = checkpoint.load()
-    ranks.check_equal(-1 if state is None else state["trainer"]["step"], f"{checkpoint.path}: the step")
-    if state is not None:
-        trainer.load_state_dict(state["trainer"])
-        ema.load_state_dict(state["ema"])
-        ema.to(device)
-        epoch_loss = state["epoch_loss"].to(device)
-        on_resume(trainer.step)
-        del state
-    unet.train()
-    replicas = ranks.wrap(unet)
-    mine = ranks.share(batch_size)
-    parts = chunks(mine.start, mine.stop, config.micro_batch_size)
-    order = batches_from(len(train), config.batch_size, config.seed, trainer.step, config.epochs)
-    feed = train.batches(indices[mine] for indices in order)
 
-    def accumulate(x0: Tensor) -> Tensor:
+class _Training:
+    """The state of a training of the U-Net."""
+
+    def __init__(
+        self,
+        config: DDPMConfig,
+        train: TrainingImages,
+        val: TrainingImages,
+        image_size: int,
+        channels: int,
+        device: torch.device,
+        precision: torch.dtype,
+        checkpoint: Checkpoint,
+        ranks: Ranks,
+    ) -> None:
+        from diffusers.training_utils import EMAModel
+
+        self.config, self.train, self.val, self.device, self.precision = config, train, val, device, precision
+        self.checkpoint, self.ranks = checkpoint, ranks
+        self.batch_size = min(config.batch_size, len(train))
+        if ranks.count > self.batch_size:
+            raise ConfigError(
+                f"ddpm.num_processes: {ranks.count} processes cannot share a batch of {self.batch_size} images"
+            )
+        torch.manual_seed(spawn_seed(config.seed, 0, 2))
+        self.schedule = Schedule.from_config(config.schedule)
+        self.unet = build_unet(config.unet, image_size, channels).to(device)
+        self.ema_unet = freeze(build_unet(config.unet, image_size, channels).to(device))
+        self.per_epoch = steps_per_epoch(len(train), config.batch_size)
+        self.trainer = Trainer(self.unet, config.optimizer, self.per_epoch * config.epochs, device, precision)
+        self.ema = EMAModel(self.unet.parameters(), decay=config.ema_decay, foreach=True)
+        self.mine = ranks.share(self.batch_size)
+        self.parts = chunks(self.mine.start, self.mine.stop, config.micro_batch_size)
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """The sums over an epoch begin anew."""
+        self.epoch_loss = torch.zeros((), device=self.device)
+        self.epoch_began, self.epoch_steps = time.perf_counter(), 0
+
+    def resume(self, hooks: Hooks) -> None:
+        """Take up the checkpoint where there is one, and line up the batches."""
+        state, config = self.checkpoint.load(), self.config
+        step = -1 if state is None else state["trainer"]["step"]
+        self.ranks.check_equal(step, f"{self.checkpoint.path}: the step")
+        if state is not None:
+            self.trainer.load_state_dict(state["trainer"])
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.device)
+            self.epoch_loss = state["epoch_loss"].to(self.device)
+            hooks.on_resume(self.trainer.step)
+        self.unet.train()
+        self.replicas = self.ranks.wrap(self.unet)
+        order = batches_from(len(self.train), config.batch_size, config.seed, self.trainer.step, config.epochs)
+        self.feed = self.train.batches(indices[self.mine] for indices in order)
+
+    def train_epoch(self, epoch: int, hooks: Hooks) -> None:
+        """The steps of an epoch that are left, and its row."""
+        while self.trainer.step < (epoch + 1) * self.per_epoch:
+            x0, _ = next(self.feed)
+            loss = self.accumulate(x0)
+            self.trainer.update()
+            self.ema.step(self.unet.parameters())
+            self.epoch_loss += self.ranks.sum(loss)
+            self.epoch_steps += 1
+            hooks.on_step(self.trainer.step)
+            if self.ranks.main and self.checkpoint.due():
+                state = {"trainer": self.trainer.state_dict(), "ema": self.ema.state_dict()}
+                self.checkpoint.save(state | {"epoch_loss": self.epoch_loss.cpu()})
+        self.ema.copy_to(self.ema_unet.parameters())
+        seconds = time.perf_counter() - self.epoch_began
+        row = {
+            "epoch": epoch + 1,
+            "step": self.trainer.step,
+            "train_loss": self.epoch_loss.item() / self.per_epoch,
+            "val_loss": ddpm_validation_loss(
+                self.ema_unet,
+                self.schedule,
+                self.val,
+                self.config.num_val_images,
+                self.config.batch_size,
+                self.precision,
+                micro_batch_size=self.config.micro_batch_size,
+                ranks=self.ranks,
+            ),
+            "learning_rate": self.trainer.learning_rate,
+            "images_per_second": self.epoch_steps * self.batch_size / seconds,
+        }
+        self.trainer.log.append(row)
+        hooks.on_epoch(row)
+
+    def accumulate(self, x0: Tensor) -> Tensor:
         """Add up the gradients of this process's images; returns their part of the step's loss."""
-        shape = (batch_size, *x0.shape[1:])
-        t, noise = step_noise(config.seed, trainer.step, shape, schedule.num_steps, device)
-        total = torch.zeros((), device=device)
-        for part in parts:
+        config, shape = self.config, (self.batch_size, *x0.shape[1:])
+        t, noise = step_noise(config.seed, self.trainer.step, shape, self.schedule.num_steps, self.device)
+        total = torch.zeros((), device=self.device)
+        for part in self.parts:
             if config.unet.dropout:
-                torch.manual_seed(spawn_seed(config.seed, trainer.step, 4, part.start))
+                torch.manual_seed(spawn_seed(config.seed, self.trainer.step, 4, part.start))
             # The processes meet at the last part alone.
-            with contextlib.nullcontext() if part is parts[-1] else ranks.no_sync(replicas):
-                images = x0[part.start - mine.start : part.stop - mine.start]
-                loss = ddpm_loss(replicas, schedule, images, t[part], noise[part], precision)
-                share = loss * (len(images) / batch_size)
-                trainer.backward(share * ranks.count)  # the processes' gradients are averaged, not summed
+            with contextlib.nullcontext() if part is self.parts[-1] else self.ranks.no_sync(self.replicas):
+                images = x0[part.start - self.mine.start : part.stop - self.mine.start]
+                loss = ddpm_loss(self.replicas, self.schedule, images, t[part], noise[part], self.precision)
+                share = loss * (len(images) / self.batch_size)
+                self.trainer.backward(share * self.ranks.count)  # the gradients are averaged, not summed
             total += share.detach()
         return total
-
-    advice = f"{max(part.stop - part.start for part in parts)} images at once on {device} are too many: take fewer, "
-    with naming_memory("ddpm.micro_batch_size", advice + "it changes no result"):
-        # By the rows, not the steps: a checkpoint of an epoch's last step comes before its row.
-        for epoch in range(len(trainer.log), config.epochs):
-            while trainer.step < (epoch + 1) * per_epoch:
-                x0, _ = next(feed)
-                loss = accumulate(x0)
-                trainer.update()
-                ema.step(unet.parameters())
-                epoch_loss += ranks.sum(loss)
-                epoch_steps += 1
-                on_step(trainer.step)
-                if ranks.main and checkpoint.due():
-                    checkpoint.save(
-                        {"trainer": trainer.state_dict(), "ema": ema.state_dict(), "epoch_loss": epoch_loss.cpu()}
-                    )
-            ema.copy_to(ema_unet.parameters())
-            seconds = time.perf_counter() - epoch_began
-            row = {
-                "epoch": epoch + 1,
-                "step": trainer.step,
-                "train_loss": epoch_loss.item() / per_epoch,
-                "val_loss": ddpm_validation_loss(
-                    ema_unet,
-                    schedule,
-                    val,
-                    config.num_val_images,
-                    config.batch_size,
-                    precision,
-                    micro_batch_size=config.micro_batch_size,
-                    ranks=ranks,
-                ),
-                "learning_rate": trainer.learning_rate,
-                "images_per_second": epoch_steps * batch_size / seconds,
-            }
-            trainer.log.append(row)
-            on_epoch(row)
-            if config.sample_every and (epoch + 1) % config.sample_every == 0 and epoch + 1 < config.epochs:
-                on_samples(ema_unet, epoch + 1)
-            epoch_loss, epoch_began, epoch_steps = torch.zeros((), device=device), time.perf_counter(), 0
-    ema.copy_to(ema_unet.parameters())
-    return ema_unet, trainer.log

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nrcg.batching import is_out_of_memory
 from nrcg.config import OptimizerConfig
 from nrcg.diffusion.noise import spawn_seed
 from nrcg.errors import DataError
@@ -145,9 +146,8 @@ def naming_memory(key: str, advice: str) -> Iterator[None]:
     """Out of memory becomes one line that names the key to change."""
     try:
         yield
-    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and "out of memory" not in text and "can't allocate memory" not in text:
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise DataError(f"{key}: out of memory; {advice}") from error
 

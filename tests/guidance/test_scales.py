@@ -50,7 +50,7 @@ def test_a_constant_is_a_constant():
     ],
 )
 def test_the_shell_and_the_config_say_the_same(spec, settings, expected):
-    assert parse(spec, 6.0) == expected
+    assert from_config(parse(spec), 6.0) == expected
     assert from_config(ScaleScheduleConfig(**settings), 6.0) == expected
 
 
@@ -65,5 +65,5 @@ def test_the_shell_and_the_config_say_the_same(spec, settings, expected):
 )
 def test_wrong_specs_are_refused(spec, message):
     with pytest.raises(ValueError) as error:
-        parse(spec, 1.0)
+        parse(spec)
     assert message in str(error.value)

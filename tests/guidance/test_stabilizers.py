@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nrcg.config import StabilizerConfig
 from nrcg.guidance.stabilizers import (
     EMA,
+    PUBLISHED_STEPS,
     Adam,
     AdaptiveClip,
     Chain,
@@ -61,6 +62,11 @@ def test_ema_of_a_constant_gradient():
     smoothed = run(EMA(0.99), pixel(*[3.0] * 200)).flatten()
     expected = 3.0 * (1 - 0.99 ** torch.arange(1, 201, dtype=torch.float64))
     torch.testing.assert_close(smoothed, expected, rtol=1e-12, atol=0)
+
+
+def made(spec: str):
+    """What the shell's words make."""
+    return from_config(parse(spec), PUBLISHED_STEPS)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e3])
@@ -175,7 +181,7 @@ def test_settings_out_of_range_are_refused(make, message):
     ],
 )
 def test_parse(spec, expected):
-    assert expected in repr(parse(spec))
+    assert expected in repr(made(spec))
 
 
 @pytest.mark.parametrize("spec", ["", "none:1", "ema", "ema:0.9,0.9", "adam:0.9", "adam:1,2,3,4", "sgd", "EMA:0.9"])
@@ -287,12 +293,12 @@ class Half(Stabilizer):
     ],
 )
 def test_specs_of_the_others(spec, shown):
-    assert repr(parse(spec)) == shown
+    assert repr(made(spec)) == shown
 
 
 def test_ones_own_class_by_its_name():
-    assert parse(f"{__name__}:Half").factor == 0.5
-    assert parse(f"{__name__}:Half:0.25").factor == 0.25
+    assert made(f"{__name__}:Half").factor == 0.5
+    assert made(f"{__name__}:Half:0.25").factor == 0.25
 
 
 @pytest.mark.parametrize(
@@ -329,7 +335,7 @@ def test_wrong_specs_of_the_others(spec, message):
             {"name": "chain", "of": [{"name": "unit_norm"}, {"name": "ema", "beta": 0.81}]},
             "Chain(UnitNorm(), EMA(0.9))",
         ),
-        ({"name": "test_stabilizers:Halve", "arguments": {"times": 2}}, "Halve twice"),
+        ({"name": __name__ + ":Halve", "arguments": {"times": 2}}, "Halve twice"),
     ],
 )
 def test_every_stabilizer_of_the_config(settings, shown):
@@ -355,8 +361,8 @@ class Halve(Stabilizer):
     "name, arguments, message",
     [
         ("nowhere.at:All", None, "stabilizer 'nowhere.at:All': cannot be imported"),
-        ("test_stabilizers:pixel", None, "is no subclass of nrcg.Stabilizer"),
-        ("test_stabilizers:Halve", {"speed": 1}, "unexpected keyword argument 'speed'"),
+        (__name__ + ":pixel", None, "is no subclass of nrcg.Stabilizer"),
+        (__name__ + ":Halve", {"speed": 1}, "unexpected keyword argument 'speed'"),
     ],
 )
 def test_ones_own_class_that_cannot_be_made(name, arguments, message):

@@ -105,7 +105,7 @@ def test_saving_and_joining(pipe, tmp_path):
     with pytest.raises(ValueError, match="traces of the same steps"):
         Trace.join([trace, other])
     (tmp_path / "trace.npz").write_bytes((tmp_path / "trace.npz").read_bytes()[:200])
-    with pytest.raises(DataError, match=r"trace.npz: no trace \(.*sample anew"):
+    with pytest.raises(DataError, match=r"trace.npz: no trace \("):
         Trace.load(tmp_path / "trace.npz")
 
 

@@ -106,7 +106,7 @@ def test_shards_change_neither_images_nor_metrics(models, in_one_shard, tmp_path
 COUNT = """
 import re, sys
 from pathlib import Path
-import nrcg.sampling
+import nrcg.guidance.pipeline
 from nrcg.cli import main
 
 def counted(self, *arguments, **keywords):
@@ -119,8 +119,8 @@ def counted(self, *arguments, **keywords):
     print('counted', torch.get_num_threads(), threads() - before, flush=True)
     return drawn(self, *arguments, **keywords)
 
-drawn = nrcg.sampling.GuidedDDPMPipeline.__call__
-nrcg.sampling.GuidedDDPMPipeline.__call__ = counted
+drawn = nrcg.guidance.pipeline.GuidedDDPMPipeline.__call__
+nrcg.guidance.pipeline.GuidedDDPMPipeline.__call__ = counted
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,6 +1,5 @@
 """Processes that train together: they start and end together, and share each batch."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,9 +14,7 @@ from nrcg.errors import ConfigError
 from nrcg.training import distributed
 from nrcg.training.distributed import Ranks, launch, num_processes
 
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", textwrap.dedent(code)]
+CPU = torch.device("cpu")
 
 
 def alive(pid: int) -> bool:
@@ -86,21 +83,6 @@ def test_alone_nothing_is_shared():
     assert ranks.sum(tensor) is tensor
 
 
-def test_every_process_knows_its_place_and_finds_the_others(tmp_path):
-    code = """
-        import os, sys
-        import torch.distributed as dist
-        dist.init_process_group("gloo")
-        found = [None] * 3
-        dist.all_gather_object(found, (dist.get_rank(), os.environ["NRCG_LAUNCHER"], os.environ["MINE"]))
-        open(f"{sys.argv[1]}/{dist.get_rank()}", "w").write(repr(found))
-        dist.destroy_process_group()
-    """
-    assert launch([*python(code), str(tmp_path)], 3, {"MINE": "yes"}) == 0
-    expected = repr([(rank, str(os.getpid()), "yes") for rank in range(3)])
-    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == [expected] * 3
-
-
 WORKER = """
     import os, sys, time
     folder = sys.argv[1]
@@ -119,20 +101,27 @@ WORKER = """
 """
 
 
+def script(code: str) -> list[str]:
+    """Arguments of the interpreter."""
+    return ["-c", textwrap.dedent(code)]
+
+
 @pytest.mark.parametrize("ill", ["0", "2"])
 def test_where_one_fails_all_end_and_its_words_are_shown(tmp_path, capfd, ill):
     began = time.monotonic()
-    assert launch([*python(WORKER), str(tmp_path), ill], 3) == 3
-    assert time.monotonic() - began < 30  # not the 60 s that the others would sleep
+    assert launch([*script(WORKER), str(tmp_path), ill], 3, CPU) == 3
+    assert time.monotonic() - began < 45  # not the 60 s that the others would sleep
     assert not any(alive(int((tmp_path / rank).read_text())) for rank in "012")
-    assert capfd.readouterr().err == f"rank {ill} is ill\n"
+    assert [line for line in capfd.readouterr().err.splitlines() if "ill" in line] == [f"rank {ill} is ill"]
 
 
 @pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "kill"])
 def test_the_processes_end_with_the_one_that_started_them(tmp_path, which):
-    code = "import sys; from nrcg.distributed import launch; launch(sys.argv[1:], 3)"
-    launcher = subprocess.Popen([*python(code), *python(WORKER), str(tmp_path), "none"])
-    wait_until(lambda: all((tmp_path / rank).exists() for rank in "012"))
+    code = (
+        "import sys, torch; from nrcg.training.distributed import launch; launch(sys.argv[1:], 3, torch.device('cpu'))"
+    )
+    launcher = subprocess.Popen([sys.executable, *script(code), *script(WORKER), str(tmp_path), "none"])
+    wait_until(lambda: all((tmp_path / rank).exists() for rank in "012"), 60)
     pids = [int((tmp_path / rank).read_text()) for rank in "012"]
     assert all(alive(pid) for pid in pids)
     launcher.send_signal(which)
@@ -140,7 +129,7 @@ def test_the_processes_end_with_the_one_that_started_them(tmp_path, which):
     wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
-def test_a_process_that_a_signal_ends_is_named(tmp_path, capfd):
+def test_a_process_that_a_signal_ends_is_named(capfd):
     code = "import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)"
-    assert launch(python(code), 2) == 137
-    assert "process 1 of 2 was ended by signal 9" in capfd.readouterr().err
+    assert launch(script(code), 2, CPU) == 137
+    assert "one of 2 processes was ended by signal 9" in capfd.readouterr().err

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nrcg.training.feed import TrainingImages, batches_from, epoch_batches, steps_per_epoch
+from nrcg.training.feed import PREFETCH, TrainingImages, batches_from, epoch_batches, steps_per_epoch
 
 CPU = torch.device("cpu")
 
@@ -82,9 +82,9 @@ def test_the_next_batches_are_read_while_one_is_in_use(images, monkeypatch):
     feed = images.batches(order)
     next(feed)
     end = time.monotonic() + 10
-    while len(read) < 1 + feed.PREFETCH and time.monotonic() < end:
+    while len(read) < 1 + PREFETCH and time.monotonic() < end:
         time.sleep(0.01)
-    assert sorted(read) == [([index], False) for index in range(1 + feed.PREFETCH)]  # these, and no more
+    assert sorted(read) == [([index], False) for index in range(1 + PREFETCH)]  # these, and no more
 
 
 def test_a_reader_that_is_given_up_leaves_no_thread(images):

@@ -44,8 +44,7 @@ def killer(step: int) -> Callable[[int], None]:
     return on_step
 
 
-def train_ddpm(checkpoint: Checkpoint, config: dict = DDPM, precision=torch.float32, **hooks):
-    hooks = {"on_step": lambda done: None, "on_epoch": lambda row: None, "on_samples": lambda unet, epoch: None} | hooks
+def train_ddpm(checkpoint: Checkpoint, config: dict = DDPM, precision=torch.float32, ranks=None, **hooks):
     return ddpm.train_unet(
         DDPMConfig(**config),
         TRAIN,
@@ -55,7 +54,8 @@ def train_ddpm(checkpoint: Checkpoint, config: dict = DDPM, precision=torch.floa
         device=CPU,
         precision=precision,
         checkpoint=checkpoint,
-        **hooks,
+        hooks=ddpm.Hooks(**hooks),
+        ranks=ranks,
     )
 
 
