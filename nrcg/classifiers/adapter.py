@@ -1,28 +1,35 @@
-"""TODO classifiers.adapter."""
+"""The adapter that makes any network of logits a guide, and the trial that shows whether it can be one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nrcg.classifiers.logits import logits_of
+from nrcg.classifiers.logits import logits_of, two_sided
+
+TRIAL_SIZE = 64
+"""Height and width of the images that a classifier of any size is tried on."""
 
 
 class Classifier(nn.Module):
     """An adapter: images in [-1, 1] in, (B, K) logits out, differentiable.
 
     Args:
-        module: gives logits (B, K) as a tensor or an object with `.logits`.
-        image_size: the module's input height and width; other sizes are resized (bilinear, antialiased). None: any.
-        input_range: the module's value range, such as (0, 1); applied before mean and std.
-        mean: per channel, subtracted in that range.
-        std: per channel, divided by.
+        module: Network that gives logits (B, K) as a tensor or an object with `.logits`.
+        image_size: Input height and width of the module; other sizes are resized (bilinear, antialiased). None: any.
+        input_range: Range of the module's input values, such as (0, 1); applied before mean and std.
+        mean: What is subtracted in that range, per channel.
+        std: What is divided by, per channel.
         channels: C of the images that the module takes; None: as many as mean and std have, or any.
-        classes: K names, if known.
+        classes: Names of the K classes, if known.
+        rebuild: What makes the module again without its weights (`networks.build`), where it came from a SPEC.
+
+    Attributes:
+        groups: For each class, the classes of the module that it stands for (`group`); None: each for itself.
 
     Raises:
         ValueError: mean, std and channels do not agree, or std is not positive.
@@ -38,6 +45,7 @@ class Classifier(nn.Module):
         std: Sequence[float] | None = None,
         channels: int | None = None,
         classes: Sequence[str] | None = None,
+        rebuild: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.module = module
@@ -47,8 +55,7 @@ class Classifier(nn.Module):
         self.std = None if std is None else [float(value) for value in std]
         self.channels = _agreed_channels(channels, self.mean, self.std)
         self.classes = None if classes is None else list(classes)
-        self.rebuild: dict[str, Any] | None = None
-        """What makes the module again without its weights, where it came from a SPEC."""
+        self.rebuild = None if rebuild is None else dict(rebuild)
         self.groups: list[list[int]] | None = None
         low, high = self.input_range
         # (x + 1) / 2 * (high - low) + low, then (. - mean) / std, folded into one scale and shift.
@@ -72,31 +79,42 @@ class Classifier(nn.Module):
         logits = logits_of(self.module(self.prepare(x)))
         if self.groups is None:
             return logits
-        if logits.shape[1] == 1:  # binary: softmax of (0, z) is sigmoid(z)
-            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+        logits = two_sided(logits)
         return torch.stack([logits[:, group].logsumexp(dim=1) for group in self.groups], dim=1)
 
     def group(self, classes: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
-        """Give logits for other classes, each a group of the module's: their probabilities add up, and what belongs to
-        no group is left out of the softmax.
+        """Give logits for other classes, each a group of those until now: their probabilities add up, and what belongs
+        to no group is left out of the softmax.
 
         Args:
-            classes: the new names.
-            groups: for each, positions among the module's classes (0 and 1 where it has one logit).
+            classes: New names.
+            groups: For each name, positions among the classes until now (0 and 1 where the module has one logit).
         """
+        before = self.groups  # of the groups that were given before, the classes that they stand for
+        if before is not None:
+            groups = [[place for group in merged for place in before[group]] for merged in groups]
         self.classes, self.groups = list(classes), [list(group) for group in groups]
 
-    def record(self) -> dict[str, Any]:
-        """All of the adapter for `save_classifier`, from which `load_classifier` makes it again."""
+    def settings(self) -> dict[str, Any]:
+        """What the module expects of its images, as the constructor takes it."""
         names = ("image_size", "input_range", "mean", "std", "channels")
+        return {name: getattr(self, name) for name in names}
+
+    def record(self) -> dict[str, Any]:
+        """All of the adapter for `save_classifier`, from which `open_classifier` makes it again."""
         return {
             **({"architecture": self.rebuild["architecture"]} if self.rebuild else {}),
             "classes": self.classes,
             "image_size": self.image_size,
-            "adapter": {name: getattr(self, name) for name in names},
+            "adapter": self.settings(),
             "groups": self.groups,
             "rebuild": self.rebuild,
         }
+
+    def count_classes(self) -> int:
+        """K, by a trial on one image. Raises as `probe` does."""
+        size = self.image_size or TRIAL_SIZE
+        return probe(self, torch.zeros(1, self.channels or 3, size, size))
 
     @property
     def feature_dim(self) -> int:
@@ -148,15 +166,10 @@ def probe(classifier: Callable[[Tensor], Any], x: Tensor) -> int:
     found = logits.detach().float()
     if not found.isfinite().all():
         raise ValueError("the classifier's logits are not finite; are its weights?")
-    if (
-        found.shape[1] > 1
-        and (found >= 0).all()
-        and torch.allclose(found.sum(dim=1), torch.ones_like(found[:, 0]), atol=1e-4)
-    ):
-        raise ValueError(
-            "the classifier gives probabilities that add up to 1; logits are needed: leave its softmax out"
-        )
-    return max(found.shape[1], 2)
+    total = found.sum(dim=1)
+    if found.shape[1] > 1 and (found >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-4):
+        raise ValueError("the classifier gives probabilities that add up to 1, not logits: leave its softmax out")
+    return two_sided(found).shape[1]
 
 
 def _last_linear(module: nn.Module) -> nn.Linear:

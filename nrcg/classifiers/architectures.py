@@ -1,4 +1,4 @@
-"""TODO classifiers.architectures."""
+"""Networks that the package trains: a small one of its own, and those of torchvision."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class SmallCNN(nn.Module):
     """Four 3 x 3 convolutions with batch norm, pooled over the image: a judge that is cheap on a CPU.
 
     Args:
-        num_classes: K.
-        width: channels of the first layer; the features before the last linear layer have 2 * width.
+        num_classes: K, the number of logits.
+        width: Channels of the first layer; the features before the last linear layer have 2 * width.
     """
 
     def __init__(self, num_classes: int, width: int = 32):
@@ -37,9 +37,9 @@ def build_module(architecture: str, num_classes: int, batch_norm_momentum: float
     """A randomly initialised classification network.
 
     Args:
-        architecture: `small_cnn` or the name of a torchvision classification model.
+        architecture: `small_cnn`, or the name of a torchvision classification model.
         num_classes: K, the number of logits.
-        batch_norm_momentum: share of a batch in the running statistics of batch norm.
+        batch_norm_momentum: Share of a batch in the running statistics of batch norm.
 
     Raises:
         DataError: no such architecture.
@@ -51,33 +51,10 @@ def build_module(architecture: str, num_classes: int, batch_norm_momentum: float
 
         # get_model would also build detection and segmentation models.
         if architecture not in models.list_models(module=models):
-            raise DataError(
-                f"architecture {architecture!r} is unknown; allowed: small_cnn or a torchvision model's name"
-            )
+            allowed = "small_cnn or a torchvision model's name"
+            raise DataError(f"architecture {architecture!r} is unknown; allowed: {allowed}")
         module = models.get_model(architecture, weights=None, num_classes=num_classes)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = batch_norm_momentum
     return module
-
-
-def replace_first_conv(module: nn.Module, in_channels: int, bias: bool) -> None:
-    """Give a network another first convolution, untrained: for images of other channels, or with a bias.
-
-    Args:
-        module: Network with a convolution; changed in place.
-        in_channels: Channels of the images.
-        bias: Whether the convolution adds a bias.
-    """
-    name, old = first_conv(module)
-    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, bias=bias)
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, new)
-
-
-def first_conv(module: nn.Module) -> tuple[str, nn.Conv2d]:
-    """A network's first convolution and its name. Raises DataError where there is none."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Conv2d):
-            return name, layer
-    raise DataError("the network has no convolution")

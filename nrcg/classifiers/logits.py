@@ -1,9 +1,12 @@
-"""Logits, and what they say: log-probabilities, classes, accuracy, calibration. One logit means binary."""
+"""Logits (N, K) and what they say: probabilities, classes, accuracy, calibration.
+
+One logit means a binary classifier: it is class 1's against zero. `two_sided` says so for arrays and tensors alike.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,27 +17,37 @@ from nrcg.data.arrays import to_unit
 from nrcg.errors import DataError
 
 BATCH = 256
-"""Images at once in `predict`."""
+"""Images that `predict` shows a classifier at once."""
+Logits = TypeVar("Logits", np.ndarray, Tensor)
+
+
+def two_sided(logits: Logits) -> Logits:
+    """Logits (N, K >= 2) from logits (N, K >= 1): softmax of (0, z) is sigmoid of z, class 1's probability."""
+    if logits.shape[1] != 1:
+        return logits
+    if isinstance(logits, Tensor):
+        return torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return np.concatenate([np.zeros_like(logits), logits], axis=1)
 
 
 def class_log_prob(logits: Tensor, target: int) -> Tensor:
     """log p(target | x) from logits.
 
     Args:
-        logits: (B, K). K = 1 is binary: the logit of class 1 against class 0.
-        target: class index, 0..K-1 (0 or 1 for one logit).
+        logits: (B, K); K = 1 is binary.
+        target: Class index, 0..K-1 (0 or 1 for one logit).
 
     Returns:
         (B,) log-probabilities: log-softmax at the target, or log-sigmoid of plus or minus the one logit.
     """
-    if logits.shape[1] == 1:
+    if logits.shape[1] == 1:  # two_sided's, but its gradient does not vanish where float32 rounds p to 1
         return F.logsigmoid(logits[:, 0] if target == 1 else -logits[:, 0])
     return F.log_softmax(logits, dim=1)[:, target]
 
 
-def predicted_class(logits: Tensor) -> Tensor:
-    """(B,) most likely class of (B, K) logits; one logit means binary."""
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+def predicted_class(logits: Logits) -> Logits:
+    """(N,) most likely class of logits (N, K)."""
+    return two_sided(logits).argmax(1)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -46,9 +59,8 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the classifier gave {type(output).__name__}; expected logits (B, K) or an object with .logits"
-        )
+        kind = type(output).__name__
+        raise TypeError(f"the classifier gave {kind}; expected logits (B, K) or an object with .logits")
     if logits.ndim != 2:
         raise ValueError(f"the classifier gave logits of shape {tuple(logits.shape)}; expected (B, K)")
     return logits
@@ -61,8 +73,13 @@ def class_index(classes: Sequence[str], target: str | int) -> int:
         return list(classes).index(text)
     if text.isdecimal() and int(text) < len(classes):
         return int(text)
-    names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-    raise DataError(f"target {text!r} is no class of the classifier; allowed: {names} or 0..{len(classes) - 1}")
+    last = len(classes) - 1
+    raise DataError(f"target {text!r} is no class of the classifier; allowed: {listed(classes)} or 0..{last}")
+
+
+def listed(classes: Sequence[str]) -> str:
+    """Names for a message, at most 20 of them."""
+    return ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
 
 
 def predict(classifier: nn.Module, images: np.ndarray) -> np.ndarray:
@@ -77,38 +94,28 @@ def predict(classifier: nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 def class_hits(logits: np.ndarray, target: int) -> np.ndarray:
-    """Which images are taken for a class; their mean is the paper's "accuracy".
+    """Which images a classifier takes for a class; their share is the paper's "accuracy".
 
     Args:
-        logits: (N, K). K = 1 is binary: class 1 where the logit is positive, else class 0.
+        logits: (N, K).
         target: Class index.
 
     Returns:
         (N,) bool.
 
     Raises:
-        ValueError: Another shape, or a target that is no class.
-        DataError: Logits that are not finite.
+        ValueError: logits of another shape, or a target that is no class.
+        DataError: logits that are not finite.
     """
-    logits = two_logits(logits)
+    logits = _checked(logits)
     if not 0 <= target < logits.shape[1]:
         raise ValueError(f"target {target} is none of the {logits.shape[1]} classes")
-    return logits.argmax(axis=1) == target
+    return predicted_class(logits) == target
 
 
 def target_share(logits: np.ndarray, target: int) -> float:
     """Share, in [0, 1], of `class_hits`."""
     return float(class_hits(logits, target).mean())
-
-
-def two_logits(logits: np.ndarray) -> np.ndarray:
-    """Logits (N, K >= 2) from (N, K >= 1), checked; one logit is class 1's against zero. Errors as in `class_hits`."""
-    logits = np.asarray(logits)
-    if logits.ndim != 2 or 0 in logits.shape:
-        raise ValueError(f"logits must be (N, K) with N and K at least 1, got shape {logits.shape}")
-    if not np.isfinite(logits).all():
-        raise DataError("logits are not all finite")
-    return np.concatenate([np.zeros_like(logits), logits], axis=1) if logits.shape[1] == 1 else logits
 
 
 def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -117,16 +124,30 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) ->
     Guo et al. 2017 (arXiv 1706.04599, eq. 3), bins of equal width.
 
     Args:
-        logits: (N, K) as in `class_hits`.
+        logits: (N, K).
         labels: (N,) class indices.
         bins: Number of bins.
+
+    Raises:
+        ValueError: arrays of other shapes.
+        DataError: logits that are not finite.
     """
-    logits = two_logits(logits).astype(np.float64)
+    logits = _checked(logits).astype(np.float64)
     labels = np.asarray(labels)
     if labels.shape != (len(logits),):
         raise ValueError(f"{len(logits)} logits but labels of shape {labels.shape}")
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     confidence = weights.max(axis=1) / weights.sum(axis=1)
-    surplus = (logits.argmax(axis=1) == labels) - confidence
+    surplus = (predicted_class(logits) == labels) - confidence
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     return float(np.abs(np.bincount(place, surplus, bins)).sum() / len(logits))
+
+
+def _checked(logits: np.ndarray) -> np.ndarray:
+    """Finite logits (N, K >= 2)."""
+    logits = np.asarray(logits)
+    if logits.ndim != 2 or 0 in logits.shape:
+        raise ValueError(f"logits must be (N, K) with N and K at least 1, got shape {logits.shape}")
+    if not np.isfinite(logits).all():
+        raise DataError("logits are not all finite")
+    return two_sided(logits)

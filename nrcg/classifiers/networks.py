@@ -1,7 +1,7 @@
-"""Where classification networks come from: torchvision, timm, transformers, one's own module.
+"""Where the networks of a SPEC come from: torchvision, timm, transformers, one's own module.
 
-A loader gives the network with its weights and what it declares of itself; `build` makes it again without them. No file
-is loaded that could execute code: state_dicts are read with weights_only.
+A loader gives the network with its weights, in an adapter for what it declares of itself; `build` makes the network
+again without them. No file is loaded that could execute code: state_dicts are read with weights_only.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nrcg.classifiers.adapter import Classifier
-from nrcg.classifiers.architectures import first_conv, replace_first_conv
 from nrcg.errors import DataError
 from nrcg.files import refuse_pointer
-
-
-@dataclass
-class Source:
-    """A network and what it declares of itself; `rebuild` is what `build` needs to make it without its weights."""
-
-    module: nn.Module
-    rebuild: dict[str, Any]
-    image_size: int | None = None
-    input_range: tuple[float, float] = (-1.0, 1.0)
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    channels: int | None = None
-    classes: list[str] | None = None
 
 
 def build(rebuild: Mapping[str, Any]) -> nn.Module:
@@ -44,112 +28,113 @@ def build(rebuild: Mapping[str, Any]) -> nn.Module:
         DataError: the library it comes from is not installed or no longer has it.
     """
     scheme, _, name = rebuild["architecture"].partition(":")
-    if scheme in ("torchvision", "timm"):
-        module = _untrained(scheme, name, rebuild["num_logits"])
-        if conv := rebuild.get("first_conv"):
-            replace_first_conv(module, conv["in_channels"], conv["bias"])
-        return module
+    if scheme == "python":
+        made = _call_factory(name)
+        return made.module if isinstance(made, Classifier) else made
     if scheme == "transformers":
         transformers = _optional("transformers")
         settings = dict(rebuild["transformers_config"])
         config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
         return transformers.AutoModelForImageClassification.from_config(config)
-    made = _call_factory(name)
-    return made.module if isinstance(made, Classifier) else made
+    if scheme == "timm":
+        module = _optional("timm").create_model(name, pretrained=False, num_classes=rebuild["num_logits"])
+    else:
+        from torchvision import models
+
+        # Without it torchvision warns, and fills in weights that are replaced anyway.
+        settings = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+        module = models.get_model(name, weights=None, num_classes=rebuild["num_logits"], **settings)
+    if "first_conv" in rebuild:
+        _reshape(_first_conv(module)[1], **rebuild["first_conv"])
+    return module
 
 
-def _load_torchvision(name: str, options: Mapping[str, str]) -> Source:
+def _load_torchvision(name: str, options: Mapping[str, str]) -> Classifier:
     from torchvision import models
 
     if name not in models.list_models(module=models):
         raise DataError(f"torchvision has no classifier {name!r}; `torchvision.models.list_models()` lists them")
-    weights = models.get_model_weights(name).DEFAULT
-    transforms = weights.transforms()
+    weights, classes = models.get_model_weights(name).DEFAULT, None
     if "weights" in options:
-        module, rebuild, channels = _with_state("torchvision", name, options)
-        classes = None
+        module, rebuild = _with_state(f"torchvision:{name}", options)
     else:
         try:
             module = models.get_model(name, weights=weights)
         except (OSError, RuntimeError) as error:
             file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
             raise DataError(f"download {weights.url} to {file} ({_reason(error)})") from error
-        classes, channels = list(weights.meta["categories"]), 3
-        rebuild = {"architecture": f"torchvision:{name}", "num_logits": _num_logits(module.state_dict())}
-    return Source(
-        module,
-        rebuild,
-        image_size=transforms.crop_size[0],
-        input_range=(0.0, 1.0),
-        mean=transforms.mean if channels == 3 else None,
-        std=transforms.std if channels == 3 else None,
-        channels=channels,
-        classes=classes,
-    )
+        classes = list(weights.meta["categories"])
+        rebuild = {"architecture": f"torchvision:{name}", "num_logits": len(classes)}
+    seen = weights.transforms()
+    return _adapted(module, rebuild, seen.crop_size[0], seen.mean, seen.std, classes)
 
 
-def _untrained(scheme: str, name: str, num_logits: int) -> nn.Module:
-    """A network of torchvision or timm with random weights."""
-    if scheme == "timm":
-        return _optional("timm").create_model(name, pretrained=False, num_classes=num_logits)
-    from torchvision import models
-
-    # Some towers of auxiliary losses give more than logits, and only while training.
-    settings = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
-    return models.get_model(name, weights=None, num_classes=num_logits, **settings)
-
-
-def _with_state(scheme: str, name: str, options: Mapping[str, str]) -> tuple[nn.Module, dict[str, Any], int]:
-    """A network of torchvision or timm with the weights of a file, its `rebuild` record, and its images' channels.
-
-    The file says how many logits there are, and whether the first convolution takes other channels or adds a bias.
-    """
-    state = _read_state(options["weights"], options.get("prefix", ""))
-    rebuild: dict[str, Any] = {"architecture": f"{scheme}:{name}", "num_logits": _num_logits(state)}
-    module = _untrained(scheme, name, rebuild["num_logits"])
-    conv_name, conv = first_conv(module)
-    weight, bias = state.get(f"{conv_name}.weight"), f"{conv_name}.bias" in state
-    channels = conv.in_channels
-    if weight is not None and weight.ndim == 4 and (weight.shape[1], bias) != (channels, conv.bias is not None):
-        channels = weight.shape[1]
-        rebuild["first_conv"] = {"in_channels": channels, "bias": bias}
-        replace_first_conv(module, channels, bias)
-    _load_state(module, state, options["weights"])
-    return module, rebuild, channels
-
-
-def _load_timm(name: str, options: Mapping[str, str]) -> Source:
+def _load_timm(name: str, options: Mapping[str, str]) -> Classifier:
     timm = _optional("timm")
     if name not in timm.list_models() and name not in timm.list_pretrained():
         raise DataError(f"timm has no model {name!r}; `timm.list_models()` lists them")
     if "weights" in options:
-        module, rebuild, channels = _with_state("timm", name, options)
+        module, rebuild = _with_state(f"timm:{name}", options)
     else:
         try:
             module = timm.create_model(name, pretrained=True)
         except Exception as error:  # of whichever library fetches it
             raise DataError(f"its weights cannot be fetched ({_reason(error)}); give ?weights=FILE") from error
-        rebuild, channels = {"architecture": f"timm:{name}", "num_logits": module.num_classes}, None
-    data = timm.data.resolve_model_data_config(module)
-    own = channels in (None, data["input_size"][0])
-    return Source(
-        module,
-        rebuild,
-        image_size=data["input_size"][1],
-        input_range=(0.0, 1.0),
-        mean=data["mean"] if own else None,
-        std=data["std"] if own else None,
-        channels=data["input_size"][0] if own else channels,
-        classes=_timm_classes(module),
-    )
+        rebuild = {"architecture": f"timm:{name}", "num_logits": module.num_classes}
+    seen, names = timm.data.resolve_model_data_config(module), module.pretrained_cfg.get("label_names")
+    classes = list(names) if names is not None and len(names) == module.num_classes else None
+    return _adapted(module, rebuild, seen["input_size"][1], seen["mean"], seen["std"], classes)
 
 
-def _timm_classes(module: nn.Module) -> list[str] | None:
-    names = module.pretrained_cfg.get("label_names")
-    return list(names) if names is not None and len(names) == module.num_classes else None
+def _adapted(module: nn.Module, rebuild: dict, size: int, mean: tuple, std: tuple, classes: list | None) -> Classifier:
+    """A network for images in [0, 1]; mean and std are its library's, which mean nothing for other channels."""
+    channels = rebuild.get("first_conv", {}).get("in_channels", len(mean))
+    known = {"mean": mean, "std": std} if channels == len(mean) else {"channels": channels}
+    return Classifier(module, image_size=size, input_range=(0.0, 1.0), **known, classes=classes, rebuild=rebuild)
 
 
-def _load_transformers(name: str, options: Mapping[str, str]) -> Source:
+def _with_state(architecture: str, options: Mapping[str, str]) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with the weights of a file, and its `rebuild` record.
+
+    The file says how many logits there are, and whether the first convolution takes other channels or adds a bias.
+    """
+    state = _read_state(options)
+    rebuild: dict[str, Any] = {"architecture": architecture, "num_logits": _num_logits(state)}
+    module = build(rebuild)
+    name, conv = _first_conv(module)
+    weight = state.get(f"{name}.weight")
+    if conv is not None and weight is not None and weight.ndim == 4:
+        found = {"in_channels": weight.shape[1], "bias": f"{name}.bias" in state}
+        if found != {"in_channels": conv.weight.shape[1], "bias": conv.bias is not None}:
+            rebuild["first_conv"] = found
+            _reshape(conv, **found)
+    _load_state(module, state, options["weights"])
+    return module, rebuild
+
+
+def _first_conv(module: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    """Name and layer of the first convolution; None for a network without one."""
+    convs = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
+    return next(convs, ("", None))
+
+
+def _reshape(conv: nn.Conv2d, in_channels: int, bias: bool) -> None:
+    """Make room in a convolution for weights of other channels, and for a bias or none."""
+    conv.in_channels = in_channels
+    conv.weight = nn.Parameter(conv.weight.new_empty(conv.out_channels, in_channels, *conv.kernel_size))
+    conv.bias = nn.Parameter(conv.weight.new_empty(conv.out_channels)) if bias else None
+
+
+def _num_logits(state: Mapping[str, Tensor]) -> int:
+    """K: rows of the last two-dimensional weight, or of the last convolution, as in SqueezeNet."""
+    rows = [len(value) for key, value in state.items() if key.endswith("weight") and value.ndim == 2]
+    rows = rows or [len(value) for value in state.values() if value.ndim == 4]
+    if not rows:
+        raise DataError("its weights hold no layer that could give logits")
+    return rows[-1]
+
+
+def _load_transformers(name: str, options: Mapping[str, str]) -> Classifier:
     transformers = _optional("transformers")
     if "weights" in options:
         raise DataError("option weights: a transformers folder holds its own")
@@ -163,43 +148,37 @@ def _load_transformers(name: str, options: Mapping[str, str]) -> Source:
         raise DataError(f"no image classifier can be opened from it ({_reason(error)})") from error
     if info["missing_keys"]:
         raise DataError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}, which would stay random")
-    settings = _read_preprocessor(name)
-    labels = module.config.id2label
-    return Source(
+    config, seen = module.config, _read_preprocessor(name)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    scale = seen.get("rescale_factor", 1 / 255) if seen.get("do_rescale", True) else 1.0
+    known = {"mean": seen.get("image_mean"), "std": seen.get("image_std")} if seen.get("do_normalize", True) else {}
+    return Classifier(
         module,
-        {
-            "architecture": f"transformers:{name}",
-            "num_logits": len(labels),
-            "transformers_config": module.config.to_dict(),
-        },
-        image_size=_side(settings) or _int(getattr(module.config, "image_size", None)),
-        input_range=(0.0, 255.0 * settings.get("rescale_factor", 1 / 255))
-        if settings.get("do_rescale", True)
-        else (0, 255),
-        mean=settings.get("image_mean") if settings.get("do_normalize", True) else None,
-        std=settings.get("image_std") if settings.get("do_normalize", True) else None,
-        channels=_int(getattr(module.config, "num_channels", None)),
-        classes=[str(labels[index]) for index in range(len(labels))],
+        image_size=_side(seen) or (size if isinstance(size, int) else None),
+        input_range=(0.0, 255.0 * scale),
+        **known,
+        channels=channels if isinstance(channels, int) else None,
+        classes=[str(config.id2label[index]) for index in range(len(config.id2label))],
+        rebuild={"architecture": f"transformers:{name}", "transformers_config": config.to_dict()},
     )
 
 
 def _read_preprocessor(name: str) -> dict:
-    """preprocessor_config.json of a folder or hub id; what most models assume where there is none."""
+    """preprocessor_config.json of a folder or hub id."""
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(name, "preprocessor_config.json")
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(cached_file(name, "preprocessor_config.json")).read_text())
     except (OSError, TypeError, ValueError) as error:
         raise DataError(
             f"its preprocessor_config.json cannot be read ({_reason(error)}); it tells the range and size of the images"
         ) from error
 
 
-def _side(settings: Mapping[str, Any]) -> int | None:
+def _side(seen: Mapping[str, Any]) -> int | None:
     """Side of the square image that a preprocessor makes."""
-    for key in ("crop_size", "size") if settings.get("do_center_crop") else ("size",):
-        size = settings.get(key)
+    for key in ("crop_size", "size") if seen.get("do_center_crop") else ("size",):
+        size = seen.get(key)
         if isinstance(size, int):
             return size
         if isinstance(size, dict):
@@ -207,27 +186,16 @@ def _side(settings: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _load_python(name: str, options: Mapping[str, str]) -> Source:
+def _load_python(name: str, options: Mapping[str, str]) -> Classifier:
     made = _call_factory(name)
-    if isinstance(made, Classifier):
-        if set(options) - {"weights", "prefix", "classes"}:
-            raise DataError("the factory gives an nrcg.Classifier, which says itself what it expects; drop the options")
-        source = Source(
-            made.module,
-            {"architecture": f"python:{name}", "num_logits": None},
-            made.image_size,
-            made.input_range,
-            made.mean,
-            made.std,
-            made.channels,
-            made.classes,
-        )
-    else:
-        source = Source(made, {"architecture": f"python:{name}", "num_logits": None})
+    if not isinstance(made, Classifier):
+        made = Classifier(made)
+    elif set(options) - {"weights", "prefix", "classes"}:
+        raise DataError("the factory gives an nrcg.Classifier, which says itself what it expects; drop the options")
     if "weights" in options:
-        state = _read_state(options["weights"], options.get("prefix", ""))
-        _load_state(source.module, state, options["weights"])
-    return source
+        _load_state(made.module, _read_state(options), options["weights"])
+    made.rebuild = {"architecture": f"python:{name}"}
+    return made
 
 
 def _call_factory(name: str) -> nn.Module:
@@ -254,21 +222,19 @@ def _optional(library: str) -> Any:
         raise DataError(f"needs the package {library}: pip install 'nrcg[classifiers]'") from error
 
 
-def _read_state(path: str, prefix: str) -> dict[str, Tensor]:
-    """A state_dict from .safetensors, or from a .pth file read with weights_only; only the keys that begin with a
-    prefix, without it."""
+def _read_state(options: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state_dict of the option weights: of its keys those that begin with the option prefix, without it."""
+    path, prefix = options["weights"], options.get("prefix", "")
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    refuse_pointer(path)
     try:
-        refuse_pointer(path)
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except DataError:
-        raise
     except Exception as error:
         raise DataError(f"{path}: cannot be read as weights ({_reason(error)})") from error
     for key in ("state_dict", "model"):  # as training scripts like to wrap it
@@ -276,27 +242,14 @@ def _read_state(path: str, prefix: str) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(f"{path}: holds no state_dict")
-    for key, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise DataError(f"{path}: {key} holds values that are not finite")
-    found = {
-        key.removeprefix("module.").removeprefix(prefix): value  # DataParallel's prefix
-        for key, value in state.items()
-        if key.removeprefix("module.").startswith(prefix)
-    }
+    named = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
+    found = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
     if not found:
-        raise DataError(f"{path}: no key begins with {prefix!r}; its first is {next(iter(state), 'missing')!r}")
+        raise DataError(f"{path}: no key begins with {prefix!r}; the first is {next(iter(named), 'missing')!r}")
+    for key, value in found.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise DataError(f"{path}: {prefix}{key} holds values that are not finite")
     return found
-
-
-def _num_logits(state: Mapping[str, Tensor]) -> int:
-    """K: rows of the last two-dimensional weight."""
-    rows = [len(value) for key, value in state.items() if key.endswith("weight") and value.ndim == 2]
-    if not rows:
-        rows = [len(value) for value in state.values() if value.ndim == 4]  # a last convolution, as in SqueezeNet
-    if not rows:
-        raise DataError("its weights hold no layer that could give logits")
-    return rows[-1]
 
 
 def _load_state(module: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
@@ -311,11 +264,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
 
 
-def _int(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-LOADERS: dict[str, Callable[[str, Mapping[str, str]], Source]] = {
+LOADERS: dict[str, Callable[[str, Mapping[str, str]], Classifier]] = {
     "torchvision": _load_torchvision,
     "timm": _load_timm,
     "transformers": _load_transformers,

@@ -8,103 +8,89 @@
                                   images in [-1, 1]
 
 Behind a question mark stand options, joined by &, which overrule what the source declares of itself:
-`weights=FILE` (.safetensors, or a state_dict as .pth; its last linear layer says how many classes there are),
-`prefix=classifier.` (of the keys of that file that are taken),
-`size=64`, `range=0,1`, `mean=0.5,0.5,0.5`, `std=...`, `channels=1`, `classes=cat,dog`. For example
-`torchvision:resnet18?weights=mine.pth&size=64&range=0,1&classes=cat,dog`.
 
-No file is loaded that could execute code: state_dicts are read with weights_only.
+    weights=FILE                  .safetensors, or a state_dict as .pth, in the place of the source's own; it says how
+                                  many classes there are, and the channels and the bias of the first convolution
+    prefix=classifier.            keys of FILE that are taken, and what is cut off of them
+    size=64  range=0,1  mean=0.5,0.5,0.5  std=0.2,0.2,0.2  channels=1
+                                  images as the network expects them (`nrcg.Classifier`)
+    classes=cat,dog               names of the classes, in the network's order
+
+For example `torchvision:resnet18?weights=mine.pth&size=64&range=0,1&classes=cat,dog`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nrcg.classifiers.adapter import Classifier, probe
-from nrcg.classifiers.networks import LOADERS, Source
+from nrcg.classifiers.adapter import Classifier
+from nrcg.classifiers.logits import listed
+from nrcg.classifiers.networks import LOADERS
 from nrcg.classifiers.storage import open_classifier
 from nrcg.devices import freeze
 from nrcg.errors import DataError
 
-OPTIONS = ("weights", "prefix", "size", "range", "mean", "std", "channels", "classes")
-PROBE_SIZE = 64
-"""Height and width of the images that a classifier of any size is tried on."""
+SETTINGS: dict[str, tuple[str, Callable[[str], float], int | None]] = {
+    "size": ("image_size", int, 1),
+    "range": ("input_range", float, 2),
+    "mean": ("mean", float, None),
+    "std": ("std", float, None),
+    "channels": ("channels", int, 1),
+}
+"""Option -> the setting of the adapter, the kind of its numbers, and how many they are (None: one or more)."""
+OPTIONS = ("weights", "prefix", *SETTINGS, "classes")
 
 
-@dataclass
-class Spec:
-    """A SPEC string in its parts."""
-
-    scheme: str
-    name: str
-    options: dict[str, str] = field(default_factory=dict)
-
-
-def is_spec(text: str) -> bool:
-    """Whether a string names a classifier by a scheme and not by a folder of its own."""
-    return text.partition(":")[0] in LOADERS
-
-
-def parse(text: str) -> Spec:
-    """The parts of `SCHEME:NAME[?key=value&...]`. Raises DataError: another scheme, an unknown option."""
+def parse(text: str) -> tuple[str, str, dict[str, str]]:
+    """Scheme, name, options of `SCHEME:NAME[?key=value&...]`. Raises DataError: another scheme, an unknown option."""
     scheme, _, rest = text.partition(":")
     name, _, query = rest.partition("?")
     if scheme not in LOADERS or not name:
         raise DataError(
-            f"classifier {text!r}: no such folder, and no SPEC; allowed: a saved classifier's folder, torchvision:NAME,"
-            " timm:NAME, transformers:ID_OR_FOLDER, python:MODULE:FACTORY"
+            "no such folder, and no SPEC; allowed: a saved classifier's folder, torchvision:NAME, timm:NAME,"
+            " transformers:ID_OR_FOLDER, python:MODULE:FACTORY"
         )
     options = {}
     for part in filter(None, query.split("&")):
         key, _, value = part.partition("=")
         if key not in OPTIONS or not value:
-            raise DataError(
-                f"classifier {text!r}: option {part!r} is unknown; allowed: {', '.join(OPTIONS)}, as key=value"
-            )
+            raise DataError(f"option {part!r} is unknown; allowed: {', '.join(OPTIONS)}, as key=value")
         options[key] = value
-    return Spec(scheme, name, options)
+    if "prefix" in options and "weights" not in options:
+        raise DataError("option prefix: is for the keys of weights=FILE, which is missing")
+    return scheme, name, options
 
 
 def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None) -> Classifier:
     """A classifier by its SPEC or folder, frozen, in eval mode, and tried on an image.
 
     Args:
-        spec: see the module's docstring.
-        class_map: our class names to the classifier's classes: a name, a number, or a list of them whose
+        spec: Folder, or SPEC as the module's docstring has it.
+        class_map: Our class names to the classifier's classes: a name, a number, or a list of them whose
             probabilities add up. The result has our classes, in the mapping's order.
 
     Raises:
         DataError: unknown, missing or damaged, or its output is not (B, K) logits with a gradient.
     """
     text = os.fspath(spec)
-    if is_spec(text):
-        parsed = parse(text)
-        try:
-            classifier = _adapt(LOADERS[parsed.scheme](parsed.name, parsed.options), parsed)
-        except (DataError, ValueError) as error:
-            raise DataError(f"classifier {text!r}: {error}") from error
-    elif Path(text).exists() or os.sep in text:
-        classifier = open_classifier(text)
-    else:
-        parse(text)  # refused, with what is allowed
-        raise AssertionError
-    size = classifier.image_size or PROBE_SIZE
+    folder = text.partition(":")[0] not in LOADERS and (Path(text).exists() or os.sep in text)
+    classifier = open_classifier(text) if folder else None
     try:
+        if classifier is None:
+            scheme, name, options = parse(text)
+            classifier = freeze(_with_options(LOADERS[scheme](name, options), options))
         if class_map is not None:
-            classifier.group(*_groups(text, freeze(classifier), class_map))
-        num_classes = probe(freeze(classifier), torch.zeros(1, classifier.channels or 3, size, size))
-    except (ValueError, TypeError) as error:
+            classifier.group(list(class_map), _groups(classifier, class_map))
+        count = classifier.count_classes()
+        if classifier.classes is not None and len(classifier.classes) != count:
+            raise DataError(f"it has {count} classes, but {len(classifier.classes)} names of them are given")
+    except (DataError, ValueError, TypeError) as error:
         raise DataError(f"classifier {text!r}: {error}") from error
-    if classifier.classes is not None and len(classifier.classes) != num_classes:
-        raise DataError(
-            f"classifier {text!r}: it has {num_classes} classes, but {len(classifier.classes)} names of them are given"
-        )
     return classifier
 
 
@@ -112,88 +98,67 @@ def load_for_classes(spec: str, classes: Sequence[str], class_map: Mapping[str, 
     """A classifier whose classes are a data set's, in its order.
 
     Args:
-        spec: see `load_classifier`.
-        classes: the data set's.
-        class_map: their names to the classifier's classes; None where its classes have the same names, or no names
+        spec: Folder or SPEC.
+        classes: Names of the data set's classes.
+        class_map: Those names to the classifier's classes; None where its classes have the same names, or no names
             and the same number and order.
 
     Raises:
         DataError: see `load_classifier`; or the classes do not fit.
     """
-    if class_map is None:
-        classifier = load_classifier(spec)
-        if classifier.classes is None:
-            size = classifier.image_size or PROBE_SIZE
-            count = probe(classifier, torch.zeros(1, classifier.channels or 3, size, size))
-            if count != len(classes):
-                raise DataError(
-                    f"classifier {spec!r}: it has {count} classes, the data set {len(classes)}; give class_map"
-                )
-            classifier.classes = list(classes)
-        if classifier.classes == list(classes):
-            return classifier
-        if not set(classes) <= set(classifier.classes):
-            names = ", ".join(classifier.classes[:10]) + (", ..." if len(classifier.classes) > 10 else "")
-            raise DataError(f"classifier {spec!r}: its classes are {names}; give a class_map for {', '.join(classes)}")
-        class_map = {name: name for name in classes}
-    return load_classifier(spec, {name: class_map[name] for name in classes})
-
-
-def _adapt(source: Source, spec: Spec) -> Classifier:
-    """The network in an adapter: what the source declares, with the SPEC's options laid over it."""
-    options = spec.options
-    image_size = _numbers(options, "size", int, 1)
-    input_range = _numbers(options, "range", float, 2)
-    mean, std = _numbers(options, "mean", float), _numbers(options, "std", float)
-    channels = _numbers(options, "channels", int, 1)
-    classifier = Classifier(
-        source.module.to(memory_format=torch.channels_last),
-        image_size=image_size[0] if image_size else source.image_size,
-        input_range=tuple(input_range) if input_range else source.input_range,
-        mean=mean or source.mean,
-        std=std or source.std,
-        channels=channels[0] if channels else source.channels,
-        classes=options["classes"].split(",") if "classes" in options else source.classes,
-    )
-    classifier.rebuild = source.rebuild
+    if class_map is not None:
+        return load_classifier(spec, {name: class_map[name] for name in classes})
+    classifier = load_classifier(spec)
+    if classifier.classes is None:
+        count = classifier.count_classes()
+        if count != len(classes):
+            raise DataError(f"classifier {spec!r}: it has {count} classes, the data set {len(classes)}; give class_map")
+        classifier.classes = list(classes)
+    theirs = classifier.classes
+    if not set(classes) <= set(theirs):
+        wanted = f"give a class_map for {', '.join(classes)}"
+        raise DataError(f"classifier {spec!r}: its classes are {listed(theirs)}; {wanted}")
+    if theirs != list(classes):
+        classifier.group(classes, [[theirs.index(name)] for name in classes])
     return classifier
 
 
-def _numbers(options: Mapping[str, str], key: str, kind: Callable, count: int | None = None) -> list | None:
-    if key not in options:
-        return None
-    try:
-        numbers = [kind(part) for part in options[key].split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or (count is not None and len(numbers) != count):
-        raise DataError(f"option {key}={options[key]}: {count or 'some'} number{'s' if count != 1 else ''} expected")
-    return numbers
+def _with_options(classifier: Classifier, options: Mapping[str, str]) -> Classifier:
+    """What the source declares, with the SPEC's options laid over it."""
+    settings = classifier.settings()
+    for option, (setting, kind, count) in SETTINGS.items():
+        if option in options:
+            try:
+                numbers = [kind(part) for part in options[option].split(",")]
+            except ValueError:
+                numbers = []
+            if not numbers or len(numbers) != (count or len(numbers)):
+                expected = f"{count or 'some'} number{'' if count == 1 else 's'}"
+                raise DataError(f"option {option}={options[option]}: {expected} expected")
+            settings[setting] = numbers[0] if count == 1 else numbers
+    classes = options["classes"].split(",") if "classes" in options else classifier.classes
+    module = classifier.module.to(memory_format=torch.channels_last)
+    adapted = Classifier(module, **settings, classes=classes, rebuild=classifier.rebuild)
+    adapted.groups = classifier.groups
+    return adapted
 
 
-def _groups(text: str, classifier: Classifier, class_map: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
-    """Our names, and for each the positions of the classifier's classes that it stands for."""
-    where = f"classifier {text!r}: class_map"
-    size = classifier.image_size or PROBE_SIZE
-    count = probe(classifier, torch.zeros(1, classifier.channels or 3, size, size))
-    theirs, seen = classifier.classes, set()
+def _groups(classifier: Classifier, class_map: Mapping[str, Any]) -> list[list[int]]:
+    """For each of our names, the positions of the classifier's classes that it stands for."""
     if len(class_map) < 2:
-        raise DataError(f"{where}: at least two classes are needed")
+        raise DataError("class_map: at least two classes are needed")
+    count, theirs, seen = classifier.count_classes(), classifier.classes or [], set()
     groups = []
     for ours, wanted in class_map.items():
-        group = []
-        for entry in wanted if isinstance(wanted, list | tuple) else [wanted]:
-            position = theirs.index(entry) if theirs is not None and entry in theirs else entry
+        entries = wanted if isinstance(wanted, list | tuple) else [wanted]
+        groups.append([theirs.index(entry) if entry in theirs else entry for entry in entries])
+        for position in groups[-1]:
             if isinstance(position, str):
-                names = (
-                    f"it has {', '.join(theirs[:10])}{', ...' if len(theirs) > 10 else ''}" if theirs else "use numbers"
-                )
-                raise DataError(f"{where}.{ours}: no class {entry!r}; {names}")
+                names = f"it has {listed(theirs)}" if theirs else "use numbers"
+                raise DataError(f"class_map.{ours}: no class {position!r}; {names}")
             if not 0 <= position < count:
-                raise DataError(f"{where}.{ours}: {position} is no class; it has {count}")
+                raise DataError(f"class_map.{ours}: {position} is no class; it has {count}")
             if position in seen:
-                raise DataError(f"{where}.{ours}: class {position} stands there twice")
+                raise DataError(f"class_map.{ours}: class {position} stands there twice")
             seen.add(position)
-            group.append(position)
-        groups.append(group)
-    return list(class_map), groups
+    return groups

@@ -1,4 +1,4 @@
-"""Classifiers: the adapter that makes any logits network a guide, our own architectures, saving and loading."""
+"""Classifiers on disk: a folder with the weights and a record of what makes the rest again."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def save_classifier(folder: str | Path, module: nn.Module, config: Mapping[str, 
     """Write `model.safetensors`, then `config.json`.
 
     Args:
-        module: the network; of a `Classifier` its `.module`.
-        config: architecture, classes, image_size, and what else one wants to keep (for an adapter,
+        folder: Where to write; made if need be.
+        module: Network; of a `Classifier` its `.module`.
+        config: Record with architecture, classes, image_size, and what else one wants to keep (for an adapter,
             `Classifier.record()`); the weights' SHA-256 is added.
     """
     from safetensors.torch import save_model
@@ -86,8 +87,8 @@ def open_classifier(folder: str | Path) -> Classifier:
     if config.get("sha256", digest) != digest:
         raise DataError(f"damaged (not the weights of {CONFIG_FILE})", path)
     adapter = config.get("adapter") or {"image_size": config["image_size"], "channels": config.get("channels", 3)}
-    classifier = Classifier(module.to(memory_format=torch.channels_last), **adapter, classes=config["classes"])
-    classifier.rebuild = config.get("rebuild")
+    module = module.to(memory_format=torch.channels_last)
+    classifier = Classifier(module, **adapter, classes=config["classes"], rebuild=config.get("rebuild"))
     if config.get("groups"):
         classifier.group(config["classes"], config["groups"])
     return freeze(classifier)

@@ -1,4 +1,4 @@
-"""TODO diffusion.storage."""
+"""A diffusion model on disk: a diffusers pipeline folder with the mean training image and a record of what made it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nrcg.csv_files import write_csv
 from nrcg.errors import DataError
 from nrcg.files import (
     atomic_save_array,
@@ -25,7 +26,6 @@ from nrcg.files import (
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, UNet2DModel
 
-
 DATA_MEAN_FILE = "data_mean.npy"
 """Mean training image beside a pipeline's weights: (C, H, W) float32 in [-1, 1], for the start `data_mean`."""
 RECORD_FILE = "training.json"
@@ -34,7 +34,11 @@ WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
 def read_data_mean(folder: str | Path) -> Tensor | None:
-    """The mean training image stored with a pipeline, (C, H, W) in [-1, 1], or None where there is none."""
+    """The mean training image stored with a pipeline, (C, H, W) in [-1, 1], or None where there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
     path = Path(folder) / DATA_MEAN_FILE
     if not path.exists():
         return None
@@ -47,11 +51,15 @@ def read_data_mean(folder: str | Path) -> Tensor | None:
 def check_pipeline_files(folder: Path) -> None:
     """Compare a pipeline folder with the checksums of its training.json; one without that file passes.
 
+    Args:
+        folder: Pipeline in subfolders, or in the old layout with everything at the top.
+
     Raises:
-        DataError: a file has changed or is a Git LFS pointer, or training.json is damaged.
+        DataError: a file has changed, weights are a Git LFS pointer, or training.json is damaged.
     """
-    for path in (*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors"), *folder.glob("unet/*.bin")):
-        refuse_pointer(path)
+    for place in (folder, folder / "unet"):
+        for path in place.glob("diffusion_pytorch_model*"):
+            refuse_pointer(path)
     record_path = folder / RECORD_FILE
     if not record_path.exists():
         return
@@ -79,12 +87,14 @@ def save_pipeline(
     """Write a diffusers pipeline folder as a whole, with the mean training image, training.csv and training.json.
 
     Args:
-        data_mean: (C, H, W) in [-1, 1].
-        record: settings, data and versions; the weights' SHA-256 is added, and under `files` that of every file.
+        folder: Where to write; what is there is replaced.
+        unet: Network that predicts the noise.
+        scheduler: Scheduler with the betas that it was trained with.
+        data_mean: Mean training image, (C, H, W) in [-1, 1].
+        record: Settings, data and versions; the weights' SHA-256 is added, and under `files` that of every file.
+        log: Rows of training.csv, at least one.
     """
     from diffusers import DDPMPipeline
-
-    from nrcg.csv_files import write_csv
 
     new = temporary_name(folder)
     try:

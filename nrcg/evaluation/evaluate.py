@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nrcg.classifiers.adapter import Classifier
-from nrcg.classifiers.logits import calibration_error, class_hits, predict, two_logits
+from nrcg.classifiers.logits import calibration_error, class_hits, predict, predicted_class
 from nrcg.errors import DataError
 from nrcg.evaluation.features import Extractor, extract
 from nrcg.evaluation.frechet import FeatureStatistics, frechet_estimate, metric_names
@@ -200,11 +200,10 @@ def feature_estimates(
 
 
 def classifier_quality(classifier: Classifier, images: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict:
-    """How far a classifier can be believed on clean images: `clean_accuracy` and `ece` (`metrics.calibration_error`),
+    """How far a classifier can be believed on clean images: `clean_accuracy` and `ece` (`calibration_error`),
     each [value, lo, hi]; Wilson's interval and a percentile bootstrap of 200 replicates."""
     logits = predict(classifier, images)
-    correct = two_logits(logits).argmax(axis=1) == labels
-    accuracy = share(correct)
+    accuracy = share(predicted_class(logits) == labels)
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(labels), size=len(labels)) for _ in range(200))
     replicates = [calibration_error(logits[drawn], labels[drawn]) for drawn in draws]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
 
 from nrcg.config import ScheduleConfig
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.storage import check_pipeline_files
-from nrcg.errors import ConfigError, DataError
+from nrcg.errors import ConfigError, DataError, NrcgError
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training.ddpm import ddpm_validation_loss
 from nrcg.training.feed import TrainingImages
@@ -31,49 +31,64 @@ def open_pretrained(source: str) -> tuple[GuidedDDPMPipeline, dict[str, str | No
     """Open a diffusers folder, or fetch a hub id.
 
     Both layouts are read: subfolders unet/ and scheduler/, and the old one with everything at the top; weights as
-    safetensors or as an old `.bin`, which is read without running code from it.
+    safetensors or as an old `.bin`. No code from it is run: neither pickles in its weights, nor a pipeline or a
+    scheduler of its authors' own, as the paper's released models may name them.
 
     Args:
-        source: a folder, a hub id, or ID@REVISION.
+        source: Folder, hub id, or ID@REVISION.
 
     Returns:
         The pipeline, and what it is: source and revision (the hub's commit; None for a folder).
 
     Raises:
         DataError: it is not there, cannot be fetched, or is damaged.
+        ConfigError: its U-Net is no UNet2DModel, or its scheduler is unknown and states no betas.
     """
     if Path(source).is_dir():
-        folder = Path(source)
-        pipe = _with_own_scheduler(folder) or GuidedDDPMPipeline.from_pretrained(folder)
-        return pipe, {"source": source, "revision": None}
+        return _open_folder(Path(source), source), {"source": source, "revision": None}
     name, _, revision = source.partition("@")
     try:
-        # Fetches what an unconditional DDPM consists of; code from the hub is never run.
+        # Fetches what an unconditional DDPM consists of.
         folder = Path(DDPMPipeline.download(name, revision=revision or None))
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{KEY}: {source}: no such folder, and not to be had from the hub ({reason})") from error
-    return GuidedDDPMPipeline.from_pretrained(folder), {"source": name, "revision": folder.name}
+    return _open_folder(folder, source), {"source": name, "revision": folder.name}
 
 
-def _with_own_scheduler(folder: Path) -> GuidedDDPMPipeline | None:
-    """A pipeline whose scheduler is of a class that diffusers does not know, as the released models may have it.
-
-    It is taken for a DDPMScheduler's subclass where its file states the betas. None for any other pipeline.
-    """
-    try:
-        _, name = json.loads((folder / "model_index.json").read_text())["scheduler"]
-        parts = {part: folder / part if (folder / part).is_dir() else folder for part in ("scheduler", "unet")}
-        config = json.loads((parts["scheduler"] / "scheduler_config.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # diffusers says what is missing
-    needed = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
-    if hasattr(diffusers, str(name)) or not needed <= config.keys():
-        return None
+def _open_folder(folder: Path, source: str) -> GuidedDDPMPipeline:
+    """The pipeline of a folder, of which only the U-Net and the scheduler are read, whatever class it names."""
     check_pipeline_files(folder)
-    known = inspect.signature(DDPMScheduler.__init__).parameters.keys()
-    scheduler = DDPMScheduler(**{key: value for key, value in config.items() if key in known})
-    return GuidedDDPMPipeline(UNet2DModel.from_pretrained(parts["unet"]), scheduler)
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        unet_class, scheduler_class = (str(index[part][1]) for part in ("unet", "scheduler"))
+        if unet_class != "UNet2DModel":
+            raise ConfigError(f"{KEY}: {source}: holds a {unet_class}; a UNet2DModel is needed")
+        unet, found = UNet2DModel.from_pretrained(_part(folder, "unet"), output_loading_info=True)
+        if found["missing_keys"]:
+            raise DataError(f"{KEY}: {source}: its weights lack {min(found['missing_keys'])}, which would stay random")
+        return GuidedDDPMPipeline(unet, _open_scheduler(_part(folder, "scheduler"), scheduler_class, source))
+    except NrcgError:
+        raise
+    except Exception as error:  # whatever a damaged file makes diffusers raise
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise DataError(f"{KEY}: {source}: incomplete or damaged ({reason})") from error
+
+
+def _part(folder: Path, name: str) -> Path:
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _open_scheduler(folder: Path, name: str, source: str) -> SchedulerMixin:
+    """The scheduler of a folder; one that diffusers does not know is a DDPM scheduler with the betas that it states."""
+    known = getattr(diffusers, name, None)
+    if isinstance(known, type) and issubclass(known, SchedulerMixin):
+        return known.from_pretrained(folder)
+    settings = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+    if not {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"} <= settings.keys():
+        raise ConfigError(f"{KEY}: {source}: scheduler {name} is unknown, and its settings state no betas")
+    accepted = inspect.signature(DDPMScheduler.__init__).parameters
+    return DDPMScheduler(**{key: value for key, value in settings.items() if key in accepted})
 
 
 def check_pretrained(
@@ -81,12 +96,17 @@ def check_pretrained(
 ) -> None:
     """Check that a model is an unconditional one that the sampler knows, and that it fits data set and schedule.
 
+    Args:
+        pipe: Model of `open_pretrained`.
+        schedule: Noise schedule of the configuration.
+        image_size: Height and width of the data set's images.
+        channels: C of the data set's images.
+        source: Name of the model in messages.
+
     Raises:
         ConfigError: one line that names what does not fit and what to write.
     """
-    unet = pipe.unet.config if isinstance(pipe.unet, UNet2DModel) else None
-    if unet is None:
-        raise ConfigError(f"{KEY}: {source}: holds a {type(pipe.unet).__name__}; a UNet2DModel is needed")
+    unet = pipe.unet.config
     if not all(bool(weight.isfinite().all()) for weight in pipe.unet.parameters()):
         raise ConfigError(f"{KEY}: {source}: its weights hold values that are not finite")
     if unet.num_class_embeds is not None or unet.class_embed_type is not None:
@@ -130,7 +150,15 @@ def _schedule_to_write(pipe: GuidedDDPMPipeline) -> str:
 def pretrained_row(
     pipe: GuidedDDPMPipeline, val: TrainingImages, *, num_images: int, batch_size: int, precision: torch.dtype
 ) -> LogRow:
-    """The row of training.csv: epoch 0 with the loss on validation images, fewer of them on a CPU."""
+    """The row of training.csv: epoch 0 with the loss on validation images.
+
+    Args:
+        pipe: Model, on the device to work on.
+        val: Validation images.
+        num_images: How many of them are measured; on a CPU at most CPU_LOSS_PIXELS pixels in all.
+        batch_size: Images at once.
+        precision: Precision of the U-Net.
+    """
     _, height, width = val.image_shape
     if val.device.type == "cpu":
         num_images = min(num_images, max(CPU_LOSS_PIXELS // (height * width), 1))

@@ -1,9 +1,9 @@
 """The adapter's mapping worked out by hand, log-probabilities against torch, and files that may be damaged."""
 
 import json
-import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.architectures import SmallCNN, build_module
-from nrcg.classifiers.logits import class_index, class_log_prob, logits_of, predicted_class
+from nrcg.classifiers.logits import class_index, class_log_prob, logits_of, predicted_class, two_sided
 from nrcg.classifiers.storage import CONFIG_FILE, WEIGHTS_FILE, open_classifier, save_classifier
 from nrcg.errors import DataError
 
@@ -39,20 +39,18 @@ def test_log_prob_of_one_logit_is_minus_the_binary_cross_entropy(target):
     torch.testing.assert_close(class_log_prob(logits, target), expected[:, 0])
 
 
-@pytest.mark.parametrize("target", [0, 1])
-def test_one_logit_equals_two_with_the_other_at_zero(target):
+def test_one_logit_is_that_of_class_1_against_zero():
     logit = 3 * randn(5, 1)
     both = torch.cat([torch.zeros_like(logit), logit], dim=1)
-    torch.testing.assert_close(class_log_prob(logit, target), class_log_prob(both, target))
-    assert torch.equal(predicted_class(logit), predicted_class(both))
+    assert torch.equal(two_sided(logit), both) and two_sided(both) is both
+    np.testing.assert_array_equal(two_sided(logit.numpy()), both.numpy())
 
 
-def test_it_is_a_probability_not_the_raw_logit():
-    logits = torch.tensor([[1.0, 2.0, 3.0]])
-    by_hand = 2.0 - math.log(math.exp(1) + math.exp(2) + math.exp(3))
-    assert float(class_log_prob(logits, 1)) == pytest.approx(by_hand, rel=1e-6)
-    # Shifting all logits changes no probability.
-    assert float(class_log_prob(logits + 100, 1)) == pytest.approx(by_hand, rel=1e-4)
+def test_predicted_class():
+    several, one = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 0.0]]), torch.tensor([[-0.1], [0.1]])
+    for kind in (torch.as_tensor, np.asarray):
+        assert predicted_class(kind(several)).tolist() == [1, 0]
+        assert predicted_class(kind(one)).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("logits", [[[-200.0]], [[0.0, -200.0]]])
@@ -82,8 +80,6 @@ class Show(nn.Module):
         ({"input_range": (0, 255)}, [0.0, 127.5, 255.0]),
         ({"mean": [0.5], "std": [2.0]}, [-0.75, -0.25, 0.25]),
         ({"input_range": (0, 1), "mean": [0.4], "std": [0.2]}, [-2.0, 0.5, 3.0]),
-        ({"input_range": (0, 1), "std": [0.5]}, [0.0, 1.0, 2.0]),
-        ({"input_range": (-2, 4), "mean": [1.0]}, [-3.0, 0.0, 3.0]),
     ],
 )
 def test_values_are_mapped(settings, expected):
@@ -197,14 +193,16 @@ def test_an_unknown_architecture_is_refused(architecture):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+CONFIG = {"architecture": "small_cnn", "classes": CLASSES, "image_size": 8}
+
+
 @pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
     module = build_module("small_cnn", 3, 0.1)
     module(randn(4, 3, 8, 8))  # running statistics that are not the default
-    folder = tmp_path / "non_robust"
-    save_classifier(folder, module, {"architecture": "small_cnn", "classes": CLASSES, "image_size": 8})
-    return folder, module
+    save_classifier(tmp_path / "non_robust", module, CONFIG)
+    return tmp_path / "non_robust", module
 
 
 def test_saved_classifiers_come_back(saved):
@@ -231,12 +229,6 @@ def overwrite_with_other_weights(path):
     save_file(build_module("small_cnn", 3, 0.1).state_dict(), path)
 
 
-def flip_image_size(path):
-    text = path.read_text()
-    position = text.index('"image_size": ') + len('"image_size": ')
-    path.write_text(text[:position] + chr(ord(text[position]) ^ 1) + text[position + 1 :])
-
-
 def change_config(**changes):
     """As somebody would write it who gives no checksum of the record."""
 
@@ -251,23 +243,18 @@ def change_config(**changes):
     "name, damage, words",
     [
         pytest.param(WEIGHTS_FILE, cut, "damaged", id="weights cut off"),
-        pytest.param(WEIGHTS_FILE, lambda path: path.write_bytes(b""), "damaged", id="weights empty"),
         pytest.param(WEIGHTS_FILE, lambda path: path.write_bytes(b"\xff" * 64), "damaged", id="weights garbage"),
         pytest.param(WEIGHTS_FILE, lambda path: path.unlink(), "not found", id="no weights"),
         pytest.param(WEIGHTS_FILE, overwrite_with_other_weights, "not the weights", id="weights of another training"),
         pytest.param(CONFIG_FILE, cut, "damaged", id="config cut off"),
-        pytest.param(CONFIG_FILE, lambda path: path.write_text(""), "damaged", id="config empty"),
         pytest.param(CONFIG_FILE, lambda path: path.write_text("[]"), "damaged", id="config a list"),
         pytest.param(CONFIG_FILE, lambda path: path.write_text("{}"), "damaged .a key is missing", id="config {}"),
-        pytest.param(CONFIG_FILE, lambda path: path.write_bytes(b"\xff\xfe\x00"), "damaged", id="config no text"),
         pytest.param(CONFIG_FILE, lambda path: path.unlink(), "not found", id="no config"),
-        pytest.param(CONFIG_FILE, flip_image_size, "has changed since it was written", id="config, a flipped bit"),
         pytest.param(CONFIG_FILE, change_config(classes=["a", "b"]), "damaged", id="another number of classes"),
-        pytest.param(CONFIG_FILE, change_config(architecture="resnet18"), "damaged", id="another architecture"),
         pytest.param(CONFIG_FILE, change_config(architecture="nonsense"), "nonsense", id="unknown architecture"),
     ],
 )
-def test_damaged_files_are_one_line_with_the_remedy(saved, name, damage, words):
+def test_damaged_files_are_named(saved, name, damage, words):
     folder, _ = saved
     damage(folder / name)
     with pytest.raises(DataError, match=words) as error:
@@ -275,36 +262,16 @@ def test_damaged_files_are_one_line_with_the_remedy(saved, name, damage, words):
     message = str(error.value)
     assert "\n" not in message
     if "nonsense" not in words:
-        assert str(folder) in message and "train-classifier" in message
+        assert error.value.path.parent == folder and str(folder) in message
 
 
 def test_an_interrupted_save_is_noticed(saved, monkeypatch):
     """Between the new weights and their config there is none: an unfinished classifier, which is not damaged."""
-    folder, _ = saved
-    monkeypatch.setattr("pathlib.Path.replace", interrupt_before(CONFIG_FILE))
-    torch.manual_seed(1)
+    monkeypatch.setattr("nrcg.classifiers.storage.write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        save_classifier(
-            folder,
-            build_module("small_cnn", 3, 0.1),
-            {"architecture": "small_cnn", "classes": CLASSES, "image_size": 8},
-        )
-    monkeypatch.undo()
+        save_classifier(saved[0], build_module("small_cnn", 3, 0.1), CONFIG)
     with pytest.raises(DataError, match=r"config\.json: not found"):
-        open_classifier(folder)
-
-
-def interrupt_before(name):
-    from pathlib import Path
-
-    replace = Path.replace
-
-    def interrupted(self, target):
-        if Path(target).name == name:
-            raise KeyboardInterrupt
-        return replace(self, target)
-
-    return interrupted
+        open_classifier(saved[0])
 
 
 # --- class_index -----------------------------------------------------------------------------------------------------
@@ -313,10 +280,7 @@ def interrupt_before(name):
 @pytest.mark.parametrize("target, expected", [("soccer", 2), ("0", 0), (1, 1), ("baseball", 0)])
 def test_class_index(target, expected):
     assert class_index(CLASSES, target) == expected
-
-
-def test_a_class_whose_name_is_a_number_goes_by_its_name():
-    assert class_index(["1", "0"], 1) == 0
+    assert class_index(["1", "0"], 1) == 0  # a name goes before a number
 
 
 @pytest.mark.parametrize("target", ["tennis", "3", -1, "", "1.0", "Soccer"])
@@ -326,8 +290,3 @@ def test_an_unknown_class_is_refused_with_the_list(target):
     assert str(error.value) == (
         f"target {str(target)!r} is no class of the classifier; allowed: baseball, basketball, soccer or 0..2"
     )
-
-
-def test_predicted_class():
-    assert predicted_class(torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 0.0]])).tolist() == [1, 0]
-    assert predicted_class(torch.tensor([[-0.1], [0.1]])).tolist() == [0, 1]

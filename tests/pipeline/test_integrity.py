@@ -247,7 +247,7 @@ def test_no_flipped_bit_of_a_record_goes_unseen(sources, record):
 
 @pytest.mark.parametrize("record", SOURCES)
 def test_a_record_without_checksums_passes(sources, record):
-    """As earlier versions and imports leave them: without its own, or without any."""
+    """As earlier versions leave them: without its own, or without any."""
     plain = read_record(record)
     del plain["record_sha256"]
     Path(record).write_text(json.dumps(plain))
@@ -255,16 +255,8 @@ def test_a_record_without_checksums_passes(sources, record):
     for name in SOURCES[record]:
         flip(Path(record).parent / name)
     assert len(found()) == len(SOURCES[record])
-    Path(record).write_text(json.dumps({"imported": {"path": "elsewhere"}}))
+    Path(record).write_text("{}")
     assert found() == []
-
-
-def test_damaged_imported_weights_are_to_be_imported_again(sources):
-    path = Path("models/toy/classifiers/robust/config.json")
-    write_record(path, read_record(path) | {"imported": {"path": "elsewhere"}})
-    flip(path.with_name("model.safetensors"))
-    ((_, what),) = damaged_sources(Path(), datasets=[], experiments=["toy"])
-    assert what.endswith("; restore it, or run nrcg import-released again")
 
 
 def test_a_kill_between_weights_and_their_record_is_no_damage(sources, monkeypatch):

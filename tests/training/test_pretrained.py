@@ -249,6 +249,15 @@ def test_a_class_conditional_model_is_refused(tmp_path):
         check(folder)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    folder = write_tiny_pipeline(tmp_path / "ddpm")
+    pipe = GuidedDDPMPipeline.from_pretrained(folder)
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, math.nan)
+    pipe.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="its weights hold values that are not finite"):
+        check(folder)
+
+
 # --- In the place of a training ---------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "nrcg").rglob("*.py"))
 SAFE = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
 NEVER = {"pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.unsafe_load", "eval", "exec"}
