@@ -125,7 +125,7 @@ class SplitWriter:
             return self._labels
         if not len(kept):
             raise DataError(f"{self.folder}: no image of this split could be read")
-        written = np.load(self._path, mmap_mode="r")
+        written = np.load(self._path, mmap_mode="r", allow_pickle=False)
         at_once = max(1, PIECE_BYTES // self._row)
         for s in range(0, len(kept), at_once):
             self._write(s, written[kept[s : s + at_once]])

@@ -87,36 +87,31 @@ def evaluate_custom(
     _check_sides(samples, reference, num_samples)
     if target is not None:
         _require_labels(reference)
-    count = num_samples or samples.count
+    count, judge, aim = num_samples or samples.count, None, None
     if samples.features is not None:
         _check_given(samples, reference, features, classifier)
-        judge, aim, extractors = None, None, [Given(reference.features.shape[1])]
-    else:
-        judge = None if classifier is None else load_classifier(classifier).to(device)
-        aim = None if target is None or judge is None else _class_of(judge, target)
+    elif classifier is not None:
+        judge = load_classifier(classifier).to(device)
+        aim = None if target is None else _class_of(judge, target)
     chosen = None if target is None else _target_images(reference, target, judge, aim)
-    if samples.features is None:
-        extractors = [
-            load_extractor(spec, weights_dir=weights_dir, judge=judge, device=device)
-            for spec in _protocols(features, weights_dir, judge)
-        ]
+    if samples.features is not None:
+        extractors = [Given(reference.features.shape[1])]
+    else:
+        protocols = _protocols(features, weights_dir, judge)
+        extractors = [load_extractor(one, weights_dir=weights_dir, judge=judge, device=device) for one in protocols]
     report = on_plan(count + reference.count)
     references = _collect(reference, extractors, chosen, num_pairwise, batch_size, device, report)
     found: list[list[np.ndarray]] = [[] for _ in extractors]
-    hits: list[np.ndarray] = []
+    hits: dict[str, list[np.ndarray]] = {} if judge is None or target is None else {"judge": []}
     for first, chunk in numbered(samples, count):
         for rows, extractor in zip(found, extractors, strict=True):
             rows.append(_features(extractor, chunk, batch_size))
-        if judge is not None and target is not None:
-            hits.append(class_hits(_logits(judge, chunk, batch_size), aim))
+        for parts in hits.values():
+            parts.append(class_hits(_logits(judge, chunk, batch_size), aim))
         report(reference.count + first + len(chunk))
-    row = evaluate_features(
-        [np.concatenate(rows) for rows in found],
-        references,
-        hits={"judge": np.concatenate(hits)} if hits else {},
-        seed=seed,
-        device=device,
-    )
+    joined = {name: np.concatenate(parts) for name, parts in hits.items()}
+    vectors = [np.concatenate(rows) for rows in found]
+    row = evaluate_features(vectors, references, hits=joined, seed=seed, device=device)
     for column, side in (("protocols", samples), ("reference", reference)):
         if side.image_size is not None:
             row[column] += f", resized to {side.image_size} first"

@@ -202,19 +202,16 @@ class GuidedDDPMPipeline(DDPMPipeline):
 
         Args:
             num_samples: N.
-            batch_size: samples at once; changes memory and speed, never the samples. `auto` takes as many as fit. Where
-                memory runs out, a batch is done again in halves.
+            batch_size: samples at once, or `auto`; halved where memory runs out. Changes speed, never the samples.
             seed: sample i depends on (seed, first_sample + i) alone.
             guidance: None samples the plain DDPM.
             first_sample: global index of the first sample, to draw a run in parts.
             start: `standard_normal`, `data_mean`, or `auto`: data_mean where the folder holds it.
-            num_inference_steps: steps taken, 1..T; None takes all. Set `pipe.scheduler` to a DDIMScheduler or a
-                DPMSolverMultistepScheduler for samplers that need few.
+            num_inference_steps: steps taken, 1..T; None takes all. `use_sampler` sets samplers that need few.
             eta: for DDIM, share of the ancestral sampler's noise, in [0, 1].
             precision: autocast of the U-Net; x_t, the gradient and the stabilizer stay in float32.
             trace: record gradient norms and cosines, log-probabilities and clipped pixels of each step (`Trace`).
-            on_step: called after each step with the number of steps done, of num_samples times the steps taken;
-                instead of the progress bar.
+            on_step: called after each step with the number done, of num_samples times the steps; instead of a bar.
 
         Raises:
             ValueError: a setting or a scheduler that is not supported, a classifier that does not fit.
@@ -227,10 +224,8 @@ class GuidedDDPMPipeline(DDPMPipeline):
         data_mean = self._start_mean(start)
         shape = self._prepare(guidance)
         predict_noise = self.noise_predictor(precision)
-        bar = None
-        if on_step is None:
-            bar = self.progress_bar(total=len(timesteps) * num_samples)
-            on_step = _set_bar(bar)
+        bar = None if on_step is not None else self.progress_bar(total=len(timesteps) * num_samples)
+        report = on_step or _set_bar(bar)
         parts: list[Trace] = []
 
         def draw(batch: range) -> tuple[Tensor, Tensor]:
@@ -246,7 +241,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
                 samples=indices,
                 guidance=guidance,
                 recorder=recorder,
-                on_step=lambda: on_step(next(done)),
+                on_step=lambda: report(next(done)),
             )
             if recorder is not None:
                 parts.append(recorder.result())

@@ -54,6 +54,8 @@ def write_report(
     protocol = {"image_size": image_size, "num_steps": context.get("T")}
     protocol |= {name: context.get(name) for name in ("start", "source")}
     compared = comparison.compare(context["experiment"], metrics, **protocol)
+    ours = {"features": headline_protocol(metrics), "num_samples": context.get("num_samples")}
+    differences = paper.differences(context["experiment"], **ours, **protocol)
     page = _template().render(
         context={"description": "", "commit": "", "versions": {}, **context},
         paper={"title": paper.TITLE, "arxiv": paper.ARXIV},
@@ -64,12 +66,7 @@ def write_report(
         distances=frechet_columns(metrics),
         comparison=sections.published_comparison(context["experiment"], metrics),
         published=paper.published_rows(context["experiment"]),
-        differences=paper.differences(
-            context["experiment"],
-            features=headline_protocol(metrics),
-            num_samples=context.get("num_samples"),
-            **protocol,
-        ),
+        differences=differences,
         notes=edge_notes(metrics),
         tie_note=tie_note(metrics),
         rule=rule,
@@ -77,15 +74,13 @@ def write_report(
         compared={"titles": comparison.TITLES, "lines": [comparison.cells(line) for line in compared]},
         front=[sections.setup_name(row) for row in pareto_front(metrics)],
         protocols=[str(metrics[0].get(key, "")) for key in ("protocols", "reference")],
-        self_trained=headline_protocol(metrics) == "judge",
+        self_trained=ours["features"] == "judge",
         sweep=sections.sweep_table(metrics),
         figures=sections.shown_figures(Path(figures_dir)),
         strips=strips,
         gallery=sections.gallery(chosen, samples_dir),
         training=sections.training_record(models / "ddpm"),
-        classifiers=sections.classifier_records(
-            models / "classifiers", context.get("T"), sections.quality(reference_json)
-        ),
+        classifiers=sections.classifier_records(models / "classifiers", context.get("T"), reference_json),
         settings=sections.flatten(context.get("settings", {})),
         betas=sections.betas(context.get("T")),
     )

@@ -343,8 +343,9 @@ def quality(path: str | os.PathLike | None) -> dict[str, dict]:
         raise DataError(f"no record of the references ({error})", path) from None
 
 
-def classifier_records(folder: Path, num_steps: int | None, quality: Mapping[str, dict]) -> dict[str, Any]:
+def classifier_records(folder: Path, num_steps: int | None, reference_json: str | os.PathLike | None) -> dict[str, Any]:
     """Table and figure of the trained classifiers, as far as they are there."""
+    quality_of = quality(reference_json)
     lines, tables = [], {}
     for role in ROLES:
         path = folder / role / "config.json"
@@ -362,7 +363,7 @@ def classifier_records(folder: Path, num_steps: int | None, quality: Mapping[str
                 "role": role,
                 "architecture": config.get("architecture", ""),
                 "accuracy": format_percent(accuracy),
-                "ece": format_percent(quality[role]["ece"][0]) if role in quality else "-",
+                "ece": format_percent(quality_of[role]["ece"][0]) if role in quality_of else "-",
             }
         )
         table = folder / role / "accuracy_over_t.csv"

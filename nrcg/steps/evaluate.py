@@ -100,11 +100,15 @@ def evaluate_method(
         check_comparable(rows)
         for extractor in extractors:
             warn_of_rank(extractor.name, min(row["num_samples"] for row in rows), extractor.dim)
-        best = best_per_method([row | {"best_by": settings.evaluation.best_by} for row in rows])[settings.method]
-        shown = ("scale", "accuracy_judge", "accuracy_guide", *frechet_columns(rows))
-        tracking.log_method_over_scales(run, rows, {name: best[name] for name in shown})
+        tracking.log_method_over_scales(run, rows, _best(settings, rows))
         write_csv(out, rows, list(rows[0]))
     return rows
+
+
+def _best(settings: EvaluateStep, rows: list[dict]) -> dict[str, float]:
+    """The numbers of the best scale that MLflow's tables show."""
+    best = best_per_method([row | {"best_by": settings.evaluation.best_by} for row in rows])[settings.method]
+    return {name: best[name] for name in ("scale", "accuracy_judge", "accuracy_guide", *frechet_columns(rows))}
 
 
 def _finished_row(

@@ -196,7 +196,7 @@ def test_a_judge_gives_the_accuracy_and_its_own_features(tmp_path):
 def test_a_judge_of_grey_images_takes_grey_files_and_refuses_coloured_ones(tmp_path, capsys):
     (tmp_path / "ownnet.py").write_text(
         NET.replace("Conv2d(3,", "Conv2d(1,") + "\nplain = make\n"
-        "def make():\n    from nrcg.classifiers import Classifier\n"
+        "def make():\n    from nrcg import Classifier\n"
         "    return Classifier(plain(), channels=1, classes=['a', 'b'])\n"
     )
     rng = np.random.default_rng(0)

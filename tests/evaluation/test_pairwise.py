@@ -77,8 +77,8 @@ def test_neighbours_equal_brute_force(seed, sizes, k, block, exact):
     samples = samples + rng.integers(0, 4)
     expected = brute_force(reference, samples, k)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairwise, "BLOCK", block)
-        patch.setattr(pairwise, "EXACT_PAIRS", 2**22 if exact else 0)
+        patch.setattr(blocks, "BLOCK", block)
+        patch.setattr(blocks, "EXACT_PAIRS", 2**22 if exact else 0)
         found = (*precision_recall(reference, samples, k), *density_coverage(reference, samples, k))
     assert found == pytest.approx(tuple(expected.values()), abs=1e-12)
 
@@ -97,7 +97,7 @@ def unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def test_kernel_distance_is_the_unbiased_estimate(sizes, products):
     a, b = gaussian(sizes[0], shift=3.0).astype(np.float64), gaussian(sizes[1], seed=1, shift=3.5).astype(np.float64)
     # Values of several hundred, from kernels of about 1e4 with float32's seven digits.
-    tolerance = {"rel": 1e-4} if blocks == "float32 blocks" else {"rel": 1e-9}
+    tolerance = {"rel": 1e-4} if products == "float32 blocks" else {"rel": 1e-9}
     assert kernel_distance(a, b) == pytest.approx(unbiased_mmd(a, b), **tolerance)
 
 

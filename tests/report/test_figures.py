@@ -12,7 +12,7 @@ from synthetic import COLUMNS, NAN, balls, forward_rows, metric_rows, write_resu
 from nrcg.csv_files import write_csv
 from nrcg.data import pictures
 from nrcg.errors import DataError
-from nrcg.report import figures
+from nrcg.report import drawing, figures
 from nrcg.report.columns import FORWARD_COLUMNS
 
 NAMES = [
@@ -113,7 +113,7 @@ def test_axis_names_the_metric_and_unconditional_is_a_level():
 
 
 def test_awkward_numbers_and_names_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "DPI", 40)
+    monkeypatch.setattr(drawing, "DPI", 40)
     rows = [row | {"cfd_judge": NAN, "fd_judge": NAN, "accuracy_judge": NAN} for row in metric_rows()]
     rows[-1]["method"] = "my_$_method"
     write_csv(tmp_path / "m.csv", rows, COLUMNS)
