@@ -50,9 +50,9 @@ docs: $(STAMP)
 
 # What is generated from the models of config.yaml.
 schema: $(STAMP)
-	.venv/bin/nrcg schema --out config.schema.json
-	.venv/bin/nrcg schema --dvc --out dvc.yaml
-	.venv/bin/nrcg schema --docs --out docs/config.md
+	.venv/bin/nrcg schema
+	.venv/bin/nrcg schema --dvc
+	.venv/bin/nrcg schema --docs
 
 # Exact pins for Python 3.11 and newer, from the ranges of pyproject.toml.
 lock: $(STAMP)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nrcg.cli.arguments import Verbs, add_verb, device_flag, print_table
-from nrcg.config import get_experiment, load, write_schema
+from nrcg.config import config_reference, dvc_yaml, get_experiment, json_schema, load, read_yaml
 from nrcg.devices import device_name
 from nrcg.errors import DataError
+from nrcg.files import atomic_write_text
 from nrcg.layout import DatasetPaths, ExperimentPaths
 from nrcg.processes import processors
 
@@ -124,12 +125,23 @@ def validate(arguments: argparse.Namespace) -> None:
 
 def add_schema(verbs: Verbs) -> None:
     sub = add_verb(verbs, "schema", schema)
-    sub.add_argument("--out", default="config.schema.json")
+    kind = sub.add_mutually_exclusive_group()
+    kind.add_argument("--dvc", action="store_true", help="dvc.yaml, for the experiments that --experiment names")
+    kind.add_argument("--docs", action="store_true", help="docs/config.md, every key in words")
+    sub.add_argument("--config", default="config.yaml", help="configuration that --dvc and --docs are about")
+    sub.add_argument("--experiment", nargs="+", default=["quickstart"], metavar="NAME", help="experiments of dvc.yaml")
+    sub.add_argument("--out", help="where to; default: config.schema.json, dvc.yaml or docs/config.md")
 
 
 def schema(arguments: argparse.Namespace) -> None:
-    """Write config.schema.json."""
-    write_schema(arguments.out)
+    """Write what is made from the models of config.yaml: its JSON schema for editors, dvc.yaml or docs/config.md."""
+    if arguments.dvc:
+        out, text = "dvc.yaml", dvc_yaml(read_yaml(arguments.config), arguments.experiment)
+    elif arguments.docs:
+        out, text = "docs/config.md", config_reference(read_yaml(arguments.config))
+    else:
+        out, text = "config.schema.json", json.dumps(json_schema(), indent=2) + "\n"
+    atomic_write_text(Path(arguments.out or out), text)
 
 
 def add_adopt(verbs: Verbs) -> None:

@@ -15,12 +15,13 @@ from nrcg.config.basics import (
     fingerprint,
 )
 from nrcg.config.data import DatasetConfig, ImageData, SportBallsData
+from nrcg.config.dvc import dvc_yaml
 from nrcg.config.experiment import RULES, Config, ExperimentConfig, dataset_owner, get_experiment
-from nrcg.config.messages import _models_in
 from nrcg.config.methods import STABILIZER_KEYS, MethodConfig, ScaleScheduleConfig, StabilizerConfig, stabilizer_name
 from nrcg.config.models import ClassifierConfig, DDPMConfig, OptimizerConfig, ScheduleConfig, UNetConfig
 from nrcg.config.reading import load, merge, parse, read_yaml
-from nrcg.config.schema import json_schema, write_schema
+from nrcg.config.reference import config_reference
+from nrcg.config.schema import json_schema
 from nrcg.config.steps import (
     STEPS,
     DatasetStep,
@@ -36,56 +37,3 @@ from nrcg.config.steps import (
     step_settings,
     write_step_settings,
 )
-
-__all__ = [
-    "BEST_BY",
-    "GRAD_MODES",
-    "INPUTS",
-    "PRECISIONS",
-    "PREPROCESSING",
-    "ROLES",
-    "RULES",
-    "SAMPLERS",
-    "STABILIZER_KEYS",
-    "STARTS",
-    "STEPS",
-    "ClassifierConfig",
-    "Config",
-    "DDPMConfig",
-    "DatasetConfig",
-    "DatasetStep",
-    "EvaluateStep",
-    "ExperimentConfig",
-    "ForwardStep",
-    "GradMode",
-    "ImageData",
-    "Input",
-    "MethodConfig",
-    "OptimizerConfig",
-    "ReferenceStep",
-    "ReportStep",
-    "SampleStep",
-    "ScaleScheduleConfig",
-    "ScheduleConfig",
-    "SportBallsData",
-    "StabilizerConfig",
-    "StepSettings",
-    "TrainClassifierStep",
-    "TrainDDPMStep",
-    "UNetConfig",
-    "_models_in",
-    "checked_device",
-    "dataset_owner",
-    "fingerprint",
-    "get_experiment",
-    "json_schema",
-    "load",
-    "merge",
-    "parse",
-    "read_step_settings",
-    "read_yaml",
-    "stabilizer_name",
-    "step_settings",
-    "write_schema",
-    "write_step_settings",
-]

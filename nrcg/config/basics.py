@@ -33,13 +33,15 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _checked_batch_size(value: Any) -> Any:
+def _count_or_auto(value: Any) -> Any:
+    # A union's own message would speak of each of its types.
     if value != "auto" and (type(value) is not int or value < 1):
-        raise ValueError(f"{value!r} is no batch size; allowed: auto or a whole number >= 1")
+        raise ValueError(f"{value!r} is not allowed; auto or a whole number >= 1 is")
     return value
 
 
-BatchSize = Annotated[Positive | Literal["auto"], BeforeValidator(_checked_batch_size)]
+Count = Annotated[Positive | Literal["auto"], BeforeValidator(_count_or_auto)]
+Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 """A name that becomes a folder and a Snakemake rule."""
 

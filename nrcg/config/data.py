@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nrcg.config.basics import Fraction, Name, Positive, Preprocessing, Section
+from nrcg.config.basics import Fraction, Name, Positive, Preprocessing, Section, Seed
 
 
 class DataSection(Section):
@@ -24,7 +24,7 @@ class DataSection(Section):
 
 
 class SportBallsData(DataSection):
-    """Balls on a white canvas, drawn by nrcg.sportballs."""
+    """Balls on a white canvas, drawn by nrcg.data.sportballs."""
 
     source: Literal["sportballs"] = Field(description="Drawn here; nothing to download.")
     num_train: Positive = Field(description="Number of training images.")
@@ -32,11 +32,11 @@ class SportBallsData(DataSection):
     diameter: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
         description="Smallest and largest ball diameter as a share of the canvas."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(description="Image i depends on (seed, i) alone.")
+    seed: Seed = Field(description="Image i depends on (seed, i) alone.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        # The list repeats nrcg.sportballs.CLASSES: a test keeps the two in step.
+        # The list repeats nrcg.data.sportballs.CLASSES: a test keeps the two in step.
         allowed = ["baseball", "basketball", "soccer", "volleyball"]
         for name in self.classes:
             if name not in allowed:
@@ -98,7 +98,7 @@ class HuggingFaceData(ImageData):
     val_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="Share of each class that validates, where val_split is null."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the images' order and of the split.")
+    seed: Seed = Field(default=0, description="Seed of the images' order and of the split.")
 
 
 class FolderData(ImageData):
@@ -120,7 +120,7 @@ class FolderData(ImageData):
     val_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="Share of each class that validates, where no split is given."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the images' order and of the split.")
+    seed: Seed = Field(default=0, description="Seed of the images' order and of the split.")
 
 
 DatasetConfig = Annotated[

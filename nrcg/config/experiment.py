@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from nrcg.config.basics import ROLES, BatchSize, BestBy, Name, Positive, Precision, Section, Start, checked_device
+from nrcg.config.basics import ROLES, BestBy, Count, Name, Positive, Precision, Section, Seed, Start, checked_device
 from nrcg.config.data import DatasetConfig
 from nrcg.config.methods import MethodConfig, StabilizerConfig, stabilizer_name
 from nrcg.config.models import ClassifiersConfig, DDPMConfig
@@ -34,11 +34,11 @@ class ForwardConfig(Section):
     """The forward analysis (figs. 1 to 4)."""
 
     num_images: Positive = Field(description="Validation images, one noise trajectory each.")
-    batch_size: BatchSize = Field(description="Images at once on the device; changes no result. auto: as many as fit.")
+    batch_size: Count = Field(description="Images at once on the device; changes no result. auto: as many as fit.")
     stabilizers: Annotated[list[StabilizerConfig], Field(min_length=1)] = Field(
         description="Stabilizers measured on non_robust_x0 (fig. 4)."
     )
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed = Field(description="Seed of the noise trajectories.")
 
     @model_validator(mode="after")
     def _check(self) -> ForwardConfig:
@@ -54,7 +54,7 @@ class SamplingConfig(Section):
 
     num_samples: Positive = Field(description="Samples per method and scale.")
     shard_size: Positive = Field(description="Samples per job.")
-    batch_size: BatchSize = Field(
+    batch_size: Count = Field(
         description="Samples at once on the device; never changes the samples. auto: as many as fit."
     )
     start: Start = Field(
@@ -64,7 +64,7 @@ class SamplingConfig(Section):
     trace: bool = Field(
         description="Record gradient norms, cosines, log-probabilities and clipped pixels of each step."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(description="Sample i depends on (seed, i) alone.")
+    seed: Seed = Field(description="Sample i depends on (seed, i) alone.")
 
 
 class EvaluationConfig(Section):

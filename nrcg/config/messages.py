@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake in one line: key, what is wrong, what is allowed. `root` is the model that refused."""
     errors = error.errors()
     first = errors[0]
@@ -65,7 +65,7 @@ def _locate(loc: tuple, root: type[BaseModel]) -> tuple[list[str], list[type[Bas
             in_container = False
             continue
         annotation = models[0].model_fields[part].annotation if models and part in models[0].model_fields else None
-        models = _models_in(annotation)
+        models = models_in(annotation)
         in_container = get_origin(annotation) in (dict, list)
     return keys, models
 
@@ -80,8 +80,8 @@ def _tag(model: type[BaseModel]) -> str:
     return get_args(model.model_fields["source"].annotation)[0]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """The models that an annotation such as dict[str, Model] or Model | OtherModel is about."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return [model for argument in get_args(annotation) for model in models_in(argument)]

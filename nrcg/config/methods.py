@@ -66,7 +66,9 @@ class StabilizerConfig(Section):
 class ScaleScheduleConfig(Section):
     """How the guidance scale changes along a trajectory; the sweep's scale is multiplied by it."""
 
-    name: Literal["constant", "linear", "cosine", "interval"] = "constant"
+    name: Literal["constant", "linear", "cosine", "interval"] = Field(
+        default="constant", description="How the factor goes from t = T to t = 0."
+    )
     start: Annotated[float, Field(ge=0)] = Field(default=1.0, description="linear, cosine: factor at t = T.")
     end: Annotated[float, Field(ge=0)] = Field(default=1.0, description="linear, cosine: factor at t = 0.")
     low: Fraction = Field(default=0.0, description="interval: guidance where low <= t / T <= high.")
@@ -109,8 +111,12 @@ class MethodConfig(Section):
         default="pred_x0",
         description="The classifier sees the one-step denoised image (eq. 5) or the noisy image.",
     )
-    stabilizer: StabilizerConfig = StabilizerConfig()
-    scale_schedule: ScaleScheduleConfig = ScaleScheduleConfig()
+    stabilizer: StabilizerConfig = Field(
+        default=StabilizerConfig(), description="Smoothing of the guidance gradient over the steps."
+    )
+    scale_schedule: ScaleScheduleConfig = Field(
+        default=ScaleScheduleConfig(), description="Guidance scale along a trajectory."
+    )
     grad_mode: GradMode = Field(
         default="full", description="pred_x0: how the gradient passes the U-Net; no_jacobian takes eps for a constant."
     )
@@ -118,7 +124,7 @@ class MethodConfig(Section):
     skip_above: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="No gradient for a sample while its p(target) is above this; 1: always one."
     )
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: SamplerConfig = Field(default=SamplerConfig(), description="The way from x_T to x_0.")
 
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nrcg.config.basics import Fraction, Positive, Section
+from nrcg.config.basics import Count, Fraction, Positive, Section, Seed
 
 
 class UNetConfig(Section):
@@ -76,7 +76,7 @@ class DDPMConfig(Section):
         description="Images at once on a device, the gradients being summed; null: all of a step's. Takes less memory, "
         "changes the result by rounding alone.",
     )
-    num_processes: Positive | Literal["auto"] = Field(
+    num_processes: Count = Field(
         default="auto",
         description="Processes that share each batch; auto: one per GPU that the job has, 1 on a CPU. Changes the "
         "result by rounding alone.",
@@ -88,7 +88,7 @@ class DDPMConfig(Section):
     )
     num_val_images: Positive = Field(description="Validation images of the loss per epoch.")
     sample_every: Annotated[int, Field(ge=0)] = Field(description="A sample grid each n epochs; 0: only at the end.")
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed = Field(description="Seed of the initial weights, the order of the images and their noise.")
 
     @field_validator("pretrained")
     @classmethod
@@ -96,14 +96,6 @@ class DDPMConfig(Section):
         if source is not None and not source.strip():
             raise ValueError("empty; give a diffusers folder or hub id, or null to train")
         return source
-
-    @field_validator("num_processes", mode="before")
-    @classmethod
-    def _num_processes(cls, number: Any) -> Any:
-        # A union's own message would speak of each of its types.
-        if number != "auto" and (type(number) is not int or number < 1):
-            raise ValueError(f"{number!r} is no number of processes; a whole number >= 1 or auto is allowed")
-        return number
 
     @model_validator(mode="after")
     def _one_image_per_process(self) -> DDPMConfig:
@@ -128,8 +120,8 @@ class ClassifierConfig(Section):
     )
     architecture: str = Field(description="mobilenet_v3_small, small_cnn, or another torchvision model's name.")
     noised: bool = Field(description="Train on noised images (robust) or on clean ones.")
-    epochs: Positive
-    batch_size: Positive
+    epochs: Positive = Field(description="Passes over the training images.")
+    batch_size: Positive = Field(description="Images per optimiser step.")
     optimizer: OptimizerConfig
     batch_norm_momentum: Annotated[float, Field(gt=0, le=1)] = Field(
         description="torchvision's MobileNetV3 ships 0.01, too slow for short trainings."
@@ -137,7 +129,7 @@ class ClassifierConfig(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
         default=10, description="A checkpoint at least this often; a killed training goes on from the last."
     )
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed = Field(description="Seed of the initial weights, the order of the images and their noise.")
 
     @field_validator("architecture")
     @classmethod
@@ -154,6 +146,8 @@ class ClassifierConfig(Section):
 
 
 class ClassifiersConfig(Section):
+    """The two classifiers that guide, and the judge that grades and never guides."""
+
     non_robust: ClassifierConfig
     robust: ClassifierConfig
     judge: ClassifierConfig

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from nrcg.config.experiment import RULES, Config, dataset_owner
-from nrcg.config.messages import _explain
+from nrcg.config.messages import explain
 from nrcg.errors import ConfigError
 
 
@@ -103,10 +103,10 @@ def parse(raw: dict, source: str = "config.yaml") -> Config:
     try:
         config = Config(methods=raw["methods"], experiments=merged)
     except ValidationError as error:
-        message = _explain(error, Config)
+        message = explain(error, Config)
         # A mistake in `defaults` would be reported for the first experiment that inherits it.
         match = re.match(r"experiments\.(\w+)\.([\w.]+): ", message)
-        if match and _holds(raw["defaults"], match[2]) and not _holds(raw["experiments"][match[1]], match[2]):
+        if match and holds(raw["defaults"], match[2]) and not holds(raw["experiments"][match[1]], match[2]):
             message = f"defaults.{message.split('.', 2)[2]}"
         raise ConfigError(f"{source}: {message}") from None
     for name, experiment in config.experiments.items():
@@ -119,7 +119,7 @@ def parse(raw: dict, source: str = "config.yaml") -> Config:
     return config
 
 
-def _holds(mapping: Any, dotted: str) -> bool:
+def holds(mapping: Any, dotted: str) -> bool:
     """Whether nested mappings and lists have an entry at a dotted path."""
     for part in dotted.split("."):
         if isinstance(mapping, list) and part.isdecimal() and int(part) < len(mapping):

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-from pathlib import Path
 
 from nrcg.config.experiment import ExperimentConfig
 from nrcg.config.methods import MethodConfig
 
 
-def write_schema(path: str | os.PathLike) -> None:
-    """Write the JSON schema of config.yaml, for editors. An experiment may leave out any key that
-    `defaults` gives, so at the file's level nothing is required."""
-    Path(path).write_text(json.dumps(json_schema(), indent=2) + "\n")
-
-
 def json_schema() -> dict:
-    """JSON schema of config.yaml, generated from the models above."""
+    """JSON schema of config.yaml. An experiment may leave out what `defaults` gives: nothing is required of either."""
     schema = ExperimentConfig.model_json_schema(ref_template="#/$defs/{model}")
     definitions = schema.pop("$defs")
     definitions |= MethodConfig.model_json_schema(ref_template="#/$defs/{model}").pop("$defs", {})

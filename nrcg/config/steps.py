@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from nrcg.config.basics import ROLES, Name, Precision, Role, Section, fingerprint
 from nrcg.config.data import DatasetConfig
 from nrcg.config.experiment import Config, EvaluationConfig, ForwardConfig, SamplingConfig, get_experiment
-from nrcg.config.messages import _explain
+from nrcg.config.messages import explain
 from nrcg.config.methods import MethodConfig
 from nrcg.config.models import ClassifierConfig, ClassifiersConfig, DDPMConfig, ScheduleConfig
 from nrcg.config.reading import parse, read_yaml
@@ -227,4 +227,4 @@ def read_step_settings(
     try:
         return STEPS[step].model_validate(raw["settings"])
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error, STEPS[step])}") from None
+        raise ConfigError(f"{path}: {explain(error, STEPS[step])}") from None
