@@ -8,7 +8,7 @@ told otherwise; `plain_workers` has four processes for it. Ours is `nrcg.trainin
 it. All use the same U-Net (the paper's), the same SportBalls and the same batch. Each measurement runs in a process of
 its own; variants alternate, ratios are taken in pairs.
 
-    python benchmarks/training_speed.py --repeats 3 --json training_speed.json
+    python bench/training_speed.py --repeats 3 --json training_speed.json
 """
 
 from __future__ import annotations

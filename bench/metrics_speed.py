@@ -4,7 +4,7 @@ Ours: Fréchet distance, KID over all pairs, precision, recall, density, coverag
 and without. Theirs on the same features: clean-fid's Fréchet and kernel distance, torch-fidelity's FID, KID and
 precision and recall, prdc's four numbers.
 
-    python benchmarks/metrics_speed.py [--num 10000] [--dim 2048] [--threads 2]
+    python bench/metrics_speed.py [--num 10000] [--dim 2048] [--threads 2]
 
 Needs torch-fidelity and prdc beside the pipeline's packages (`--ours` does without). The limit is that of the matrix
 products that the metrics need, at the measured speed of a large product.

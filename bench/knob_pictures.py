@@ -1,6 +1,6 @@
 """The pictures of docs/guidance.md: one a knob, a row of samples for each of its values, the same seeds in each row.
 
-    python benchmarks/knob_pictures.py --models models/quickstart --out docs/images
+    python bench/knob_pictures.py --models models/quickstart --out docs/images
 
 Where nothing else is said: the non-robust classifier on the denoised image, EMA 0.99 (at 400 steps), scale 2, all
 steps.

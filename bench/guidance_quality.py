@@ -1,7 +1,7 @@
 """What each saving costs: judge accuracy, class-conditional Fréchet distance and time of every way to take the
 gradient and of every sampler, at equal seeds, on an experiment's models.
 
-    python benchmarks/guidance_quality.py --models models/quickstart --data data/sportballs24 --out docs/quality
+    python bench/guidance_quality.py --models models/quickstart --data data/sportballs24 --out docs/quality
 
 The guide is the non-robust classifier on the denoised image with EMA 0.99 (beta^(400/steps)). Each setting is drawn at
 each scale of a small sweep and stands in the table at the scale with the lowest distance. Time is the process' CPU

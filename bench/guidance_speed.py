@@ -5,7 +5,7 @@ contiguous format, noise from one CPU generator, the full gradient at each step,
 U-Net (the paper's, 64 x 64, random weights: speed does not depend on them) and the same classifier. Each measurement
 runs in a process of its own, so that peaks of memory are its own; variants alternate, and ratios are taken in pairs.
 
-    python benchmarks/guidance_speed.py --batch-size 16 --steps 4 --repeats 3
+    python bench/guidance_speed.py --batch-size 16 --steps 4 --repeats 3
 """
 
 from __future__ import annotations

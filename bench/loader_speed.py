@@ -4,8 +4,8 @@ Each step is a real forward and backward pass of a U-Net. `plain` reads a batch 
 training does: threads read the next batches from the memory map. `resident` (GPUs) keeps all images on the device. The
 file is dropped from the system's page cache before each measurement, so that reads reach the disk; variants take turns.
 
-    python benchmarks/loader_speed.py                                              # the paper's U-Net and batch
-    python benchmarks/loader_speed.py --channels 8 16 --batch-size 16 --steps 20   # a CPU's size
+    python bench/loader_speed.py                                              # the paper's U-Net and batch
+    python bench/loader_speed.py --channels 8 16 --batch-size 16 --steps 20   # a CPU's size
 """
 
 from __future__ import annotations
