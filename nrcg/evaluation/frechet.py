@@ -1,4 +1,4 @@
-"""Metrics of generated images, computed from features (`nrcg.features`) and from a judge's logits.
+"""Metrics of generated images, computed from features and from a judge's logits.
 
 A metric is named after its protocol: `fid`, `cfid`, `kid` and `ckid` use clean-fid's Inception features,
 `fid_torcheval` and so on those of torcheval's Inception; on any other features the same formulas are called
