@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nrcg.data import sportballs
+from nrcg.data import ball_textures, sportballs
 
 SETTING = {"classes": sportballs.CLASSES, "diameter": (0.3, 0.7)}
 PIECE = 2000  # images per call, as much as the data set writer draws at once
