@@ -5,8 +5,8 @@ normalised float tensor on the CPU, float32 parameters in contiguous format, eve
 GradScaler (float32 without a GPU), AdamW, gradient clipping, a cosine schedule, an exponential moving average of the
 weights, the loss read at each step for the progress bar. `plain` reads in its own process, as DataLoader does unless
 told otherwise; `plain_workers` has four processes for it. Ours is `nrcg.training.ddpm.train_ddpm` as `nrcg train-ddpm`
-calls it. All use the same U-Net (the paper's), the same SportBalls and the same batch. Each measurement runs in a process of
-its own; variants alternate, ratios are taken in pairs.
+calls it. All use the same U-Net (the paper's), the same SportBalls and the same batch. Each measurement runs in a
+process of its own; variants alternate, ratios are taken in pairs.
 
     python bench/training_speed.py --repeats 3 --json training_speed.json
 """
