@@ -53,8 +53,8 @@ def paste_loop(sprites: list[Image.Image], num_images: int, image_size: int, sma
 
 def ours(num_images: int, image_size: int) -> float:
     """Seconds to draw images 0 .. num_images - 1, textures made anew."""
-    sportballs._master.cache_clear()
-    sportballs._texture.cache_clear()
+    ball_textures._master.cache_clear()
+    ball_textures.texture.cache_clear()
     start = time.perf_counter()
     for s in range(0, num_images, PIECE):
         sportballs.render(0, np.arange(s, min(s + PIECE, num_images)), image_size=image_size, **SETTING)
