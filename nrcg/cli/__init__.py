@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nrcg import __version__
-from nrcg.cli import data, evaluate, report, sample, train, workflow
+from nrcg.cli import evaluate, report, sample, steps, train, workflow
 from nrcg.errors import NrcgError
 from nrcg.pipeline.remedies import explained
 from nrcg.processes import end_with_parent
@@ -87,15 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_track(verbs)
     train.add_export_ddpm(verbs)
     train.add_export_classifier(verbs)
-    data.add_dataset(verbs)
+    steps.add_step(verbs, "dataset")
     train.add_train_ddpm(verbs)
-    train.add_train_classifier(verbs)
-    sample.add_forward(verbs)
+    steps.add_step(verbs, "train-classifier")
+    steps.add_step(verbs, "forward")
     sample.add_sample(verbs)
-    evaluate.add_reference(verbs)
+    steps.add_step(verbs, "reference")
     evaluate.add_evaluate(verbs)
     evaluate.add_tune(verbs)
-    report.add_collect(verbs)
-    report.add_figures(verbs)
-    report.add_report(verbs)
+    steps.add_collect(verbs)
+    steps.add_step(verbs, "figures")
+    steps.add_step(verbs, "report")
     return parser

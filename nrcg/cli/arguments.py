@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nrcg.config import StepSettings, checked_device, read_step_settings
@@ -18,15 +21,17 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_verb(
-    verbs: Verbs, name: str, verb: Callable, *, step: bool = False, compute: bool = False
+    verbs: Verbs, name: str, verb: Callable, *, text: str | None = None, step: bool = False, compute: bool = False
 ) -> argparse.ArgumentParser:
-    """The parser of one verb, explained by the docstring of its function.
+    """The parser of one verb.
 
     Args:
+        text: what it does; None: the docstring of its function.
         step: it is a step of the pipeline: --config and --experiment.
         compute: it computes with torch: --device and --threads.
     """
-    sub = verbs.add_parser(name, help=(verb.__doc__ or "").splitlines()[0], description=verb.__doc__)
+    text = text or verb.__doc__ or ""
+    sub = verbs.add_parser(name, help=text.splitlines()[0], description=text)
     sub.set_defaults(verb=verb)
     if step:
         sub.add_argument("--config", required=True, help="config.yaml, or a step's settings file")
@@ -73,9 +78,36 @@ def nonnegative(text: str) -> float:
     return value
 
 
-def read_settings(arguments: argparse.Namespace, step: str, part: str | None = None) -> Any:
-    """The settings of a step, of the experiment and file that --experiment and --config name."""
-    return read_step_settings(arguments.config, step, arguments.experiment, part)
+def add_files(sub: argparse.ArgumentParser | argparse._ArgumentGroup, required: bool = True, **files: str) -> None:
+    """A flag for each file or folder, by name -> help."""
+    for name, text in files.items():
+        sub.add_argument(f"--{name}", type=Path, required=required, help=text)
+
+
+def add_method(sub: argparse._ArgumentGroup) -> None:
+    """The flags that name a method of an experiment, where a verb also serves without."""
+    sub.add_argument("--config", help="config.yaml, or a step's settings file")
+    sub.add_argument("--experiment", help="which experiment of config.yaml")
+    sub.add_argument("--method", help="a key of methods")
+
+
+def run_step(arguments: argparse.Namespace, function: str, step: str, part: str | None = None) -> Any:
+    """Call a function of nrcg.steps with its step's settings, and with the flags that are named like its parameters.
+
+    Args:
+        function: MODULE.NAME in nrcg.steps.
+        step: A key of `nrcg.config.STEPS`.
+        part: The role or method that the settings are of.
+    """
+    module, _, name = function.partition(".")
+    settings = read_step_settings(arguments.config, step, arguments.experiment, part)
+    call = getattr(import_module(f"nrcg.steps.{module}"), name)
+    parameters = inspect.signature(call).parameters
+    given = {name: value for name, value in vars(arguments).items() if name in parameters and value is not None}
+    if "device" in parameters:
+        device, precision = choose_device(arguments, settings)
+        given |= {"device": device} | ({"precision": precision} if "precision" in parameters else {})
+    return call(settings, **given)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""Verbs that measure: references, metrics, the search for a scale."""
+"""Verbs that measure: metrics, and the search for a scale."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import contextlib
 import json
 import math
 import sys
-from pathlib import Path
 
 from nrcg.cli.arguments import (
     Verbs,
+    add_files,
+    add_method,
     add_verb,
     choose_device,
     nonnegative,
@@ -19,48 +20,26 @@ from nrcg.cli.arguments import (
     positive_or_auto,
     positive_or_zero,
     print_table,
-    read_settings,
+    run_step,
 )
+from nrcg.cli.steps import CACHE, CLASSIFIERS, DATA
 from nrcg.config import get_experiment, load
 from nrcg.errors import ConfigError
-from nrcg.layout import REFERENCE_CACHE, ExperimentPaths
+from nrcg.layout import ExperimentPaths
 
-
-def add_reference(verbs: Verbs) -> None:
-    sub = add_verb(verbs, "reference", reference, step=True, compute=True)
-    sub.add_argument("--data", required=True, help="data/<dataset>")
-    sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
-    sub.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
-    sub.add_argument("--out", required=True, help="results/<experiment>/reference.json")
-
-
-def reference(arguments: argparse.Namespace) -> None:
-    """What every method is compared with: features of the training images, and how good the classifiers are."""
-    from nrcg.steps.reference import describe_reference
-
-    settings = read_settings(arguments, "reference")
-    device, _ = choose_device(arguments, settings)
-    describe_reference(
-        settings,
-        data=Path(arguments.data),
-        classifiers=Path(arguments.classifiers),
-        out=Path(arguments.out),
-        device=device,
-        cache=Path(arguments.cache),
-    )
+SAME = ("features", "weights_dir", "classifier", "target", "num_samples", "batch_size", "seed")
+"""Flags that are arguments of `evaluate_custom` as they are."""
 
 
 def add_evaluate(verbs: Verbs) -> None:
     sub = add_verb(verbs, "evaluate", evaluate, compute=True)
-    sub.add_argument(
-        "--samples",
-        required=True,
-        help="a folder of images, .npy or .npz; of an experiment results/<experiment>/samples",
+    add_files(
+        sub,
+        samples="a folder of images, .npy or .npz; of an experiment results/<experiment>/samples",
+        reference="real images likewise; of an experiment results/<experiment>/reference.json",
     )
-    sub.add_argument(
-        "--reference", required=True, help="real images likewise; of an experiment results/<experiment>/reference.json"
-    )
-    sub.add_argument("--out", help="a .json or .csv file; of an experiment results/<experiment>/metrics/<method>.csv")
+    table = "a .json or .csv file; of an experiment results/<experiment>/metrics/<method>.csv"
+    add_files(sub, required=False, out=table)
     own = sub.add_argument_group("anybody's images")
     own.add_argument(
         "--features",
@@ -83,14 +62,10 @@ def add_evaluate(verbs: Verbs) -> None:
     )
     own.add_argument("--seed", type=positive_or_zero, default=0, help="of the intervals' bootstrap")
     step = sub.add_argument_group("a method of an experiment")
-    step.add_argument("--config", help="config.yaml, or a step's settings file")
-    step.add_argument("--experiment", help="which experiment of config.yaml")
-    step.add_argument("--method", help="a key of methods")
+    add_method(step)
     step.add_argument("--scales", type=nonnegative, nargs="+", help="the method's scales")
-    step.add_argument("--data", help="data/<dataset>")
-    step.add_argument("--classifiers", help="models/<experiment>/classifiers")
-    step.add_argument("--ddpm", help="models/<experiment>/ddpm: refuse samples of other weights")
-    step.add_argument("--cache", default=REFERENCE_CACHE, help=f"folder of the features; default {REFERENCE_CACHE}")
+    weights = "models/<experiment>/ddpm: refuse samples of other weights"
+    add_files(step, required=False, **DATA, **CLASSIFIERS, ddpm=weights, **CACHE)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -99,25 +74,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         with one_line():
             _evaluate_images(arguments)
         return
-    from nrcg.steps.evaluate import evaluate_method
-
     for flag in ("method", "scales", "data", "classifiers", "out"):
         if getattr(arguments, flag) is None and (flag != "method" or arguments.experiment):
             raise ConfigError(f"--{flag}: missing; with --config it is needed")
-    settings = read_settings(arguments, "evaluate", arguments.method)
-    device, _ = choose_device(arguments, settings)
-    evaluate_method(
-        settings,
-        samples=Path(arguments.samples),
-        data=Path(arguments.data),
-        classifiers=Path(arguments.classifiers),
-        scales=arguments.scales,
-        reference=Path(arguments.reference),
-        out=Path(arguments.out),
-        device=device,
-        ddpm=arguments.ddpm and Path(arguments.ddpm),
-        cache=Path(arguments.cache),
-    )
+    run_step(arguments, "evaluate.evaluate_method", "evaluate", arguments.method)
 
 
 def _evaluate_images(arguments: argparse.Namespace) -> None:
@@ -129,7 +89,7 @@ def _evaluate_images(arguments: argparse.Namespace) -> None:
     from nrcg.pipeline.progress import Progress
     from nrcg.report.tables import format_interval, format_number
 
-    out = None if arguments.out is None else Path(arguments.out)
+    out = arguments.out
     if out is not None and (out.suffix not in (".json", ".csv") or out.is_dir()):
         raise ConfigError(f"--out: {out}: must be a file that ends in .json or .csv")
     for flag in ("method", "experiment", "scales", "data", "classifiers", "ddpm"):
@@ -142,15 +102,9 @@ def _evaluate_images(arguments: argparse.Namespace) -> None:
         row, warnings = evaluate_custom(
             samples,
             reference,
-            features=arguments.features,
-            weights_dir=arguments.weights_dir,
-            classifier=arguments.classifier,
-            target=arguments.target,
-            num_samples=arguments.num_samples,
             num_pairwise=arguments.num_pairwise or None,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
             device=device,
+            **{name: getattr(arguments, name) for name in SAME},
             on_plan=lambda total: stack.enter_context(Progress("evaluate", total, "image")).set,
         )
     measured = [name for name in row if f"{name}_lo" in row]
@@ -183,7 +137,7 @@ def add_tune(verbs: Verbs) -> None:
     sub.add_argument("--low", type=nonnegative, help="lowest scale; default: a tenth of the sweep's lowest, or 0.1")
     sub.add_argument("--high", type=nonnegative, help="highest scale; default: ten times the sweep's highest, or 1000")
     sub.add_argument("--config", default="config.yaml")
-    sub.add_argument("--out", help="the block for config.yaml; default: results/EXPERIMENT/tune/<method>.yaml")
+    add_files(sub, required=False, out="the block for config.yaml; default: results/EXPERIMENT/tune/<method>.yaml")
 
 
 def tune(arguments: argparse.Namespace) -> None:
@@ -193,7 +147,7 @@ def tune(arguments: argparse.Namespace) -> None:
 
     config = load(arguments.config)
     experiment = get_experiment(config, arguments.experiment)
-    if arguments.out and Path(arguments.out).is_dir():
+    if arguments.out and arguments.out.is_dir():
         raise ConfigError(f"--out: {arguments.out}: is a folder; name a file")
     low, high = search.scale_range(experiment.sweep.get(arguments.method, []))
     low, high = low if arguments.low is None else arguments.low, high if arguments.high is None else arguments.high
@@ -209,7 +163,7 @@ def tune(arguments: argparse.Namespace) -> None:
             high=high,
             budget=arguments.budget,
             num_samples=arguments.num_samples,
-            out=Path(out),
+            out=out,
             device=device,
             precision=precision,
         )

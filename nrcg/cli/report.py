@@ -1,76 +1,12 @@
-"""Verbs that show results: tables, figures, the report, MLflow."""
+"""Verbs about results: the comparison table, and MLflow."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from nrcg.cli.arguments import Verbs, add_verb, read_settings
-from nrcg.config import BEST_BY
+from nrcg.cli.arguments import Verbs, add_verb
 from nrcg.errors import NrcgError
-
-
-def add_collect(verbs: Verbs) -> None:
-    sub = add_verb(verbs, "collect", collect)
-    sub.add_argument("--metrics", nargs="+", required=True, help="results/<experiment>/metrics/*.csv")
-    sub.add_argument("--out", required=True, help="results/<experiment>/metrics.csv")
-    sub.add_argument("--best-by", choices=BEST_BY, default="cfid", help="rule for the best scale")
-    sub.add_argument("--summary", help="results/<experiment>/summary.json")
-
-
-def collect(arguments: argparse.Namespace) -> None:
-    """Join the methods' metrics into metrics.csv and summary.json."""
-    from nrcg.steps.collect import collect
-
-    collect(
-        list(map(Path, arguments.metrics)),
-        out=Path(arguments.out),
-        best_by=arguments.best_by,
-        summary=arguments.summary and Path(arguments.summary),
-    )
-
-
-def add_figures(verbs: Verbs) -> None:
-    sub = add_verb(verbs, "figures", figures, step=True)
-    _add_report_arguments(sub)
-
-
-def figures(arguments: argparse.Namespace) -> None:
-    """Draw the figures."""
-    from nrcg.steps.figures import draw_figures
-
-    draw_figures(read_settings(arguments, "report"), **_paths(arguments, "forward", "metrics", "samples", "out"))
-
-
-def add_report(verbs: Verbs) -> None:
-    sub = add_verb(verbs, "report", report, step=True)
-    _add_report_arguments(sub)
-    sub.add_argument("--figures", required=True, help="results/<experiment>/figures")
-    sub.add_argument("--models", required=True, help="models/<experiment>")
-    sub.add_argument("--reference", help="results/<experiment>/reference.json")
-    sub.add_argument("--comparison", help="results/<experiment>/paper_comparison.md")
-
-
-def report(arguments: argparse.Namespace) -> None:
-    """Write the self-contained HTML report."""
-    from nrcg.steps.report import make_report
-
-    names = ("forward", "metrics", "samples", "figures", "models", "out", "reference", "comparison")
-    make_report(read_settings(arguments, "report"), **_paths(arguments, *names))
-
-
-def _paths(arguments: argparse.Namespace, *names: str) -> dict[str, Path | None]:
-    """Flags of files and folders, by their names."""
-    given = {name: getattr(arguments, name) for name in names}
-    return {name: None if path is None else Path(path) for name, path in given.items()}
-
-
-def _add_report_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--forward", required=True, help="results/<experiment>/forward.csv")
-    sub.add_argument("--metrics", required=True, help="results/<experiment>/metrics.csv")
-    sub.add_argument("--samples", required=True, help="results/<experiment>/samples")
-    sub.add_argument("--out", required=True)
 
 
 def add_compare(verbs: Verbs) -> None:

@@ -1,14 +1,15 @@
-"""Verbs that run the models: guided sampling, and the forward analysis."""
+"""The verb that samples: a shard of the pipeline, or anybody's model."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nrcg.cli.arguments import (
     Verbs,
+    add_files,
+    add_method,
     add_verb,
     choose_device,
     nonnegative,
@@ -16,7 +17,7 @@ from nrcg.cli.arguments import (
     positive,
     positive_or_auto,
     quiet_diffusers,
-    read_settings,
+    run_step,
 )
 from nrcg.config import GRAD_MODES, INPUTS, PRECISIONS, SAMPLERS, STARTS, MethodConfig
 from nrcg.errors import ConfigError
@@ -34,7 +35,7 @@ def add_sample(verbs: Verbs) -> None:
         " python:MODULE:FACTORY; without it nothing guides",
     )
     sub.add_argument("--scale", type=nonnegative, help="guidance scale s of eq. 1; default 1")
-    sub.add_argument("--out", required=True, help="a folder; for a shard the .npy file")
+    add_files(sub, out="a folder; for a shard the .npy file")
     own = sub.add_argument_group("anybody's model")
     own.add_argument("--target", help="class by name or number")
     own.add_argument("--input", choices=INPUTS, default="pred_x0", help="what the classifier sees")
@@ -58,9 +59,7 @@ def add_sample(verbs: Verbs) -> None:
     own.add_argument("--start", choices=("auto", *STARTS), default="auto")
     own.add_argument("--precision", choices=PRECISIONS)
     shard = sub.add_argument_group("a shard of an experiment")
-    shard.add_argument("--config", help="config.yaml, or a step's settings file")
-    shard.add_argument("--experiment", help="which experiment of config.yaml")
-    shard.add_argument("--method", help="a key of methods")
+    add_method(shard)
     shard.add_argument("--shard", type=int, help="number of the shard, from 0")
 
 
@@ -74,24 +73,11 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def _sample_shard(arguments: argparse.Namespace) -> None:
-    from nrcg.steps.sample import sample_shard
-
     for flag in ("method", "scale", "shard", "ddpm"):
         if getattr(arguments, flag) is None:
             raise ConfigError(f"--{flag}: missing; with --config a shard needs --method, --scale, --shard and --ddpm")
-    settings = read_settings(arguments, "sample", arguments.method)
-    device, precision = choose_device(arguments, settings)
     quiet_diffusers()
-    sample_shard(
-        settings,
-        scale=arguments.scale,
-        shard=arguments.shard,
-        ddpm=Path(arguments.ddpm),
-        classifier=arguments.classifier and Path(arguments.classifier),
-        out=Path(arguments.out),
-        device=device,
-        precision=precision,
-    )
+    run_step(arguments, "sample.sample_shard", "sample", arguments.method)
 
 
 def _sample_images(arguments: argparse.Namespace) -> None:
@@ -106,24 +92,15 @@ def _sample_images(arguments: argparse.Namespace) -> None:
     device, precision = choose_device(arguments, None)
     quiet_diffusers()
     pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device).use_sampler(arguments.sampler)
-    out = Path(arguments.out)
-    drawing = Drawing(
-        num_samples=arguments.num_samples,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        start=arguments.start,
-        precision=precision,
-        num_inference_steps=arguments.steps,
-        eta=arguments.eta,
-        trace=arguments.trace,
-    )
+    same = {name: getattr(arguments, name) for name in ("num_samples", "batch_size", "seed", "start", "eta", "trace")}
+    drawing = Drawing(precision=precision, num_inference_steps=arguments.steps, **same)
     # What was asked for, as the flags name it.
     asked = (
         *("ddpm", "classifier", "target", "scale", "scale_schedule", "input", "stabilizer", "grad_mode", "every_k"),
         *("skip_above", "clip_pred_x0", "sampler", "eta"),
     )
     record = {name: getattr(arguments, name) for name in asked}
-    drawn = sample_images(pipe, guidance, drawing, out=out, record=record)
+    drawn = sample_images(pipe, guidance, drawing, out=arguments.out, record=record)
     traced = ""
     if drawn.trace is not None:
         traced = ", samples.trace.npz"
@@ -132,9 +109,9 @@ def _sample_images(arguments: argparse.Namespace) -> None:
         except ImportError as error:
             print(f"nrcg: trace.png needs {error.name}: pip install 'nrcg[pipeline]'", file=sys.stderr)
         else:
-            save_trace_figure(out / "trace.png", drawn.trace)
+            save_trace_figure(arguments.out / "trace.png", drawn.trace)
             traced += ", trace.png"
-    print(f"{len(drawn.images)} samples in {out}: samples.npy, grid.png{traced}, {0:05d}.png ...")
+    print(f"{len(drawn.images)} samples in {arguments.out}: samples.npy, grid.png{traced}, {0:05d}.png ...")
 
 
 def _guidance(arguments: argparse.Namespace) -> ClassifierGuidance | None:
@@ -166,29 +143,3 @@ def _guidance(arguments: argparse.Namespace) -> ClassifierGuidance | None:
     method = MethodConfig.model_construct(**flags, **parsed)
     scale = 1.0 if arguments.scale is None else arguments.scale
     return build_guidance(method, classifier, target, scale, clip_pred_x0=arguments.clip_pred_x0)
-
-
-def add_forward(verbs: Verbs) -> None:
-    sub = add_verb(verbs, "forward", forward, step=True, compute=True)
-    sub.add_argument("--data", required=True, help="data/<dataset>")
-    sub.add_argument("--ddpm", required=True, help="models/<experiment>/ddpm")
-    sub.add_argument("--classifiers", required=True, help="models/<experiment>/classifiers")
-    sub.add_argument("--out", required=True, help="results/<experiment>/forward.csv")
-
-
-def forward(arguments: argparse.Namespace) -> None:
-    """Forward analysis: figs. 1 to 4."""
-    from nrcg.steps.forward import analyse_forward
-
-    settings = read_settings(arguments, "forward")
-    device, precision = choose_device(arguments, settings)
-    quiet_diffusers()
-    analyse_forward(
-        settings,
-        data=Path(arguments.data),
-        ddpm=Path(arguments.ddpm),
-        classifiers=Path(arguments.classifiers),
-        out=Path(arguments.out),
-        device=device,
-        precision=precision,
-    )

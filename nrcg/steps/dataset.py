@@ -18,13 +18,13 @@ from nrcg.pipeline.progress import Progress
 from nrcg.steps.common import log_dataset
 
 
-def make_dataset(settings: DatasetStep, *, out: Path, workers: int | None = None) -> dict:
+def make_dataset(settings: DatasetStep, *, out: Path, threads: int | None = None) -> dict:
     """Write a data set.
 
     Args:
         settings: Which images, and how they are made or read.
         out: Folder of the data set.
-        workers: Threads; None: one for each processor.
+        threads: Threads; None: one for each processor.
 
     Returns:
         The manifest.
@@ -35,7 +35,7 @@ def make_dataset(settings: DatasetStep, *, out: Path, workers: int | None = None
     data = settings.dataset
     name = f"dataset {data.name}"
     with tracking.run(settings.experiment, name, kind="dataset", params=settings.model_dump(), deferred=True) as run:
-        manifest = (_draw if data.source == "sportballs" else _convert)(data, out, workers)
+        manifest = (_draw if data.source == "sportballs" else _convert)(data, out, threads)
         for split in manifest["splits"]:
             log_dataset(run, manifest, out, split, "made")
     return manifest

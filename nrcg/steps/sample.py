@@ -142,10 +142,10 @@ def sample_shard(
     scale: float,
     shard: int,
     ddpm: Path,
-    classifier: Path | None,
     out: Path,
     device: torch.device,
     precision: torch.dtype,
+    classifier: Path | None = None,
 ) -> Drawn:
     """One shard of the samples of a method at a scale (algorithm 1).
 

@@ -1,0 +1,127 @@
+"""The steps of the workflow as verbs: each calls one function of nrcg.steps, whose parameters are its flags."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from nrcg.cli.arguments import Verbs, add_files, add_verb, positive, quiet_diffusers, run_step
+from nrcg.config import BEST_BY, ROLES
+from nrcg.layout import REFERENCE_CACHE
+
+DATA = {"data": "data/<dataset>"}
+DDPM = {"ddpm": "models/<experiment>/ddpm"}
+CLASSIFIERS = {"classifiers": "models/<experiment>/classifiers"}
+CACHE = {"cache": f"folder of the features; default {REFERENCE_CACHE}"}
+TABLES = {name: f"results/<experiment>/{name}.csv" for name in ("forward", "metrics")}
+SAMPLES = {"samples": "results/<experiment>/samples"}
+
+
+@dataclass(frozen=True)
+class StepVerb:
+    """A verb that calls one function of nrcg.steps.
+
+    Attributes:
+        function: MODULE.NAME in nrcg.steps.
+        step: Key of `nrcg.config.STEPS`, whose settings it takes.
+        text: What it does.
+        files: Flag -> help, of the files and folders that it needs.
+        optional: Likewise, of those that it can do without.
+        compute: Whether it computes with torch.
+    """
+
+    function: str
+    step: str
+    text: str
+    files: dict[str, str]
+    optional: dict[str, str] = field(default_factory=dict)
+    compute: bool = False
+
+
+VERBS = {
+    "dataset": StepVerb(
+        "dataset.make_dataset",
+        "dataset",
+        "Make a data set: draw it, or read, check and convert raw images.",
+        {"out": "data/<dataset>"},
+    ),
+    "train-classifier": StepVerb(
+        "train_classifier.train_classifier",
+        "train_classifier",
+        "Train one classifier, or take a pretrained one.",
+        DATA | {"out": "models/<experiment>/classifiers/<role>"},
+        compute=True,
+    ),
+    "forward": StepVerb(
+        "forward.analyse_forward",
+        "forward",
+        "Forward analysis: figs. 1 to 4.",
+        DATA | DDPM | CLASSIFIERS | {"out": "results/<experiment>/forward.csv"},
+        compute=True,
+    ),
+    "reference": StepVerb(
+        "reference.describe_reference",
+        "reference",
+        "What every method is compared with: features of the training images, and how good the classifiers are.",
+        DATA | CLASSIFIERS | {"out": "results/<experiment>/reference.json"},
+        CACHE,
+        compute=True,
+    ),
+    "figures": StepVerb(
+        "figures.draw_figures",
+        "report",
+        "Draw the figures.",
+        TABLES | SAMPLES | {"out": "results/<experiment>/figures"},
+    ),
+    "report": StepVerb(
+        "report.make_report",
+        "report",
+        "Write the self-contained HTML report.",
+        TABLES
+        | SAMPLES
+        | {
+            "figures": "results/<experiment>/figures",
+            "models": "models/<experiment>",
+            "out": "results/<experiment>/report.html",
+        },
+        {
+            "reference": "results/<experiment>/reference.json",
+            "comparison": "results/<experiment>/paper_comparison.md",
+        },
+    ),
+}
+
+
+def add_step(verbs: Verbs, name: str) -> None:
+    """Declare one of VERBS."""
+    verb = VERBS[name]
+    sub = add_verb(verbs, name, partial(_run, verb), text=verb.text, step=True, compute=verb.compute)
+    add_files(sub, **verb.files)
+    add_files(sub, required=False, **verb.optional)
+    if name == "dataset":
+        sub.add_argument("--threads", type=positive, help="CPU threads")
+    if name == "train-classifier":
+        sub.add_argument("--role", choices=ROLES, help="which of the experiment's classifiers")
+
+
+def _run(verb: StepVerb, arguments: argparse.Namespace) -> None:
+    if verb.step == "forward":
+        quiet_diffusers()
+    run_step(arguments, verb.function, verb.step, getattr(arguments, "role", None))
+
+
+def add_collect(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "collect", collect)
+    sub.add_argument("--metrics", type=Path, nargs="+", required=True, help="results/<experiment>/metrics/*.csv")
+    add_files(sub, out="results/<experiment>/metrics.csv")
+    add_files(sub, required=False, summary="results/<experiment>/summary.json")
+    sub.add_argument("--best-by", choices=BEST_BY, default="cfid", help="rule for the best scale")
+
+
+def collect(arguments: argparse.Namespace) -> None:
+    """Join the methods' metrics into metrics.csv and summary.json."""
+    from nrcg.steps.collect import collect
+
+    collect(arguments.metrics, out=arguments.out, best_by=arguments.best_by, summary=arguments.summary)
