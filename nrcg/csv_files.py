@@ -1,4 +1,4 @@
-"""TODO csv_files."""
+"""CSV files of results: written whole, read with checked columns and numbers."""
 
 from __future__ import annotations
 

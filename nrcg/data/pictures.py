@@ -1,4 +1,4 @@
-"""TODO data.pictures."""
+"""Samples as pictures: read back, laid out in a grid, encoded as PNG."""
 
 from __future__ import annotations
 

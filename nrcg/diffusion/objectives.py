@@ -1,4 +1,4 @@
-"""TODO diffusion.objectives."""
+"""What a U-Net predicts (noise, x_0 or v), turned into the noise prediction that sampling and losses use."""
 
 from __future__ import annotations
 

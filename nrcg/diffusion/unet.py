@@ -1,4 +1,4 @@
-"""TODO diffusion.unet."""
+"""The U-Net and the scheduler that the configuration describes, as diffusers builds them."""
 
 from __future__ import annotations
 

@@ -115,10 +115,8 @@ def evaluate_custom(
     for column, side in (("protocols", samples), ("reference", reference)):
         if side.image_size is not None:
             row[column] += f", resized to {side.image_size} first"
-    warnings = _warnings(extractors, row)
-    if judge is not None and target is None:
-        warnings.append("without --target there is no accuracy")
-    return {"samples": str(samples.path), "target": target or "", **row}, warnings
+    unused = ["without --target there is no accuracy"] if judge is not None and target is None else []
+    return {"samples": str(samples.path), "target": target or "", **row}, _warnings(extractors, row) + unused
 
 
 def _collect(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,11 +222,8 @@ class GuidedDDPMPipeline(DDPMPipeline):
         if trace and (guidance is None or guidance.scale == 0):
             raise ValueError("trace: needs guidance with a scale above 0")
         sampler, timesteps = self.sampler(eta), self.timesteps(num_inference_steps)
-        data_mean = self._start_mean(start)
-        shape = self._prepare(guidance)
+        data_mean, shape = self._start_mean(start), self._prepare(guidance)
         predict_noise = self.noise_predictor(precision)
-        bar = None if on_step is not None else self.progress_bar(total=len(timesteps) * num_samples)
-        report = on_step or _set_bar(bar)
         parts: list[Trace] = []
 
         def draw(batch: range) -> tuple[Tensor, Tensor]:
@@ -248,15 +246,23 @@ class GuidedDDPMPipeline(DDPMPipeline):
             return x.clamp(-1.0, 1.0).cpu(), nonfinite.cpu()
 
         began = time.perf_counter()
-        try:
-            size = min(first_batch(batch_size, self.device, shape[1] * shape[2]), num_samples)
-            drawn = in_batches(num_samples, size, draw)
-        finally:
-            if bar is not None:
-                bar.close()
-            if guidance is not None:
-                guidance.reset()  # its state holds the last batch's gradients
+        with self._reporting(on_step, len(timesteps) * num_samples) as report:
+            try:
+                size = min(first_batch(batch_size, self.device, shape[1] * shape[2]), num_samples)
+                drawn = in_batches(num_samples, size, draw)
+            finally:
+                if guidance is not None:
+                    guidance.reset()  # its state holds the last batch's gradients
         return _output(drawn, time.perf_counter() - began, Trace.join(parts) if trace else None)
+
+    @contextlib.contextmanager
+    def _reporting(self, on_step: Callable[[int], None] | None, total: int) -> Iterator[Callable[[int], None]]:
+        """What is called with the number of steps done: `on_step`, or the pipeline's own bar."""
+        if on_step is not None:
+            yield on_step
+            return
+        with self.progress_bar(total=total) as bar:
+            yield lambda done: bar.update(done - bar.n)
 
     def _prepare(self, guidance: ClassifierGuidance | None) -> tuple[int, int, int]:
         """Try the classifier on the model's images, and set the U-Net's checkpointing; returns (C, H, W)."""
@@ -277,11 +283,6 @@ class GuidedDDPMPipeline(DDPMPipeline):
         if start == "data_mean" and self.data_mean is None:
             raise ValueError("start: data_mean needs the file data_mean.npy beside the pipeline's model_index.json")
         return None if start == "standard_normal" else self.data_mean
-
-
-def _set_bar(bar: Any) -> Callable[[int], None]:
-    """A tqdm bar as an on_step."""
-    return lambda done: bar.update(done - bar.n)
 
 
 def _check_counts(num_samples: int, batch_size: BatchSize, first_sample: int) -> None:

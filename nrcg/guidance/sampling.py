@@ -1,4 +1,4 @@
-"""TODO guidance.sampling."""
+"""Algorithm 1: the guided reverse process, whatever the sampler."""
 
 from __future__ import annotations
 

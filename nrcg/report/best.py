@@ -1,4 +1,4 @@
-"""TODO report.best."""
+"""The best scale of each method, what cannot be told from it, and the Pareto front."""
 
 from __future__ import annotations
 

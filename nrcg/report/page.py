@@ -49,7 +49,6 @@ def write_report(
     claims = check_claims(forward, metrics, num_classes=len(context["classes"]), target=context["target"])
     chosen = sections.best_setup(metrics)
     strips, image_size = sections.method_strips(metrics, samples_dir)
-    models = Path(models_dir)
     column, rule = best_rule(metrics)
     protocol = {"image_size": image_size, "num_steps": context.get("T")}
     protocol |= {name: context.get(name) for name in ("start", "source")}
@@ -79,8 +78,8 @@ def write_report(
         figures=sections.shown_figures(Path(figures_dir)),
         strips=strips,
         gallery=sections.gallery(chosen, samples_dir),
-        training=sections.training_record(models / "ddpm"),
-        classifiers=sections.classifier_records(models / "classifiers", context.get("T"), reference_json),
+        training=sections.training_record(Path(models_dir, "ddpm")),
+        classifiers=sections.classifier_records(Path(models_dir, "classifiers"), context.get("T"), reference_json),
         settings=sections.flatten(context.get("settings", {})),
         betas=sections.betas(context.get("T")),
     )

@@ -1,4 +1,4 @@
-"""TODO report.tables."""
+"""Results as text: numbers, intervals, and the comparison table of the terminal."""
 
 from __future__ import annotations
 

@@ -67,15 +67,13 @@ def evaluate_method(
     Raises:
         DataError: Samples are damaged, or not what these settings and weights draw.
     """
-    manifest = checked_data(data)
+    manifest, role = checked_data(data), settings.guidance.classifier or "non_robust"
     tags = {"method": settings.method, "dataset": manifest["name"], "nrcg.step": "1000 x scale"}
     with tracking.run(
         settings.experiment, settings.method, kind=tracking.KIND_METHOD, params=settings.model_dump(), tags=tags
     ) as run:
         log_dataset(run, manifest, data, "train", "reference")
-        judge = open_classifier(classifiers / "judge").to(device)
-        role = settings.guidance.classifier or "non_robust"
-        guide = open_classifier(classifiers / role).to(device)
+        judge, guide = (open_classifier(classifiers / name).to(device) for name in ("judge", role))
         extractors, references = open_references(settings, data, manifest, judge, cache, device)
         common = {
             "references": references,

@@ -1,4 +1,4 @@
-"""TODO training.classifier."""
+"""Training of a classifier, on clean images or on noised ones, and its accuracy along the noise."""
 
 from __future__ import annotations
 

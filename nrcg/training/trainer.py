@@ -1,4 +1,4 @@
-"""TODO training.trainer."""
+"""What every training needs: optimiser, checkpoints, noise of a step, micro-batches."""
 
 from __future__ import annotations
 
