@@ -76,12 +76,12 @@ def plan(arguments: argparse.Namespace) -> None:
     """Estimate an experiment before it starts: jobs, images, U-Net passes, hours, disk."""
     from nrcg.pipeline.plan import image_counts, make_plan
     from nrcg.pipeline.plan_table import plan_notes, plan_rows
-    from nrcg.pipeline.timing import meta_unet
+    from nrcg.pipeline.timing import count_parameters, meta_unet
 
     config = load(arguments.config)
     settings = get_experiment(config, arguments.experiment)
     unet = meta_unet(settings, ExperimentPaths(arguments.experiment).ddpm)
-    parameters = None if unet is None else unet.num_parameters()
+    parameters = count_parameters(settings, unet)
     counts = image_counts(settings.dataset, DatasetPaths(settings.dataset.name))
     steps = make_plan(config, arguments.experiment, counts=counts, parameters=parameters)
     costs = _measured(arguments, settings, steps, unet) if arguments.measure else None

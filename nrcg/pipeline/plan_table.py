@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nrcg.config import ExperimentConfig
@@ -22,13 +22,15 @@ def plan_rows(steps: Sequence[Step], costs: Costs | None) -> list[tuple[str, ...
         cells = [step.name, f"{step.jobs:,}", f"{step.done:,}", "" if step.rule == "report" else _count(step.images)]
         cells += [f"{bound}{_count(count)}" if count else "" for count in (step.forward, step.backward)]
         if costs is not None:
-            found = step.hours(costs.seconds, costs.cores)
+            found = step.hours(costs)
             unknown = found is None or (step.images is None and step.rule != "report")
             cells.append("?" if unknown else f"{bound}{_hours(found)}")
         rows.append((*cells, "?" if step.disk is None else _bytes(step.disk) if step.disk else ""))
+    # A sum is a bound where all of its bounds are of one kind.
+    kinds = {step.bound for step in steps if step.bound and (step.forward or step.rule == "train_ddpm")}
+    bound = f"{kinds.pop()} " if len(kinds) == 1 else "about " if kinds else ""
     total = ["all", f"{sum(s.jobs for s in steps):,}", f"{sum(s.done for s in steps):,}", ""]
-    for count in (sum(s.forward for s in steps), sum(s.backward for s in steps)):
-        total.append(_total_bound(steps) + _count(count))
+    total += [bound + _count(sum(s.forward for s in steps)), bound + _count(sum(s.backward for s in steps))]
     if costs is not None:
         found, complete = total_hours(steps, costs)
         total.append(("" if complete else ">= ") + _hours(found))
@@ -42,7 +44,7 @@ def total_hours(steps: Sequence[Step], costs: Costs, left: bool = False) -> tupl
     total, complete = 0.0, True
     for step in steps:
         share = 1 - step.done / step.jobs if left else 1.0
-        hours = step.hours(costs.seconds, costs.cores)
+        hours = step.hours(costs)
         complete &= not share or (hours is not None and step.bound != ">=")
         total += share * (hours or 0.0)
     return total, complete
@@ -53,28 +55,26 @@ def plan_notes(
     steps: Sequence[Step],
     costs: Costs | None,
     counts: Counts,
-    parameters: int | None,
+    parameters: Mapping[str, int],
     root: Path = Path(),
 ) -> list[str]:
     """What stands below the table: how sure the numbers are, what is left to do, and warnings."""
     notes = [counts.origin] if counts.origin else []
     if any(step.bound == "<=" for step in steps):
         notes.append("<=: at most; how much skip_above saves is not known before")
-    if settings.ddpm.pretrained is None and parameters is not None:
-        size = _bytes(16 * parameters)  # weights, two moments and the weight EMA in float32
+    if settings.ddpm.pretrained is None and "unet" in parameters:
+        size = _bytes(16 * parameters["unet"])  # weights, two moments and the weight EMA in float32
         notes.append(f"disk: while the diffusion model trains, {size} more for its checkpoint")
     if costs is not None:
         notes += costs.notes
-        if any(step.hours(costs.seconds, costs.cores) is None for step in steps):
+        if any(step.hours(costs) is None for step in steps):
             notes.append("?: not known before, and not in the sum of the hours")
         hours, complete = total_hours(steps, costs)
-        sign = "" if complete else "at least "
-        notes.append(f"time: {sign}{duration(hours)} on {costs.device}, if nothing else runs there")
+        notes.append(f"time: {_at_least(hours, complete)} on {costs.device}, if nothing else runs there")
         done, jobs = sum(step.done for step in steps), sum(step.jobs for step in steps)
         if done:
-            left, complete = total_hours(steps, costs, left=True)
-            sign = "" if complete else "at least "
-            notes.append(f"done: {done:,} of {jobs:,} jobs have results; the rest takes {sign}{duration(left)}")
+            left = _at_least(*total_hours(steps, costs, left=True))
+            notes.append(f"done: {done:,} of {jobs:,} jobs have results; the rest takes {left}")
         if costs.cores is not None and hours > 12:
             notes.append(f"warning: no GPU is used: on this device this takes {duration(hours)}")
     needed = sum((step.disk or 0) * (1 - step.done / step.jobs) for step in steps)
@@ -84,16 +84,15 @@ def plan_notes(
     return notes
 
 
+def _at_least(hours: float, complete: bool) -> str:
+    return ("" if complete else "at least ") + duration(hours)
+
+
 def duration(hours: float) -> str:
     """Hours in words, two digits: 40 seconds, 22 minutes, 3.5 hours, 12 days, 5.2 years."""
     year = 24 * 365.25
-    for unit, size, least in (
-        ("years", year, 2 * year),
-        ("days", 24.0, 48.0),
-        ("hours", 1.0, 1.5),
-        ("minutes", 1 / 60, 1.5 / 60),
-    ):
-        if hours >= least:
+    for unit, size, least in (("years", year, 2), ("days", 24, 2), ("hours", 1, 1.5), ("minutes", 1 / 60, 1.5)):
+        if hours >= least * size:
             return f"{_digits(hours / size)} {unit}"
     return f"{_digits(hours * 3600)} seconds"
 
@@ -114,10 +113,10 @@ def _count(count: int | None) -> str:
         return "?"
     if count < 100_000:
         return f"{count:,}"
-    for letter, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
-        if count < 999.5 * size or letter == "G":
-            return f"{count / size:,.{0 if count >= 99.95 * size else 1}f} {letter}"
-    raise AssertionError("unreachable")
+    for letter, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):  # noqa: B007  (used behind the loop)
+        if count < 999.5 * size:
+            break
+    return f"{count / size:,.{0 if count >= 99.95 * size else 1}f} {letter}"
 
 
 def _bytes(count: int) -> str:
@@ -125,9 +124,3 @@ def _bytes(count: int) -> str:
         if count >= 0.995 * size:
             return f"{_digits(count / size)} {unit}"
     return f"{math.ceil(count / 1e3)} kB"
-
-
-def _total_bound(steps: Sequence[Step]) -> str:
-    """A sum is a bound where all of its bounds are of one kind."""
-    kinds = {step.bound for step in steps if step.bound and (step.forward or step.rule == "train_ddpm")}
-    return f"{kinds.pop()} " if len(kinds) == 1 else "about " if kinds else ""

@@ -13,18 +13,61 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
+
+from tqdm import tqdm
 
 from nrcg.files import atomic_write_text
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
 
 WRITE_SECONDS = 0.5
 PRINT_SECONDS = 60.0
 MIN_SECONDS = 5.0
 """No estimate before a job has run for so long."""
+
+
+@dataclass
+class JobState:
+    """What a job last said of itself; times in seconds since the epoch.
+
+    Attributes:
+        label: What runs; its first word is the rule's name.
+        done, total: Units done, and those that make it whole.
+        unit: What is counted.
+        pid: The job's process, of the host in its file's name.
+        started, updated: When it began, and when it said this.
+        initial: Units done by a former process.
+    """
+
+    label: str
+    done: int
+    total: int
+    unit: str
+    pid: int
+    started: float
+    updated: float
+    initial: int = 0
+
+    @property
+    def rule(self) -> str:
+        return self.label.partition(" ")[0]
+
+    @property
+    def share(self) -> float:
+        """Done part, 0 to 1."""
+        return min(self.done / self.total, 1.0) if self.total else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed so far; None while that is not known."""
+        seconds = self.updated - self.started
+        if seconds < MIN_SECONDS or self.done <= self.initial:
+            return None
+        left = seconds / (self.done - self.initial) * (self.total - self.done)
+        return max(left - (time.time() - self.updated), 0.0)
+
+    def __str__(self) -> str:
+        left = self.seconds_left
+        return f"{self.label} {100 * self.share:.0f} %" + (f" (about {clock(left)} left)" if left is not None else "")
 
 
 class Progress:
@@ -36,58 +79,52 @@ class Progress:
         label: what runs; its first word is the rule's name, such as "sample robust scale 10".
         total: number of units that make it whole.
         unit: what is counted, such as "step".
-        initial: units done before (a training that goes on from a checkpoint).
-
-    Raises:
-        ValueError: total or initial is negative.
     """
 
     _open: ClassVar[list[Progress]] = []
 
-    def __init__(self, label: str, total: int, unit: str, initial: int = 0) -> None:
-        if total < 0 or initial < 0:
-            raise ValueError(f"total and initial must not be negative, got {total} and {initial}")
-        self.label, self.total, self.unit, self.initial = label, total, unit, initial
-        self.done = initial
-        self._bar: Any = None
-        self._file: Path | None = None
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        now = time.time()
+        self.state = JobState(label, 0, total, unit, os.getpid(), now, now)
 
     def __enter__(self) -> Progress:
-        self._started = time.time()
-        now = time.monotonic()
-        self._next = now
-        self._next_line = now + PRINT_SECONDS
-        if folder := os.environ.get("NRCG_PROGRESS_DIR"):
-            self._file = Path(folder) / f"{socket.gethostname()}-{os.getpid()}.json"
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(desc=self.label, total=self.total, unit=self.unit, initial=self.initial)
+        self._next = time.monotonic()
+        self._next_line = self._next + PRINT_SECONDS
+        folder = os.environ.get("NRCG_PROGRESS_DIR")
+        self._file = Path(folder) / f"{socket.gethostname()}-{os.getpid()}.json" if folder else None
+        state = self.state
+        self._bar = tqdm(desc=state.label, total=state.total, unit=state.unit) if sys.stderr.isatty() else None
         self._open.append(self)
-        self._show(now)
+        self.update(0)
         return self
 
     def update(self, n: int = 1) -> None:
         """n more units are done."""
-        self.done += n
+        self.state.done += n
         if self._bar is not None:
             self._bar.update(n)
         now = time.monotonic()
-        if now >= self._next:
-            self._show(now)
-
-    def resume(self, done: int) -> None:
-        """`done` units were done by a former process: they do not count for the estimate of what is left."""
-        self.initial = done
-        self.set(done)
+        if now < self._next or self._open[-1] is not self:
+            return
+        self._next, self.state.updated = now + WRITE_SECONDS, time.time()
+        if self._file is not None:
+            # A full disk or a folder that went away must not stop the job.
+            with contextlib.suppress(OSError):
+                atomic_write_text(self._file, json.dumps(vars(self.state)))
+        if self._bar is None and now >= self._next_line:
+            self._next_line = now + PRINT_SECONDS
+            print(f"{self.state} [{self.state.done}/{self.state.total} {self.state.unit}]", file=sys.stderr, flush=True)
 
     def set(self, done: int) -> None:
         """`done` units are done in all."""
-        self.update(done - self.done)
+        self.update(done - self.state.done)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def resume(self, done: int) -> None:
+        """`done` units were done by a former process: they do not count for the estimate of what is left."""
+        self.state.initial = done
+        self.set(done)
+
+    def __exit__(self, *error: object) -> None:
         self._open.remove(self)
         if self._bar is not None:
             self._bar.close()
@@ -95,64 +132,16 @@ class Progress:
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
 
-    def _show(self, now: float) -> None:
-        self._next = now + WRITE_SECONDS
-        if self._open[-1] is not self:
-            return
-        state = JobState(self.label, self.done, self.total, self.unit, self._started, time.time(), self.initial)
-        if self._file is not None:
-            # A full disk or a folder that went away must not stop the job.
-            with contextlib.suppress(OSError):
-                atomic_write_text(self._file, json.dumps(vars(state) | {"pid": os.getpid()}))
-        if self._bar is None and now >= self._next_line:
-            self._next_line = now + PRINT_SECONDS
-            print(f"{state} [{self.done}/{self.total} {self.unit}]", file=sys.stderr, flush=True)
-
-
-@dataclass
-class JobState:
-    """What a job last said of itself; times in seconds since the epoch."""
-
-    label: str
-    done: int
-    total: int
-    unit: str
-    started: float
-    updated: float
-    initial: int = 0
-
-    @property
-    def share(self) -> float:
-        """Done part, 0 to 1."""
-        return min(self.done / self.total, 1.0) if self.total else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """At the speed so far; None while that is not known."""
-        seconds = self.updated - self.started
-        if seconds < MIN_SECONDS or self.done <= self.initial or not self.total:
-            return None
-        left = seconds / (self.done - self.initial) * (self.total - self.done)
-        return max(left - (time.time() - self.updated), 0.0)
-
-    def __str__(self) -> str:
-        left = self.seconds_left
-        return f"{self.label} {100 * self.share:.0f} %" + (f" (about {clock(left)} left)" if left is not None else "")
-
 
 def read_states(folder: Path) -> list[JobState]:
-    """States of the jobs that are alive, the longest running first. Files that are damaged or whose process is gone
-    are left out."""
+    """States of the jobs that are alive, the longest running first."""
     states = []
     for path in folder.glob("*.json"):
-        try:
-            values = json.loads(path.read_text())
-            pid = values.pop("pid")
+        with contextlib.suppress(OSError):  # its job has just ended
+            state = JobState(**json.loads(path.read_text()))
             if path.name.startswith(f"{socket.gethostname()}-"):
-                os.kill(pid, 0)  # a process that was killed leaves its file
-            states.append(JobState(**values))
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
+                os.kill(state.pid, 0)  # a process that was killed leaves its file
+            states.append(state)
     return sorted(states, key=lambda state: state.started)
 
 

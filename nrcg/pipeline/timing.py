@@ -14,12 +14,11 @@ import torch
 from diffusers import UNet2DModel
 from torch.nn import functional as F
 
-from nrcg.batching import is_out_of_memory
+from nrcg.batching import first_batch, is_out_of_memory
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.architectures import build_module
 from nrcg.classifiers.specs import load_classifier
 from nrcg.config import ROLES, ExperimentConfig
-from nrcg.devices import autocast
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.unet import build_scheduler, build_unet
 from nrcg.guidance.guidance import ClassifierGuidance
@@ -28,8 +27,16 @@ from nrcg.pipeline.plan import CHANNELS
 from nrcg.training.ddpm import ddpm_loss
 from nrcg.training.trainer import Trainer
 
-MOST_IMAGES = {"cpu": 32, "cuda": 256}
-"""Images at once where the batch size is `auto`."""
+
+def count_parameters(settings: ExperimentConfig, unet: UNet2DModel | None) -> dict[str, int]:
+    """`unet`, where it is known, and the architectures of classifiers that are trained -> number of parameters."""
+    found = {} if unet is None else {"unet": unet.num_parameters()}
+    for classifier in (getattr(settings.classifiers, role) for role in ROLES):
+        if classifier.pretrained is None:
+            with torch.device("meta"):
+                module = build_module(classifier.architecture, len(settings.dataset.classes), 0.1)
+            found[classifier.architecture] = sum(parameter.numel() for parameter in module.parameters())
+    return found
 
 
 def meta_unet(settings: ExperimentConfig, folder: Path) -> UNet2DModel | None:
@@ -108,16 +115,15 @@ def measure(
     if device.type == "cpu":
         torch.set_num_threads(1)  # the workflow's jobs share the cores
     try:
-        costs, notes = {}, []
+        costs: dict[str, float] = {}
+        for architecture in sorted({name.partition(" ")[2] for name in counted if " " in name}):
+            seconds = _classifier_step(settings, architecture, device, budget / 2)
+            costs |= {f"train {architecture}": seconds, f"classify {architecture}": seconds / 3}
         if unet is None:
-            notes.append("U-Net: the pretrained model is not at hand, so that its passes cannot be measured")
-        else:
-            costs |= _unet_costs(settings, unet.to_empty(device=device), device, precision, budget)
-        for architecture in {name.partition(" ")[2] for name in counted if " " in name}:
-            costs |= _classifier_costs(settings, architecture, device, budget / 2)
+            return costs, ["U-Net: the pretrained model is not at hand, so that its passes cannot be measured"]
+        return costs | _unet_costs(settings, unet.to_empty(device=device), device, precision, budget), []
     finally:
         torch.set_num_threads(threads)
-    return costs, notes
 
 
 def _unet_costs(
@@ -127,28 +133,23 @@ def _unet_costs(
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.01)
     size, schedule = settings.dataset.image_size, Schedule.from_config(settings.ddpm.schedule)
-    pipe = GuidedDDPMPipeline(unet, build_scheduler(settings.ddpm.schedule))
-    predict = pipe.noise_predictor(precision)
-    guidance = ClassifierGuidance(_classifier(settings, settings.classifiers.non_robust.architecture).to(device), 0)
+    predict = GuidedDDPMPipeline(unet, build_scheduler(settings.ddpm.schedule)).noise_predictor(precision)
+    role = settings.classifiers.non_robust
+    guidance = ClassifierGuidance(_classifier(settings, role.pretrained or role.architecture).to(device), 0)
 
     def images(n: int) -> torch.Tensor:
         return torch.zeros(n, CHANNELS, size, size, device=device)
 
+    @torch.no_grad()
     def forward(n: int) -> None:
-        with torch.no_grad():
-            predict(images(n), schedule.num_steps)
+        predict(images(n), schedule.num_steps)
 
     def guided(n: int) -> None:
         guidance.reset()
         guidance(images(n), schedule.num_steps, predict, schedule)
 
-    batch = settings.sampling.batch_size
-    most = MOST_IMAGES.get(device.type, 32) if batch == "auto" else batch
-    costs = {
-        "unet_forward": seconds_per_image(forward, most, device=device, budget=budget),
-        "unet_gradient": seconds_per_image(guided, most, device=device, budget=budget),
-    }
-    costs["unet_checkpoint"] = costs["unet_gradient"] + costs["unet_forward"]
+    most = first_batch(settings.sampling.batch_size, device, size**2)
+    one, both = (seconds_per_image(work, most, device=device, budget=budget) for work in (forward, guided))
     trainer = Trainer(unet.train().requires_grad_(True), settings.ddpm.optimizer, 1000, device, precision)
 
     def step(n: int) -> None:
@@ -157,30 +158,28 @@ def _unet_costs(
         trainer.update()
 
     most = settings.ddpm.micro_batch_size or settings.ddpm.batch_size
-    return costs | {"unet_train": seconds_per_image(step, most, device=device, budget=budget)}
+    training = seconds_per_image(step, most, device=device, budget=budget)
+    return {"unet_forward": one, "unet_gradient": both, "unet_checkpoint": both + one, "unet_train": training}
 
 
-def _classifier_costs(
-    settings: ExperimentConfig, architecture: str, device: torch.device, budget: float
-) -> dict[str, float]:
-    """A training step of a classifier, and a third of it for a forward pass."""
+def _classifier_step(settings: ExperimentConfig, architecture: str, device: torch.device, budget: float) -> float:
+    """Seconds of a training step of a classifier for each image; a forward pass takes about a third of them."""
     classifier = _classifier(settings, architecture).to(device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-6)
     size = settings.dataset.image_size
 
     def step(n: int) -> None:
         n = max(n, 2)  # batch norm learns nothing from one image
-        with autocast(device, torch.float32):
-            logits = classifier(torch.randn(n, CHANNELS, size, size, device=device))
+        logits = classifier(torch.randn(n, CHANNELS, size, size, device=device))
         F.cross_entropy(logits.float(), torch.zeros(n, dtype=torch.long, device=device)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = seconds_per_image(step, 128, device=device, budget=budget)
-    return {f"train {architecture}": seconds, f"classify {architecture}": seconds / 3}
+    return seconds_per_image(step, 128, device=device, budget=budget)
 
 
 def _classifier(settings: ExperimentConfig, architecture: str) -> Classifier:
+    """A classifier of an architecture, untrained, or of the SPEC of a pretrained one."""
     if any(getattr(settings.classifiers, role).pretrained == architecture for role in ROLES):
         return load_classifier(architecture)
     return Classifier(build_module(architecture, len(settings.dataset.classes), 0.1))

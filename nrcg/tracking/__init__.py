@@ -1,31 +1,14 @@
-"""Experiment tracking by MLflow: every job is a run."""
+"""Experiment tracking by MLflow: every job is a run, journalled on disk before it is sent."""
 
-from nrcg.tracking.models import _load_module
-from nrcg.tracking.reading import charts_url, read_rows
-from nrcg.tracking.run import _standard_tags, flatten, log_method_over_scales, run, scale_step
-from nrcg.tracking.store import (
-    JOURNALS,
-    KIND_METHOD,
-    KIND_SETTING,
-    MAX_PARAM,
-    Sync,
-    _connect,
-    finish_invocation,
-    is_left_behind,
-    new_invocation,
-    sync,
-    tracking_uri,
-)
+from nrcg.tracking.invocations import new_invocation
+from nrcg.tracking.reading import KIND_METHOD, charts_url, read_rows
+from nrcg.tracking.runs import Run, flatten, log_method_over_scales, run, scale_step
+from nrcg.tracking.sending import Sync, finish_invocation, is_left_behind, sync
 
 __all__ = [
-    "JOURNALS",
     "KIND_METHOD",
-    "KIND_SETTING",
-    "MAX_PARAM",
+    "Run",
     "Sync",
-    "_connect",
-    "_load_module",
-    "_standard_tags",
     "charts_url",
     "finish_invocation",
     "flatten",
@@ -36,5 +19,4 @@ __all__ = [
     "run",
     "scale_step",
     "sync",
-    "tracking_uri",
 ]

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import IO, Any
 ENDING = ".jsonl"
 DAMAGED = ".damaged"
 CHECKSUM = "crc32"
-"""Key of a line's checksum: of all its other keys. Lines of earlier versions have none."""
+"""Key of a line's checksum: of all its other keys."""
 
 
 class Journal:
@@ -41,9 +42,9 @@ class Journal:
 
     @classmethod
     def create(cls, folder: Path) -> Journal:
-        """A new journal, locked until it is closed."""
+        """A new journal, locked until it is closed. Names sort by the time of their making."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{uuid.uuid4().hex}{ENDING}"
+        path = folder / f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}{ENDING}"
         file = path.open("xb")
         fcntl.flock(file, fcntl.LOCK_EX)
         return cls(path, file)
@@ -63,24 +64,7 @@ class Journal:
             file.close()
             return None
         journal = cls(path, file)
-        whole = 0
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):  # a kill while it was written
-                file.truncate(whole)
-                break
-            whole += len(line)
-            try:
-                entry = _parse(line)
-            except ValueError as error:
-                journal.damage = f"line {number}: {error}"
-                continue
-            if entry["op"] == "sent":
-                journal.sent, journal.run_id = entry["count"], entry["run_id"]
-            else:
-                journal.entries.append(entry)
-        if journal.damage:
-            journal.sent = 0
-        file.seek(0, os.SEEK_END)
+        journal._read()
         return journal
 
     def append(self, op: str, **fields: Any) -> None:
@@ -118,22 +102,36 @@ class Journal:
             self._file.write(json.dumps(entry | {CHECKSUM: _checksum(entry)}).encode() + b"\n")
             self._file.flush()
 
+    def _read(self) -> None:
+        whole = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):  # a kill while it was written
+                self._file.truncate(whole)
+                break
+            whole += len(line)
+            try:
+                entry = json.loads(line)
+                if entry.pop(CHECKSUM) != _checksum(entry):
+                    raise ValueError
+            except (ValueError, AttributeError, KeyError, TypeError):
+                self.damage = f"line {number} has changed since it was written"
+                continue
+            if entry["op"] == "sent":
+                self.sent, self.run_id = entry["count"], entry["run_id"]
+            else:
+                self.entries.append(entry)
+        if self.damage:
+            self.sent = 0
+        self._file.seek(0, os.SEEK_END)
+
 
 def _checksum(entry: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(entry).encode())
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """A line as it was written. Raises ValueError."""
-    entry = json.loads(line)
-    if not isinstance(entry, dict) or entry.pop(CHECKSUM, None) not in (None, _checksum(entry)) or "op" not in entry:
-        raise ValueError("has changed since it was written")
-    return entry
-
-
 def left_behind(folder: Path) -> Iterator[Journal]:
     """Journals that no living process holds, in the order of their starts. Close or remove each."""
-    for path in sorted(folder.glob(f"*{ENDING}"), key=_started):
+    for path in sorted(folder.glob(f"*{ENDING}")):
         journal = Journal.open(path)
         if journal is None:
             continue
@@ -141,11 +139,3 @@ def left_behind(folder: Path) -> Iterator[Journal]:
             yield journal
         else:  # killed before it said what it is
             journal.remove()
-
-
-def _started(path: Path) -> int:
-    try:
-        with path.open() as file:
-            return int(json.loads(file.readline() or "{}").get("time", 0))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return 0

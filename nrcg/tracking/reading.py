@@ -1,15 +1,15 @@
-"""TODO tracking.reading."""
+"""What MLflow holds of an experiment: the rows of its newest runs, and the address of its charts."""
 
 from __future__ import annotations
 
 import urllib.parse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nrcg.tracking.store import KIND_METHOD, KIND_SETTING, _is_off, _quoted, _reachable, _without_password, tracking_uri
+from nrcg.tracking.store import is_off, quoted, reachable, tracking_uri, without_password
 
-if TYPE_CHECKING:
-    from mlflow.entities import Run as StoredRun
+KIND_METHOD = "evaluate"
+KIND_SETTING = "sample"
 
 
 def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]]:
@@ -27,38 +27,32 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
         NrcgError: the store cannot be reached; one line.
     """
     uri = tracking_uri()
-    if _is_off("NRCG_TRACKING"):
+    if is_off("NRCG_TRACKING"):
         return []
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []  # connecting would create it
-    client = _reachable(uri).client
-    found = client.get_experiment_by_name(experiment)
+    store = reachable(uri)
+    found = store.client.get_experiment_by_name(experiment)
     if found is None:
         return []
-
-    def finished(kind: str) -> list[StoredRun]:
-        query = f"tags.`nrcg.kind` = '{kind}' and attributes.status = 'FINISHED'"
-        if branch is not None:
-            query += f" and tags.`nrcg.git_branch` = {_quoted(branch)}"
-        order, page, token = ["attributes.start_time DESC"], [], None
-        while True:
-            part = client.search_runs([found.experiment_id], query, max_results=1000, order_by=order, page_token=token)
-            page += part
-            token = part.token
-            if not token:
-                return page
-
+    of_branch = "" if branch is None else f" and tags.`nrcg.git_branch` = {quoted(branch)}"
+    methods, settings = (
+        store.search(
+            [found.experiment_id], f"tags.`nrcg.kind` = '{kind}' and attributes.status = 'FINISHED'{of_branch}"
+        )
+        for kind in (KIND_METHOD, KIND_SETTING)
+    )
     newest: dict[str, str] = {}
-    for method_run in finished(KIND_METHOD):
-        if "nrcg.superseded_by" not in method_run.data.tags:
-            newest.setdefault(method_run.data.tags["method"], method_run.info.run_id)
+    for run in methods:
+        if "nrcg.superseded_by" not in run.data.tags:
+            newest.setdefault(run.data.tags["method"], run.info.run_id)
     rows = []
-    for setting in finished(KIND_SETTING):
-        method = setting.data.tags.get("method", "")
-        if setting.data.tags.get("mlflow.parentRunId") == newest.get(method, ""):
-            row = {"experiment": experiment, "method": method, "scale": float(setting.data.params["scale"])}
-            known = {"mlflow_run_id": setting.info.run_id, "uid": setting.data.tags.get("nrcg.uid", "")}
-            rows.append(row | setting.data.metrics | known)
+    for run in settings:
+        method = run.data.tags.get("method", "")
+        if run.data.tags.get("mlflow.parentRunId") == newest.get(method, ""):
+            row = {"experiment": experiment, "method": method, "scale": float(run.data.params["scale"])}
+            known = {"mlflow_run_id": run.info.run_id, "uid": run.data.tags.get("nrcg.uid", "")}
+            rows.append(row | run.data.metrics | known)
     return sorted(rows, key=lambda row: (list(newest).index(row["method"]), row["scale"]))
 
 
@@ -69,10 +63,10 @@ def charts_url(experiment: str) -> str:
         NrcgError: the store cannot be reached; one line.
     """
     uri = tracking_uri()
-    found = _reachable(uri).client.get_experiment_by_name(experiment)
+    found = reachable(uri).client.get_experiment_by_name(experiment)
     if found is None:
         return ""
-    host = _without_password(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    host = without_password(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     query = f"tags.`nrcg.kind` = '{KIND_METHOD}' and tags.`nrcg.superseded_by` IS NULL"
     # Sorted by time, the page would fold the methods into their parents.
     order = "orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"

@@ -1,6 +1,6 @@
 """A logger plugin of Snakemake (`--logger nrcg`): writes what happens to a run as JSON lines, for `nrcg run`.
 
-Snakemake finds plugins by their module's name on its path; `nrcg run` puts this folder there.
+Snakemake takes packages of such a name on its path for plugins; `nrcg run` puts the folder above there.
 """
 
 import json
@@ -14,9 +14,8 @@ FIELDS = {
     "job_info": ("jobid", "rule_name"),
     "job_finished": ("job_id",),
     "job_error": ("jobid", "rule_name", "log"),
-    "progress": ("done", "total"),
 }
-"""Event -> what is written of it."""
+"""LogEvent -> what is written of it."""
 
 
 class LogHandler(LogHandlerBase):
@@ -26,12 +25,11 @@ class LogHandler(LogHandlerBase):
     has_filter = has_formatter = True
 
     def emit(self, record: LogRecord) -> None:
-        event, path = str(getattr(record, "event", "")), os.environ.get("NRCG_EVENTS")
-        if event not in FIELDS or not path:
-            return
-        entry = {"event": event} | {name: getattr(record, name, None) for name in FIELDS[event]}
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, default=str) + "\n")
-        except OSError:  # a full disk stops no run
-            pass
+        event = str(getattr(record, "event", ""))
+        if event in FIELDS:
+            entry = {"event": event} | {name: getattr(record, name) for name in FIELDS[event]}
+            try:
+                with open(os.environ["NRCG_EVENTS"], "a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError:  # a full disk stops no run
+                pass
