@@ -17,7 +17,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo 'Creating .venv (about 7 GB, mostly PyTorch with CUDA; half a minute to some minutes) ...'
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@{ .venv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION) && \
-		.venv/bin/uv pip install $$(test -t 1 || echo --quiet) --python .venv/bin/python -r requirements.lock; } || \
+		.venv/bin/uv pip install --compile-bytecode $$(test -t 1 || echo --quiet) --python .venv/bin/python -r requirements.lock; } || \
 		.venv/bin/pip install --disable-pip-version-check --progress-bar on -r requirements.lock
 	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
