@@ -41,9 +41,8 @@ class Sync:
 
 def is_left_behind() -> bool:
     """Whether `sync` may have something to do, unless tracking is off; cheap. What a living process logs counts too."""
-    return not is_off("NRCG_TRACKING") and any(
-        path.suffix in (ENDING, INVOCATION_ENDING) for path in JOURNALS.glob("*")
-    )
+    endings = {path.suffix for path in JOURNALS.glob("*")}
+    return not is_off("NRCG_TRACKING") and not endings.isdisjoint((ENDING, INVOCATION_ENDING))
 
 
 def sync() -> Sync:
@@ -150,12 +149,13 @@ def _begin(journal: Journal, store: Store) -> str:
     experiment_id = store.experiment(start["experiment"])
     run_id = store.find(experiment_id, journal.uid)
     if not run_id:
-        parent = ""
+        tags, parent = dict(start["tags"]), ""
         if start["parent"]:
             parent = store.find(experiment_id, start["parent"])
         elif start["invocation"]:
             parent = store.invocation(experiment_id, start["invocation"])
-        tags = start["tags"] | ({"mlflow.parentRunId": parent} if parent else {})
+        if parent:
+            tags["mlflow.parentRunId"] = parent
         created = store.client.create_run(experiment_id, start_time=start["time"], run_name=start["name"], tags=tags)
         run_id = created.info.run_id
     params = [Param(key, value) for key, value in start["params"].items()]
@@ -230,20 +230,22 @@ def _send_end(store: Store, run_id: str, start: dict, end: dict) -> None:
 
 
 def _supersede(store: Store, run_id: str, start: dict[str, Any]) -> None:
-    """A finished run replaces the older ones of its name and branch, or is replaced where it was sent late."""
+    """The newest of the finished runs of a name and branch, mostly this one, replaces the others that are over."""
     branch = start["tags"]["nrcg.git_branch"]
     query = f"attributes.run_name = {quoted(start['name'])} and tags.`nrcg.git_branch` = {quoted(branch)}"
-    others = [
-        other
-        for other in store.search([store.experiment(start["experiment"])], query)
-        if other.info.run_id != run_id and other.info.status != "RUNNING"
+    found = store.search([store.experiment(start["experiment"])], query)
+    finished = [run for run in found if run.info.status == "FINISHED" or run.info.run_id == run_id]
+    newest = max(finished, key=lambda run: (run.info.start_time, run.info.run_id == run_id))
+    replaced = [
+        run.info.run_id
+        for run in found
+        if (run.info.status != "RUNNING" or run.info.run_id == run_id)
+        and run.info.start_time <= newest.info.start_time
+        and run is not newest
+        and "nrcg.superseded_by" not in run.data.tags
     ]
-    newer = [o for o in others if o.info.start_time > start["time"] and o.info.status == "FINISHED"]
-    older = [o for o in others if o.info.start_time <= start["time"] and "nrcg.superseded_by" not in o.data.tags]
-    for other in older:
-        store.client.set_tag(other.info.run_id, "nrcg.superseded_by", run_id)
-    if older:
-        store.client.set_tag(run_id, "nrcg.supersedes", ",".join(o.info.run_id for o in older))
-    if newer:
-        first = min(newer, key=lambda other: other.info.start_time)
-        store.client.set_tag(run_id, "nrcg.superseded_by", first.info.run_id)
+    for other in replaced:
+        store.client.set_tag(other, "nrcg.superseded_by", newest.info.run_id)
+    if replaced:
+        before = newest.data.tags.get("nrcg.supersedes")
+        store.client.set_tag(newest.info.run_id, "nrcg.supersedes", ",".join(filter(None, [before, *replaced])))
