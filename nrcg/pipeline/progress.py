@@ -27,16 +27,8 @@ MIN_SECONDS = 5.0
 
 @dataclass
 class JobState:
-    """What a job last said of itself; times in seconds since the epoch.
-
-    Attributes:
-        label: What runs; its first word is the rule's name.
-        done, total: Units done, and those that make it whole.
-        unit: What is counted.
-        pid: The job's process, of the host in its file's name.
-        started, updated: When it began, and when it said this.
-        initial: Units done by a former process.
-    """
+    """What a job last said of itself: done units of the total, `initial` of them done by a former process; times in
+    seconds since the epoch. The label's first word is the rule's name."""
 
     label: str
     done: int
@@ -46,10 +38,6 @@ class JobState:
     started: float
     updated: float
     initial: int = 0
-
-    @property
-    def rule(self) -> str:
-        return self.label.partition(" ")[0]
 
     @property
     def share(self) -> float:

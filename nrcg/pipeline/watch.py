@@ -73,7 +73,7 @@ class Run:
         """Done part of the work, 0 to 1, where a job of a rule costs `weights[rule]`, 1 if not given."""
         done: dict[str, float] = Counter(self.finished)
         for state in states:
-            done[state.rule] += state.share
+            done[state.label.partition(" ")[0]] += state.share
         cost, whole = (sum(weights.get(rule, 1.0) * jobs[rule] for rule in jobs) for jobs in (done, self.planned))
         return min(cost / whole, 1.0) if whole else 0.0
 

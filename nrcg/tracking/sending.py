@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ INVOCATION_ENDING = ".invocation"
 
 @dataclass
 class Sync:
-    """What `sync` did.
-
-    Attributes:
-        runs: journals sent to their end.
-        failed: journals that the store refused or that were damaged, with the reason.
-    """
+    """What `sync` did: journals sent to their end, and those refused by the store or damaged, with the reason."""
 
     runs: int = 0
     failed: tuple[str, ...] = ()
@@ -59,8 +54,7 @@ def sync() -> Sync:
         try:
             known = bool(journal.entries) and journal.entries[0]["op"] == "start"
             if known:
-                store = reachable(os.environ.get("MLFLOW_TRACKING_URI") or journal.entries[0]["uri"])
-                _send_whole(journal, store)
+                _send_whole(journal)
                 runs += 1
             journal.remove()
             if journal.damage:
@@ -83,12 +77,7 @@ def sync() -> Sync:
 
 
 def finish_invocation(invocation: str, status: str) -> Sync:
-    """End an invocation's parent runs and send what its jobs left to be sent.
-
-    Args:
-        invocation: as `new_invocation` named it.
-        status: FINISHED, FAILED or KILLED.
-    """
+    """End an invocation's parent runs as FINISHED, FAILED or KILLED, and send what its jobs left to be sent."""
     path = JOURNALS / f"{invocation}{INVOCATION_ENDING}"
     if not path.exists():  # no job was tracked
         return Sync()
@@ -111,9 +100,10 @@ def _end_invocation(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _send_whole(journal: Journal, store: Store) -> None:
+def _send_whole(journal: Journal) -> None:
     """Send the journal of a process that is gone."""
     start, last = journal.entries[0], journal.entries[-1]
+    store = reachable(os.environ.get("MLFLOW_TRACKING_URI") or start["uri"])
     if journal.run_id and store.find(store.experiment(start["experiment"]), journal.uid) != journal.run_id:
         journal.mark_sent(0, "")  # begun in another store: this one gets all of it
     if last["op"] != "end":
@@ -126,7 +116,7 @@ def send(journal: Journal, store: Store) -> None:
     if not journal.run_id:
         journal.mark_sent(1, _begin(journal, store))
     start, waiting, run_id = journal.entries[0], journal.entries[journal.sent :], journal.run_id
-    _send_metrics(store, run_id, [entry for entry in waiting if entry["op"] == "metrics"])
+    _send_metrics(store, run_id, (entry for entry in waiting if entry["op"] == "metrics"))
     for entry in waiting:
         match entry["op"]:
             case "artifact":
@@ -164,13 +154,11 @@ def _begin(journal: Journal, store: Store) -> str:
     return run_id
 
 
-def _send_metrics(store: Store, run_id: str, entries: Sequence[dict]) -> None:
+def _send_metrics(store: Store, run_id: str, entries: Iterable[dict]) -> None:
     from mlflow.entities import Metric
 
     metrics = [
-        Metric(name, value, entry["time"], entry["step"])
-        for entry in entries
-        for name, value in entry["values"].items()
+        Metric(name, value, one["time"], one["step"]) for one in entries for name, value in one["values"].items()
     ]
     for first in range(0, len(metrics), METRICS_PER_BATCH):
         store.client.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_BATCH])
