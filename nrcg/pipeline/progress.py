@@ -55,7 +55,8 @@ class JobState:
 
     def __str__(self) -> str:
         left = self.seconds_left
-        return f"{self.label} {100 * self.share:.0f} %" + (f" (about {clock(left)} left)" if left is not None else "")
+        about = "" if left is None else f" (about {tqdm.format_interval(left)} left)"
+        return f"{self.label} {100 * self.share:.0f} %{about}"
 
 
 class Progress:
@@ -131,10 +132,3 @@ def read_states(folder: Path) -> list[JobState]:
                 os.kill(state.pid, 0)  # a process that was killed leaves its file
             states.append(state)
     return sorted(states, key=lambda state: state.started)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, from an hour on as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
