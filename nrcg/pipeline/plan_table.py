@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from matplotlib.ticker import EngFormatter
 
 from nrcg.config import ExperimentConfig
 from nrcg.pipeline.plan import Costs, Counts, Step
 
 HEADER = ("step", "jobs", "done", "images", "U-Net forward", "backward")
+_bytes = EngFormatter("B", places=1)
 
 
 def plan_rows(steps: Sequence[Step], costs: Costs | None) -> list[tuple[str, ...]]:
@@ -108,19 +110,5 @@ def _hours(hours: float) -> str:
 
 
 def _count(count: int | None) -> str:
-    """Exact below 100,000, else three digits and k, M or G (1e9)."""
-    if count is None:
-        return "?"
-    if count < 100_000:
-        return f"{count:,}"
-    for letter, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):  # noqa: B007  (used behind the loop)
-        if count < 999.5 * size:
-            break
-    return f"{count / size:,.{0 if count >= 99.95 * size else 1}f} {letter}"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= 0.995 * size:
-            return f"{_digits(count / size)} {unit}"
-    return f"{math.ceil(count / 1e3)} kB"
+    """Exact below 100,000, else with k, M or G."""
+    return "?" if count is None else f"{count:,}" if count < 100_000 else EngFormatter(places=1)(count)

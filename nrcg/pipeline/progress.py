@@ -27,16 +27,8 @@ MIN_SECONDS = 5.0
 
 @dataclass
 class JobState:
-    """What a job last said of itself; times in seconds since the epoch.
-
-    Attributes:
-        label: What runs; its first word is the rule's name.
-        done, total: Units done, and those that make it whole.
-        unit: What is counted.
-        pid: The job's process, of the host in its file's name.
-        started, updated: When it began, and when it said this.
-        initial: Units done by a former process.
-    """
+    """What a job last said of itself: done units of the total, `initial` of them done by a former process; times in
+    seconds since the epoch. The label's first word is the rule's name."""
 
     label: str
     done: int
@@ -46,10 +38,6 @@ class JobState:
     started: float
     updated: float
     initial: int = 0
-
-    @property
-    def rule(self) -> str:
-        return self.label.partition(" ")[0]
 
     @property
     def share(self) -> float:
@@ -67,7 +55,8 @@ class JobState:
 
     def __str__(self) -> str:
         left = self.seconds_left
-        return f"{self.label} {100 * self.share:.0f} %" + (f" (about {clock(left)} left)" if left is not None else "")
+        about = "" if left is None else f" (about {tqdm.format_interval(left)} left)"
+        return f"{self.label} {100 * self.share:.0f} %{about}"
 
 
 class Progress:
@@ -143,10 +132,3 @@ def read_states(folder: Path) -> list[JobState]:
                 os.kill(state.pid, 0)  # a process that was killed leaves its file
             states.append(state)
     return sorted(states, key=lambda state: state.started)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, from an hour on as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -13,22 +13,18 @@ MADE = re.compile(rf"data/[^/]+/.+|models/[^/]+/(ddpm|classifiers/({'|'.join(ROL
 """Files that Snakemake makes, by their path from its folder."""
 VERSIONED = ("data", "models")
 """Folders of which `dvc checkout` brings single files back."""
+MODEL, CLASSIFIER, DATASET = (
+    "restore it, or train one (see nrcg train-ddpm --help)",
+    "restore it, or make the classifier anew (see nrcg train-classifier --help)",
+    "restore it, or make the data set anew (see nrcg dataset --help)",
+)
 OTHERWISE = {
-    "ddpm": "restore it, or train one (see nrcg train-ddpm --help)",
-    "classifier": "restore it, or make the classifier anew (see nrcg train-classifier --help)",
-    "dataset": "restore it, or make the data set anew (see nrcg dataset --help)",
+    **dict.fromkeys(("model_index.json", "training.json", "data_mean.npy", "scheduler_config.json"), MODEL),
+    **dict.fromkeys(("diffusion_pytorch_model.safetensors", "unet/config.json"), MODEL),
+    **dict.fromkeys(("model.safetensors", "config.json"), CLASSIFIER),
+    **dict.fromkeys(("dataset.json", "images.npy", "labels.npy", "mean.npy"), DATASET),
 }
-"""Kind of a folder outside the workflow -> what to do."""
-KINDS = {
-    "model_index.json": "ddpm",
-    "training.json": "ddpm",
-    "data_mean.npy": "ddpm",
-    "model.safetensors": "classifier",
-    "dataset.json": "dataset",
-    "images.npy": "dataset",
-    "labels.npy": "dataset",
-    "mean.npy": "dataset",
-}
+"""Name of a file outside the workflow -> what to do."""
 
 
 def remedy(path: str | Path) -> str:
@@ -40,9 +36,7 @@ def remedy(path: str | Path) -> str:
     path = Path(path).absolute()
     name = path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else ""
     if not MADE.fullmatch(name) or not Path("Snakefile").is_file():
-        in_unet = path.parent.name in ("unet", "scheduler")
-        kind = KINDS.get(path.name) or ("ddpm" if in_unet else "classifier" if path.name == "config.json" else "")
-        return OTHERWISE.get(kind, "restore it or delete it")
+        return OTHERWISE.get(f"{path.parent.name}/{path.name}") or OTHERWISE.get(path.name, "restore it or delete it")
     if name.endswith(".trace.npz"):  # drawn with the images
         path, name = (Path(str(one).removesuffix(".trace.npz") + ".npy") for one in (path, name))
     name = shlex.quote(str(name))

@@ -47,25 +47,21 @@ def prepare(config: Config, *, only_looks: bool) -> None:
     Raises:
         DataError: Data or weights are damaged.
     """
-    if only_looks:
-        _refuse_damage(config)
-    else:
-        join_group(LOCK, alone=lambda: _clear_up(config))
-
-
-def _clear_up(config: Config) -> None:
-    for leftover in Path(".snakemake/locks").glob("*.lock"):
-        leftover.unlink(missing_ok=True)
-    for name in ("data", "models", "results", ".nrcg"):
-        remove_leftovers(name)
-    _refuse_damage(config)
-    for line in set_aside_damaged(Path()):
-        print(f"nrcg: {line}", file=sys.stderr)
-
-
-def _refuse_damage(config: Config) -> None:
     datasets = sorted({experiment.dataset.name for experiment in config.experiments.values()})
-    refuse_damaged_sources(Path(), datasets=datasets, experiments=config.experiments)
+
+    def clear_up() -> None:
+        for leftover in Path(".snakemake/locks").glob("*.lock"):
+            leftover.unlink(missing_ok=True)
+        for name in ("data", "models", "results", ".nrcg"):
+            remove_leftovers(name)
+        refuse_damaged_sources(Path(), datasets=datasets, experiments=config.experiments)
+        for line in set_aside_damaged(Path()):
+            print(f"nrcg: {line}", file=sys.stderr)
+
+    if only_looks:
+        refuse_damaged_sources(Path(), datasets=datasets, experiments=config.experiments)
+    else:
+        join_group(LOCK, alone=clear_up)
 
 
 def job_prefix(deployment: Collection[object]) -> str:
@@ -82,10 +78,8 @@ def job_prefix(deployment: Collection[object]) -> str:
 
 
 def send_leftovers() -> None:
-    """Close the tracking runs that a kill left, and send what a server that was down has missed. A process of its own
-    with a limit: no trouble of the store may stop the workflow."""
-    if not tracking.is_left_behind():
-        return
+    """Close the tracking runs that a kill left, and send what a server that was down has missed; with a limit, since no
+    trouble of the store may stop the workflow."""
     try:
         _track("--sync", timeout=SYNC_SECONDS)
     except subprocess.TimeoutExpired:
@@ -93,12 +87,12 @@ def send_leftovers() -> None:
 
 
 def finish_tracking(status: str) -> None:
-    """End the invocation's tracking runs and send what is left; does nothing where no job was tracked."""
-    invocation = os.environ["NRCG_INVOCATION"]
-    if tracking.is_left_behind():
-        _track("--finish", invocation, "--status", status)
+    """End the invocation's tracking runs and send what is left."""
+    _track("--finish", os.environ["NRCG_INVOCATION"], "--status", status)
 
 
 def _track(*arguments: str, timeout: float | None = None) -> None:
-    command = [sys.executable, "-m", "nrcg.cli", "track", *arguments]
-    subprocess.run(command, stdout=subprocess.DEVNULL, timeout=timeout, check=False)
+    """`nrcg track` as a process of its own, where there is something to send."""
+    if tracking.is_left_behind():
+        command = [sys.executable, "-m", "nrcg.cli", "track", *arguments]
+        subprocess.run(command, stdout=subprocess.DEVNULL, timeout=timeout, check=False)

@@ -61,10 +61,10 @@ def meta_unet(settings: ExperimentConfig, folder: Path) -> UNet2DModel | None:
 
 
 def seconds_per_image(work: Callable[[int], object], most: int, *, device: torch.device, budget: float = 1.0) -> float:
-    """Time of work(n), which does n images at once, for each image.
+    """Time of work(n), which does n images at once, for each image; the lowest in about `budget` seconds.
 
-    Wall time on a GPU; processor time on the CPU, which what else the machine does disturbs less. Warmed up with one
-    image, then measured in batches of as many as take about `budget` seconds, `most` at most; the lowest time counts.
+    Wall time on a GPU; processor time on the CPU, which what else the machine does disturbs less. Begins with one
+    image and doubles their number, up to `most` or what the memory holds.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
 
@@ -73,20 +73,19 @@ def seconds_per_image(work: Callable[[int], object], most: int, *, device: torch
         work(size)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return clock() - began
+        return (clock() - began) / size
 
-    cold = timed(1)
-    if cold > 5 * budget:
-        return cold
     best, size, began = timed(1), 1, clock()
+    if best > 5 * budget:  # however cold it was
+        return best
     while clock() - began < budget:
-        size = max(size, min(most, int(budget / best)))
         try:
-            best = min(best, timed(size) / size)
+            best = min(best, timed(size))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return best
+        size = min(2 * size, most)
     return best
 
 

@@ -137,43 +137,45 @@ def _read_journal(path: str | Path) -> list[Row]:
         raise DataError(f"{str(error).partition(';')[0]}; delete it to begin the search anew") from None
 
 
-def _rule_column(row: Row, best_by: str) -> str:
-    return best_rule([row | {"best_by": best_by}])[0]
+def _rule(row: Row, best_by: str) -> tuple[str, int]:
+    """The column that is best at the best scale, and its sign, by which the lower is the better."""
+    column = best_rule([row | {"best_by": best_by}])[0]
+    return column, -1 if column.startswith("accuracy") else 1
 
 
 def _objective(row: Row, best_by: str) -> float:
     """The rule's value, the lower the better."""
-    column = _rule_column(row, best_by)
-    return -row[column] if column.startswith("accuracy") else row[column]
+    column, sign = _rule(row, best_by)
+    return sign * row[column]
 
 
 def best_row(rows: Sequence[Row], best_by: str) -> Row:
     """The best by the rule, nan last, then the lowest scale. Raises DataError where no value is finite."""
     best = min(rows, key=lambda row: (_worth(_objective(row, best_by)), row["scale"]))
     if not math.isfinite(_objective(best, best_by)):
-        raise DataError(f"{_rule_column(best, best_by)} is finite at none of the scales tried")
+        raise DataError(f"{_rule(best, best_by)[0]} is finite at none of the scales tried")
     return best
 
 
 def notes(rows: Sequence[Row], best_by: str, low: float, high: float) -> list[str]:
     """What to know before the best scale is believed: the edge of the range, overlapping intervals, an open bracket."""
-    best, column = best_row(rows, best_by), _rule_column(rows[0], best_by)
+    best, column = best_row(rows, best_by), _rule(rows[0], best_by)[0]
     ordered = sorted(rows, key=lambda row: row["scale"])
-    place = ordered.index(best)
-    found = []
+    place, found = ordered.index(best), []
     # As far as it has been searched: with a small budget the grid may not have reached the ends.
-    if best["scale"] in (ordered[0]["scale"], ordered[-1]["scale"]):
+    if best in (ordered[0], ordered[-1]):
         side, flag = ("lowest", "--low") if best is ordered[0] else ("highest", "--high")
         found.append(
             f"{format_scale(best['scale'])} is the {side} scale tried; a better one may lie outside, see {flag}"
         )
-    alike = [row for row in ordered if row is not best and not differ(best, row, column)]
+    alike = [format_scale(row["scale"]) for row in ordered if row is not best and not differ(best, row, column)]
     if alike:
-        scales = ", ".join(format_scale(row["scale"]) for row in alike)
-        found.append(f"the 95 % intervals of {column} do not tell {scales} from the best; more --num-samples would")
+        told = f"do not tell {', '.join(alike)} from the best"
+        found.append(f"the 95 % intervals of {column} {told}; more --num-samples would")
     if next_scale({row["scale"]: _objective(row, best_by) for row in rows}, low, high) is not None:
-        between = [format_scale(ordered[i]["scale"]) for i in (max(place - 1, 0), min(place + 1, len(ordered) - 1))]
-        found.append(f"the budget ended with the best between {between[0]} and {between[1]}")
+        beside = ordered[max(place - 1, 0) : place + 2]
+        between = f"{format_scale(beside[0]['scale'])} and {format_scale(beside[-1]['scale'])}"
+        found.append(f"the budget ended with the best between {between}")
     return found
 
 
@@ -181,19 +183,13 @@ def table(rows: Sequence[Row], best_by: str) -> list[tuple[str, ...]]:
     """Cells by scale, the best one marked, with a header."""
     from nrcg.report.tables import format_interval, format_number
 
-    best, column = best_row(rows, best_by), _rule_column(rows[0], best_by)
+    best, column = best_row(rows, best_by), _rule(rows[0], best_by)[0]
     further = [name for name in ("accuracy_judge", "precision", "recall") if name in rows[0] and name != column]
     cells = [("scale", column, "95 % interval", *further, "")]
     for row in sorted(rows, key=lambda row: row["scale"]):
-        cells.append(
-            (
-                format_scale(row["scale"]),
-                format_number(row[column]),
-                format_interval(row, column),
-                *(format_number(row[name], 3) for name in further),
-                "best" if row is best else "",
-            )
-        )
+        numbers = [format_number(row[name], 3) for name in further]
+        value = format_number(row[column]), format_interval(row, column)
+        cells.append((format_scale(row["scale"]), *value, *numbers, "best" if row is best else ""))
     return cells
 
 

@@ -25,9 +25,10 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from nrcg.errors import NrcgError
-from nrcg.pipeline.progress import MIN_SECONDS, JobState, clock, read_states
+from nrcg.pipeline.progress import MIN_SECONDS, JobState, read_states
 from nrcg.processes import end_with_parent
 
 PLUGIN = "nrcg"
@@ -73,7 +74,7 @@ class Run:
         """Done part of the work, 0 to 1, where a job of a rule costs `weights[rule]`, 1 if not given."""
         done: dict[str, float] = Counter(self.finished)
         for state in states:
-            done[state.rule] += state.share
+            done[state.label.partition(" ")[0]] += state.share
         cost, whole = (sum(weights.get(rule, 1.0) * jobs[rule] for rule in jobs) for jobs in (done, self.planned))
         return min(cost / whole, 1.0) if whole else 0.0
 
@@ -243,7 +244,7 @@ class _View:
             return "planning the jobs"
         seconds = time.monotonic() - self._started
         known = share >= MIN_SHARE and seconds >= MIN_SECONDS
-        left = f" (about {clock(seconds * (1 - share) / share)} left)" if known else ""
+        left = f" (about {tqdm.format_interval(seconds * (1 - share) / share)} left)" if known else ""
         return f"{self.run.finished.total()}/{self.run.planned.total()} jobs{left}"
 
     def _bars(self, share: float, jobs: Sequence[str], states: Sequence[JobState]) -> Table:
@@ -255,4 +256,4 @@ class _View:
         return table
 
     def _elapsed(self) -> str:
-        return f"[{clock(time.monotonic() - self._started):>5}]"
+        return f"[{tqdm.format_interval(time.monotonic() - self._started)}]"

@@ -9,7 +9,6 @@ from typing import Any
 from nrcg.tracking.store import is_off, quoted, reachable, tracking_uri, without_password
 
 KIND_METHOD = "evaluate"
-KIND_SETTING = "sample"
 
 
 def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]]:
@@ -36,11 +35,9 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
     if found is None:
         return []
     of_branch = "" if branch is None else f" and tags.`nrcg.git_branch` = {quoted(branch)}"
+    query = f" and attributes.status = 'FINISHED'{of_branch}"
     methods, settings = (
-        store.search(
-            [found.experiment_id], f"tags.`nrcg.kind` = '{kind}' and attributes.status = 'FINISHED'{of_branch}"
-        )
-        for kind in (KIND_METHOD, KIND_SETTING)
+        store.search([found.experiment_id], f"tags.`nrcg.kind` = '{kind}'{query}") for kind in (KIND_METHOD, "sample")
     )
     newest: dict[str, str] = {}
     for run in methods:
@@ -51,16 +48,14 @@ def read_rows(experiment: str, branch: str | None = None) -> list[dict[str, Any]
         method = run.data.tags.get("method", "")
         if run.data.tags.get("mlflow.parentRunId") == newest.get(method, ""):
             row = {"experiment": experiment, "method": method, "scale": float(run.data.params["scale"])}
-            known = {"mlflow_run_id": run.info.run_id, "uid": run.data.tags.get("nrcg.uid", "")}
-            rows.append(row | run.data.metrics | known)
+            rows.append(row | run.data.metrics | {"mlflow_run_id": run.info.run_id, "uid": run.data.tags["nrcg.uid"]})
     return sorted(rows, key=lambda row: (list(newest).index(row["method"]), row["scale"]))
 
 
 def charts_url(experiment: str) -> str:
     """The page of MLflow that draws the methods over their scales, "" where the store has no such experiment.
 
-    Raises:
-        NrcgError: the store cannot be reached; one line.
+    Raises NrcgError, one line, where the store cannot be reached.
     """
     uri = tracking_uri()
     found = reachable(uri).client.get_experiment_by_name(experiment)

@@ -83,7 +83,7 @@ class Run:
         1.8e308, which flattens every chart.
 
         Args:
-            metrics: name to number (anything that float() takes).
+            metrics: name to number.
             step: position on the chart's axis; None counts as 0.
         """
         values = {_clean_key(name): float(number) for name, number in metrics.items()}
@@ -92,12 +92,7 @@ class Run:
         self._log("metrics", values=values | infinite, step=int(step or 0))
 
     def log_artifact(self, path: str | os.PathLike, folder: str | None = None) -> None:
-        """Copy a file to the run's artifacts.
-
-        Args:
-            path: an existing file.
-            folder: where among the artifacts; None: at their top.
-        """
+        """Copy a file to the run's artifacts, into a folder of them or to their top."""
         if self._journal is not None:
             with reported(self._uri):
                 self._log("artifact", path=self._journal.keep(path), folder=folder)
@@ -112,16 +107,8 @@ class Run:
         classes: Sequence[str],
         context: str,
     ) -> None:
-        """Log a data set as an input of the run, in MLflow's sense.
-
-        Args:
-            name: such as "sportballs24/train".
-            path: its folder.
-            sha256: of the images; its first 36 digits are MLflow's digest.
-            shape: (N, H, W, C) of the images.
-            classes: their names.
-            context: what it is for, such as "training".
-        """
+        """Log a data set as an input of the run, in MLflow's sense: its folder, the SHA-256 of its images, their shape
+        (N, H, W, C), the names of its classes, and what it is for, such as "training"."""
         about = {"name": name, "sha256": sha256, "shape": list(shape), "classes": list(classes), "context": context}
         self._log("dataset", path=os.fspath(Path(path).absolute()), **about)
 
@@ -238,11 +225,8 @@ def _status(error: BaseException | None) -> str:
 def log_method_over_scales(method_run: Run, rows: Iterable[Mapping[str, Any]], best: Mapping[str, float]) -> None:
     """Log a method's numbers over its guidance scales as one curve per metric.
 
-    Args:
-        method_run: the run of the method.
-        rows: one mapping per scale, with `scale`; texts are left out.
-        best: numbers at the best scale, logged as `best/<name>`: MLflow's tables show the last step of a curve, which
-            is the highest scale.
+    Texts in the rows are left out. Numbers at the best scale are logged as `best/<name>`: MLflow's tables show the
+    last step of a curve, which is the highest scale.
     """
     method_run.log_metrics({f"best/{name}": value for name, value in best.items()})
     for row in rows:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ INVOCATION_ENDING = ".invocation"
 
 @dataclass
 class Sync:
-    """What `sync` did.
-
-    Attributes:
-        runs: journals sent to their end.
-        failed: journals that the store refused or that were damaged, with the reason.
-    """
+    """What `sync` did: journals sent to their end, and those refused by the store or damaged, with the reason."""
 
     runs: int = 0
     failed: tuple[str, ...] = ()
@@ -41,9 +36,8 @@ class Sync:
 
 def is_left_behind() -> bool:
     """Whether `sync` may have something to do, unless tracking is off; cheap. What a living process logs counts too."""
-    return not is_off("NRCG_TRACKING") and any(
-        path.suffix in (ENDING, INVOCATION_ENDING) for path in JOURNALS.glob("*")
-    )
+    endings = {path.suffix for path in JOURNALS.glob("*")}
+    return not is_off("NRCG_TRACKING") and not endings.isdisjoint((ENDING, INVOCATION_ENDING))
 
 
 def sync() -> Sync:
@@ -60,8 +54,7 @@ def sync() -> Sync:
         try:
             known = bool(journal.entries) and journal.entries[0]["op"] == "start"
             if known:
-                store = reachable(os.environ.get("MLFLOW_TRACKING_URI") or journal.entries[0]["uri"])
-                _send_whole(journal, store)
+                _send_whole(journal)
                 runs += 1
             journal.remove()
             if journal.damage:
@@ -84,12 +77,7 @@ def sync() -> Sync:
 
 
 def finish_invocation(invocation: str, status: str) -> Sync:
-    """End an invocation's parent runs and send what its jobs left to be sent.
-
-    Args:
-        invocation: as `new_invocation` named it.
-        status: FINISHED, FAILED or KILLED.
-    """
+    """End an invocation's parent runs as FINISHED, FAILED or KILLED, and send what its jobs left to be sent."""
     path = JOURNALS / f"{invocation}{INVOCATION_ENDING}"
     if not path.exists():  # no job was tracked
         return Sync()
@@ -112,9 +100,10 @@ def _end_invocation(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _send_whole(journal: Journal, store: Store) -> None:
+def _send_whole(journal: Journal) -> None:
     """Send the journal of a process that is gone."""
     start, last = journal.entries[0], journal.entries[-1]
+    store = reachable(os.environ.get("MLFLOW_TRACKING_URI") or start["uri"])
     if journal.run_id and store.find(store.experiment(start["experiment"]), journal.uid) != journal.run_id:
         journal.mark_sent(0, "")  # begun in another store: this one gets all of it
     if last["op"] != "end":
@@ -127,7 +116,7 @@ def send(journal: Journal, store: Store) -> None:
     if not journal.run_id:
         journal.mark_sent(1, _begin(journal, store))
     start, waiting, run_id = journal.entries[0], journal.entries[journal.sent :], journal.run_id
-    _send_metrics(store, run_id, [entry for entry in waiting if entry["op"] == "metrics"])
+    _send_metrics(store, run_id, (entry for entry in waiting if entry["op"] == "metrics"))
     for entry in waiting:
         match entry["op"]:
             case "artifact":
@@ -150,12 +139,13 @@ def _begin(journal: Journal, store: Store) -> str:
     experiment_id = store.experiment(start["experiment"])
     run_id = store.find(experiment_id, journal.uid)
     if not run_id:
-        parent = ""
+        tags, parent = dict(start["tags"]), ""
         if start["parent"]:
             parent = store.find(experiment_id, start["parent"])
         elif start["invocation"]:
             parent = store.invocation(experiment_id, start["invocation"])
-        tags = start["tags"] | ({"mlflow.parentRunId": parent} if parent else {})
+        if parent:
+            tags["mlflow.parentRunId"] = parent
         created = store.client.create_run(experiment_id, start_time=start["time"], run_name=start["name"], tags=tags)
         run_id = created.info.run_id
     params = [Param(key, value) for key, value in start["params"].items()]
@@ -164,13 +154,11 @@ def _begin(journal: Journal, store: Store) -> str:
     return run_id
 
 
-def _send_metrics(store: Store, run_id: str, entries: Sequence[dict]) -> None:
+def _send_metrics(store: Store, run_id: str, entries: Iterable[dict]) -> None:
     from mlflow.entities import Metric
 
     metrics = [
-        Metric(name, value, entry["time"], entry["step"])
-        for entry in entries
-        for name, value in entry["values"].items()
+        Metric(name, value, one["time"], one["step"]) for one in entries for name, value in one["values"].items()
     ]
     for first in range(0, len(metrics), METRICS_PER_BATCH):
         store.client.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_BATCH])
@@ -230,20 +218,22 @@ def _send_end(store: Store, run_id: str, start: dict, end: dict) -> None:
 
 
 def _supersede(store: Store, run_id: str, start: dict[str, Any]) -> None:
-    """A finished run replaces the older ones of its name and branch, or is replaced where it was sent late."""
+    """The newest of the finished runs of a name and branch, mostly this one, replaces the others that are over."""
     branch = start["tags"]["nrcg.git_branch"]
     query = f"attributes.run_name = {quoted(start['name'])} and tags.`nrcg.git_branch` = {quoted(branch)}"
-    others = [
-        other
-        for other in store.search([store.experiment(start["experiment"])], query)
-        if other.info.run_id != run_id and other.info.status != "RUNNING"
+    found = store.search([store.experiment(start["experiment"])], query)
+    finished = [run for run in found if run.info.status == "FINISHED" or run.info.run_id == run_id]
+    newest = max(finished, key=lambda run: (run.info.start_time, run.info.run_id == run_id))
+    replaced = [
+        run.info.run_id
+        for run in found
+        if (run.info.status != "RUNNING" or run.info.run_id == run_id)
+        and run.info.start_time <= newest.info.start_time
+        and run is not newest
+        and "nrcg.superseded_by" not in run.data.tags
     ]
-    newer = [o for o in others if o.info.start_time > start["time"] and o.info.status == "FINISHED"]
-    older = [o for o in others if o.info.start_time <= start["time"] and "nrcg.superseded_by" not in o.data.tags]
-    for other in older:
-        store.client.set_tag(other.info.run_id, "nrcg.superseded_by", run_id)
-    if older:
-        store.client.set_tag(run_id, "nrcg.supersedes", ",".join(o.info.run_id for o in older))
-    if newer:
-        first = min(newer, key=lambda other: other.info.start_time)
-        store.client.set_tag(run_id, "nrcg.superseded_by", first.info.run_id)
+    for other in replaced:
+        store.client.set_tag(other, "nrcg.superseded_by", newest.info.run_id)
+    if replaced:
+        before = newest.data.tags.get("nrcg.supersedes")
+        store.client.set_tag(newest.info.run_id, "nrcg.supersedes", ",".join(filter(None, [before, *replaced])))

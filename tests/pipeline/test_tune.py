@@ -266,9 +266,9 @@ def test_each_scale_gets_the_samples_of_the_workflow(toy_experiment):
         (
             [],
             "models/toy/classifiers/judge",
-            "models/toy/classifiers/judge/config.json: not there; run: snakemake models/toy/classifiers/judge/config",
+            "models/toy/classifiers/judge/config.json: not there; restore it, or make",
         ),
-        ([], "models/toy/ddpm", "models/toy/ddpm/model_index.json: not there; run: snakemake models/toy/ddpm/model_"),
+        ([], "models/toy/ddpm", "models/toy/ddpm/model_index.json: not there; restore it, or train one"),
     ],
 )
 def test_a_mistake_is_one_line(toy_experiment, capsys, flags, remove, text):

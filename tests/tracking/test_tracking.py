@@ -156,6 +156,20 @@ def test_older_runs_of_the_same_name_are_superseded(client):
     assert {run.info.run_id for run in current} == {ids[1], ids[3]}
 
 
+def test_a_run_that_is_sent_late_is_superseded_by_a_newer_one(client, monkeypatch):
+    with tracking.run("late", "one", kind="test", params={}) as first:
+        pass
+    write_left("late", monkeypatch)
+    with tracking.run("late", "one", kind="test", params={}) as newest:
+        pass
+    tracking.sync()
+    (late,) = (run for run in runs(client, "late") if run.info.run_id not in (first.id, newest.id))
+    tags = {run.info.run_id: run.data.tags for run in runs(client, "late")}
+    assert tags[late.info.run_id]["nrcg.superseded_by"] == tags[first.id]["nrcg.superseded_by"] == newest.id
+    assert tags[newest.id]["nrcg.supersedes"] == f"{first.id},{late.info.run_id}"
+    assert "nrcg.superseded_by" not in tags[newest.id]
+
+
 def test_a_failed_rerun_supersedes_nothing_and_other_branches_stay(client, monkeypatch):
     with tracking.run("branches", "one", kind="test", params={}) as first:
         pass

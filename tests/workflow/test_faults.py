@@ -267,13 +267,6 @@ def test_damaged_shards_are_made_anew_by_one_plain_rerun(finished, undisturbed):
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
-@pytest.mark.parametrize("name", ["reference.json", "summary.json"])
-def test_records_that_are_cut_off_are_made_anew_by_one_plain_rerun(finished, undisturbed, name):
-    cut(finished / "results/toy" / name)
-    assert rerun(finished).count("set aside as") == 1
-    assert results(finished) == results(undisturbed)
-
-
 @pytest.mark.parametrize(
     "name, damage",
     [
