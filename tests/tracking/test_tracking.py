@@ -24,6 +24,7 @@ from nrcg.tracking.journal import Journal
 from nrcg.tracking.models import load_module
 from nrcg.tracking.sending import JOURNALS
 
+VARIABLES = ("MLFLOW_TRACKING_URI", "NRCG_TRACKING", "NRCG_INVOCATION", "NRCG_LOG_MODELS", "DVC_EXP_NAME")
 NAMES = ["job 0", "job 1", "job 2", "killed"]
 # What a job does, as a process of its own.
 JOB = """
@@ -50,13 +51,10 @@ def store(tmp_path_factory) -> Path:
     """A folder whose fresh mlflow.db several processes opened at once, one of which was killed."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.delenv("NRCG_TRACKING", raising=False)
-        patch.delenv("NRCG_INVOCATION", raising=False)
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
         jobs = [start_job(name, folder) for name in NAMES]
-        for job in jobs:
-            job.out, job.err = job.communicate(timeout=120)
-    assert [job.err for job in jobs] == [""] * len(jobs)
+        assert [job.communicate(timeout=120)[1] for job in jobs] == [""] * len(jobs)
     assert [job.returncode for job in jobs] == [0, 0, 0, -9]
     return folder
 
@@ -64,7 +62,7 @@ def store(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     """A process that has tracked nothing yet."""
-    for name in ("MLFLOW_TRACKING_URI", "NRCG_TRACKING", "NRCG_INVOCATION", "NRCG_LOG_MODELS", "DVC_EXP_NAME"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(stores, "_warned", False)
     stores.connect.cache_clear()
@@ -486,19 +484,6 @@ class Server:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def post(self, path: str, **body) -> dict:
-        request = urllib.request.Request(
-            f"{self.uri}/api/2.0/mlflow/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        return json.load(urllib.request.urlopen(request, timeout=30))
-
-    def get(self, path: str) -> dict:
-        return json.load(urllib.request.urlopen(f"{self.uri}/api/2.0/mlflow/{path}", timeout=30))
-
-    def runs(self, experiment: str) -> list[dict]:
-        found = self.get(f"experiments/get-by-name?experiment_name={experiment}")["experiment"]["experiment_id"]
-        return self.post("runs/search", experiment_ids=[found]).get("runs", [])
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
@@ -509,7 +494,9 @@ def server(tmp_path_factory):
 
 
 def test_a_server_that_dies_under_way_loses_nothing(server, tmp_path, monkeypatch, capsys):
-    """Read through REST: one run begun before the server died, one while it was down, and their parent; each once."""
+    """One run begun before the server died, one while it was down, and their parent; each once."""
+    from mlflow.tracking import MlflowClient
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     invocation = tracking.new_invocation()
@@ -537,26 +524,25 @@ def test_a_server_that_dies_under_way_loses_nothing(server, tmp_path, monkeypatc
     server.start()
     assert main(["track", "--sync"]) == 0
     assert capsys.readouterr().out == "2 runs sent\n"
-    stored = server.runs("remote")
-    by_name = {run["info"]["run_name"]: run for run in stored}
-    (parent,) = set(by_name) - {"before", "within"}
-    assert len(stored) == 3
-    assert {run["info"]["status"] for run in stored} == {"FINISHED"}
-    tags = {name: {tag["key"]: tag["value"] for tag in run["data"]["tags"]} for name, run in by_name.items()}
-    assert by_name["before"]["info"]["run_id"] == before.id
-    assert tags["before"]["mlflow.parentRunId"] == by_name[parent]["info"]["run_id"]
-    assert tags["within"]["mlflow.parentRunId"] == before.id
-    assert within.id == f"pending-{tags['within']['nrcg.uid']}"
-    assert tags["within"]["nrcg.infinite_metrics"] == "inf"
-    assert by_name["before"]["data"]["params"] == [{"key": "a.b", "value": "1"}]
-    history = server.get(f"metrics/get-history?run_id={before.id}&metric_key=loss")["metrics"]
-    assert [(int(entry["step"]), entry["value"]) for entry in history] == [(1, 3.0), (2, 2.0)]
-    artifacts = server.get(f"artifacts/list?run_id={by_name['within']['info']['run_id']}&path=grids")["files"]
-    assert [(entry["path"], int(entry["file_size"])) for entry in artifacts] == [("grids/grid.txt", len("before"))]
+    client = MlflowClient(server.uri)
+    by_name = {run.info.run_name: run for run in runs(client, "remote")}
+    (parent,) = by_name.keys() - {"before", "within"}
+    assert len(runs(client, "remote")) == 3
+    assert {run.info.status for run in by_name.values()} == {"FINISHED"}
+    sent, late = by_name["before"], by_name["within"]
+    assert (sent.info.run_id, sent.data.params) == (before.id, {"a.b": "1"})
+    assert sent.data.tags["mlflow.parentRunId"] == by_name[parent].info.run_id
+    assert late.data.tags["mlflow.parentRunId"] == before.id
+    assert within.id == f"pending-{late.data.tags['nrcg.uid']}"
+    assert late.data.tags["nrcg.infinite_metrics"] == "inf"
+    assert [(one.step, one.value) for one in client.get_metric_history(before.id, "loss")] == [(1, 3.0), (2, 2.0)]
+    (artifact,) = client.list_artifacts(late.info.run_id, "grids")
+    assert (artifact.path, artifact.file_size) == ("grids/grid.txt", len("before"))
 
     assert main(["track", "--sync"]) == 0
     assert capsys.readouterr().out == "nothing is missing\n"
-    assert server.runs("remote") == stored
+    again = {run.info.run_name: run for run in runs(client, "remote")}
+    assert all(str(again[name].to_dictionary()) == str(by_name[name].to_dictionary()) for name in again | by_name)
     assert list((tmp_path / ".nrcg/tracking").glob("*")) == []
 
 
