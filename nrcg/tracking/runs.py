@@ -123,7 +123,7 @@ class Run:
             path: a folder as `nrcg train-ddpm` or `nrcg train-classifier` writes it.
             name: of the logged model.
         """
-        if not is_off("NRCG_LOG_MODELS"):
+        if self._journal is not None and not is_off("NRCG_LOG_MODELS"):
             self._log("model", path=os.fspath(Path(path).absolute()), name=name, sha256=weights_sha256(path))
 
     def _log(self, op: str, **fields: Any) -> None:

@@ -24,6 +24,7 @@ from nrcg.tracking.journal import Journal
 from nrcg.tracking.models import load_module
 from nrcg.tracking.sending import JOURNALS
 
+VARIABLES = ("MLFLOW_TRACKING_URI", "NRCG_TRACKING", "NRCG_INVOCATION", "NRCG_LOG_MODELS", "DVC_EXP_NAME")
 NAMES = ["job 0", "job 1", "job 2", "killed"]
 # What a job does, as a process of its own.
 JOB = """
@@ -50,13 +51,10 @@ def store(tmp_path_factory) -> Path:
     """A folder whose fresh mlflow.db several processes opened at once, one of which was killed."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.delenv("NRCG_TRACKING", raising=False)
-        patch.delenv("NRCG_INVOCATION", raising=False)
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
         jobs = [start_job(name, folder) for name in NAMES]
-        for job in jobs:
-            job.out, job.err = job.communicate(timeout=120)
-    assert [job.err for job in jobs] == [""] * len(jobs)
+        assert [job.communicate(timeout=120)[1] for job in jobs] == [""] * len(jobs)
     assert [job.returncode for job in jobs] == [0, 0, 0, -9]
     return folder
 
@@ -64,7 +62,7 @@ def store(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     """A process that has tracked nothing yet."""
-    for name in ("MLFLOW_TRACKING_URI", "NRCG_TRACKING", "NRCG_INVOCATION", "NRCG_LOG_MODELS", "DVC_EXP_NAME"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(stores, "_warned", False)
     stores.connect.cache_clear()
@@ -149,11 +147,9 @@ def test_older_runs_of_the_same_name_are_superseded(client):
     for name in ("again", "other", "again", "again"):
         with tracking.run("repeat", name, kind="test", params={}) as run:
             ids.append(run.id)
-    by = [client.get_run(run_id).data.tags.get("nrcg.superseded_by") for run_id in ids]
-    assert by == [ids[2], None, ids[3], None]
-    assert [client.get_run(run_id).data.tags.get("nrcg.supersedes") for run_id in ids] == [None, None, ids[0], ids[2]]
-    current = runs(client, "repeat", "tags.`nrcg.superseded_by` IS NULL")
-    assert {run.info.run_id for run in current} == {ids[1], ids[3]}
+    tags = [client.get_run(run_id).data.tags for run_id in ids]
+    assert [one.get("nrcg.superseded_by") for one in tags] == [ids[2], None, ids[3], None]
+    assert [one.get("nrcg.supersedes") for one in tags] == [None, None, ids[0], ids[2]]
 
 
 def test_a_run_that_is_sent_late_is_superseded_by_a_newer_one(client, monkeypatch):
@@ -163,10 +159,10 @@ def test_a_run_that_is_sent_late_is_superseded_by_a_newer_one(client, monkeypatc
     with tracking.run("late", "one", kind="test", params={}) as newest:
         pass
     tracking.sync()
-    (late,) = (run for run in runs(client, "late") if run.info.run_id not in (first.id, newest.id))
     tags = {run.info.run_id: run.data.tags for run in runs(client, "late")}
-    assert tags[late.info.run_id]["nrcg.superseded_by"] == tags[first.id]["nrcg.superseded_by"] == newest.id
-    assert tags[newest.id]["nrcg.supersedes"] == f"{first.id},{late.info.run_id}"
+    (late,) = tags.keys() - {first.id, newest.id}
+    assert tags[late]["nrcg.superseded_by"] == tags[first.id]["nrcg.superseded_by"] == newest.id
+    assert tags[newest.id]["nrcg.supersedes"] == f"{first.id},{late}"
     assert "nrcg.superseded_by" not in tags[newest.id]
 
 
@@ -179,8 +175,7 @@ def test_a_failed_rerun_supersedes_nothing_and_other_branches_stay(client, monke
     with tracking.run("branches", "one", kind="test", params={}) as elsewhere:
         pass
     tags = client.get_run(elsewhere.id).data.tags
-    assert tags["nrcg.git_branch"] == "other"
-    assert "nrcg.supersedes" not in tags
+    assert tags["nrcg.git_branch"] == "other" and "nrcg.supersedes" not in tags
     assert "nrcg.superseded_by" not in client.get_run(first.id).data.tags
 
 
@@ -371,23 +366,19 @@ def test_a_methods_curve_and_the_rows_of_its_newest_run(client):
     log_method("curve", "robust", {1.0: 0.4, 2.5: 0.5, 4.0: 0.2})
     newest = runs(client, "curve", "tags.`nrcg.kind` = 'evaluate' and tags.`nrcg.superseded_by` IS NULL")
     history = {
-        run.info.run_name: [(entry.step, entry.value) for entry in client.get_metric_history(run.info.run_id, key)]
+        run.info.run_name: [
+            (entry.step, entry.value) for entry in client.get_metric_history(run.info.run_id, "accuracy_judge")
+        ]
         for run in newest
-        for key in ("accuracy_judge",)
     }
     assert history == {"robust": [(1000, 0.4), (2500, 0.5), (4000, 0.2)], "adam": [(50, 0.3)]}
-    numbers = {run.info.run_name: run.data.metrics for run in newest}
-    assert numbers["robust"]["accuracy_judge"] == 0.2
-    assert numbers["robust"]["best/scale"] == 2.5
-    assert numbers["robust"]["best/accuracy_judge"] == 0.5
+    (numbers,) = (run.data.metrics for run in newest if run.info.run_name == "robust")
+    assert (numbers["best/scale"], numbers["best/accuracy_judge"], numbers["accuracy_judge"]) == (2.5, 0.5, 0.2)
     rows = tracking.read_rows("curve")
     found = {(row["method"], row["scale"]): row["accuracy_judge"] for row in rows}
     robust = {("robust", 1.0): 0.4, ("robust", 2.5): 0.5, ("robust", 4.0): 0.2}
     assert found == robust | {("adam", 0.05): 0.3}, "scale 5 is no longer swept"
-    assert {client.get_run(row["mlflow_run_id"]).info.run_name for row in rows} >= {
-        "robust scale 1.0",
-        "adam scale 0.05",
-    }
+    assert client.get_run(rows[0]["mlflow_run_id"]).info.run_name.endswith(f"scale {rows[0]['scale']}")
     assert tracking.read_rows("curve", branch="elsewhere") == tracking.read_rows("no such experiment") == []
 
 
@@ -403,49 +394,42 @@ def test_a_comparison_is_of_all_methods_and_the_newest_numbers(client, store, tm
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".gitignore").write_text(".nrcg\n")
-    path = tmp_path / "results/whole/metrics.csv"
     git("init", "-q", "-b", "whole")
     git("commit", "-q", "--allow-empty", "-m", "empty")  # without one there is no branch
     rows = [row for row in metric_rows("whole") if row["method"] in ("robust", "non_robust")]
     made = log_sweep(rows)
 
-    def compared(source: str = "whole") -> tuple[set[str], str]:
+    def compared(filed: list[dict], source: str = "whole") -> tuple[set[str], str]:
+        """Methods at their best scales, and where the numbers are from, with this metrics.csv."""
+        if filed:
+            write_csv(tmp_path / "results/whole/metrics.csv", filed, list(filed[0]))
         assert main(["compare", source]) == 0
         lines = capsys.readouterr().out.splitlines()
         (note,) = [line for line in lines if line.startswith(f"{source}: ")]
         return {" ".join(line.split()[:2]) for line in lines if line.startswith(("robust ", "non_robust "))}, note
 
-    def write(rows: list[dict]) -> None:
-        write_csv(path, rows, list(rows[0]))
-
-    best = {"robust 20", "non_robust 5"}
-    assert compared()[1].startswith("whole: newest runs of branch whole in MLflow"), "there is no file"
-    write(made)
-    table, note = compared()
-    assert table == best and note.startswith("whole: newest runs of branch whole in MLflow")
+    best, file = {"robust 20", "non_robust 5"}, "whole: results/whole/metrics.csv, since MLflow"
     uid = client.get_run(made[0]["mlflow_run_id"]).data.tags["nrcg.uid"]
-    write([made[0] | {"mlflow_run_id": f"pending-{uid}"}, *made[1:]])
-    assert "newest runs" in compared()[1], "sent later"
-    file = "whole: results/whole/metrics.csv, since MLflow"
-    write([made[0] | {"scale": 4.0}, *made[1:]])
-    assert compared() == (best, f"{file} lacks robust scale 4 (branch whole)")
-    write(made[1:])
-    assert compared() == (best, f"{file} holds beside them robust scale 5 (branch whole)")
-    # An untracked rerun of one method at other scales.
-    write([row for row in made if row["method"] == "robust"] + [rows[-1] | {"scale": 7.0, "mlflow_run_id": ""}])
-    assert compared() == ({"robust 20", "non_robust 7"}, f"{file} lacks non_robust scale 7 (branch whole)")
-    write([row | {"mlflow_run_id": ""} for row in made])
-    assert compared() == (best, f"{file} holds other runs of non_robust scale 5 and 4 more (branch whole)")
+    for filed in ([], made, [made[0] | {"mlflow_run_id": f"pending-{uid}"}, *made[1:]]):  # none; the same; sent later
+        table, note = compared(filed)
+        assert table == best and note.startswith("whole: newest runs of branch whole in MLflow")
+    for filed, reason in (
+        ([made[0] | {"scale": 4.0}, *made[1:]], "lacks robust scale 4"),
+        (made[1:], "holds beside them robust scale 5"),
+        ([row | {"mlflow_run_id": ""} for row in made], "holds other runs of non_robust scale 5 and 4 more"),
+    ):
+        assert compared(filed) == (best, f"{file} {reason} (branch whole)")
 
     # A branch where one method alone ran anew.
     git("checkout", "-q", "-b", "finer")
     again = log_sweep([row for row in rows if row["method"] == "robust"])
-    write(again + [row for row in made if row["method"] == "non_robust"])
+    reason = "since MLflow lacks non_robust scale 5 and 1 more (branch finer)"
+    filed = again + [row for row in made if row["method"] == "non_robust"]
+    assert compared(filed) == (best, f"whole: results/whole/metrics.csv, {reason}")
     git("add", "results")
     git("commit", "-q", "-m", "finer")
-    for source, where in (("whole", ""), ("finer:whole", " of git revision finer")):
-        reason = "MLflow lacks non_robust scale 5 and 1 more (branch finer)"
-        assert compared(source) == (best, f"{source}: results/whole/metrics.csv{where}, since {reason}")
+    note = f"finer:whole: results/whole/metrics.csv of git revision finer, {reason}"
+    assert compared([], "finer:whole") == (best, note)
 
 
 def test_switched_off_nothing_is_imported_or_written(tmp_path):
@@ -500,19 +484,6 @@ class Server:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def post(self, path: str, **body) -> dict:
-        request = urllib.request.Request(
-            f"{self.uri}/api/2.0/mlflow/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        return json.load(urllib.request.urlopen(request, timeout=30))
-
-    def get(self, path: str) -> dict:
-        return json.load(urllib.request.urlopen(f"{self.uri}/api/2.0/mlflow/{path}", timeout=30))
-
-    def runs(self, experiment: str) -> list[dict]:
-        found = self.get(f"experiments/get-by-name?experiment_name={experiment}")["experiment"]["experiment_id"]
-        return self.post("runs/search", experiment_ids=[found]).get("runs", [])
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
@@ -523,7 +494,9 @@ def server(tmp_path_factory):
 
 
 def test_a_server_that_dies_under_way_loses_nothing(server, tmp_path, monkeypatch, capsys):
-    """Read through REST: one run begun before the server died, one while it was down, and their parent; each once."""
+    """One run begun before the server died, one while it was down, and their parent; each once."""
+    from mlflow.tracking import MlflowClient
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     invocation = tracking.new_invocation()
@@ -551,31 +524,30 @@ def test_a_server_that_dies_under_way_loses_nothing(server, tmp_path, monkeypatc
     server.start()
     assert main(["track", "--sync"]) == 0
     assert capsys.readouterr().out == "2 runs sent\n"
-    stored = server.runs("remote")
-    by_name = {run["info"]["run_name"]: run for run in stored}
-    (parent,) = set(by_name) - {"before", "within"}
-    assert len(stored) == 3
-    assert {run["info"]["status"] for run in stored} == {"FINISHED"}
-    tags = {name: {tag["key"]: tag["value"] for tag in run["data"]["tags"]} for name, run in by_name.items()}
-    assert by_name["before"]["info"]["run_id"] == before.id
-    assert tags["before"]["mlflow.parentRunId"] == by_name[parent]["info"]["run_id"]
-    assert tags["within"]["mlflow.parentRunId"] == before.id
-    assert within.id == f"pending-{tags['within']['nrcg.uid']}"
-    assert tags["within"]["nrcg.infinite_metrics"] == "inf"
-    assert by_name["before"]["data"]["params"] == [{"key": "a.b", "value": "1"}]
-    history = server.get(f"metrics/get-history?run_id={before.id}&metric_key=loss")["metrics"]
-    assert [(int(entry["step"]), entry["value"]) for entry in history] == [(1, 3.0), (2, 2.0)]
-    artifacts = server.get(f"artifacts/list?run_id={by_name['within']['info']['run_id']}&path=grids")["files"]
-    assert [(entry["path"], int(entry["file_size"])) for entry in artifacts] == [("grids/grid.txt", len("before"))]
+    client = MlflowClient(server.uri)
+    by_name = {run.info.run_name: run for run in runs(client, "remote")}
+    (parent,) = by_name.keys() - {"before", "within"}
+    assert len(runs(client, "remote")) == 3
+    assert {run.info.status for run in by_name.values()} == {"FINISHED"}
+    sent, late = by_name["before"], by_name["within"]
+    assert (sent.info.run_id, sent.data.params) == (before.id, {"a.b": "1"})
+    assert sent.data.tags["mlflow.parentRunId"] == by_name[parent].info.run_id
+    assert late.data.tags["mlflow.parentRunId"] == before.id
+    assert within.id == f"pending-{late.data.tags['nrcg.uid']}"
+    assert late.data.tags["nrcg.infinite_metrics"] == "inf"
+    assert [(one.step, one.value) for one in client.get_metric_history(before.id, "loss")] == [(1, 3.0), (2, 2.0)]
+    (artifact,) = client.list_artifacts(late.info.run_id, "grids")
+    assert (artifact.path, artifact.file_size) == ("grids/grid.txt", len("before"))
 
     assert main(["track", "--sync"]) == 0
     assert capsys.readouterr().out == "nothing is missing\n"
-    assert server.runs("remote") == stored
+    again = {run.info.run_name: run for run in runs(client, "remote")}
+    assert all(str(again[name].to_dictionary()) == str(by_name[name].to_dictionary()) for name in again | by_name)
     assert list((tmp_path / ".nrcg/tracking").glob("*")) == []
 
 
 @pytest.mark.slow
-def test_models_and_rows_go_through_a_server(server, models, tmp_path, monkeypatch):
+def test_models_go_through_a_server(server, models, tmp_path, monkeypatch):
     import mlflow
     import torch
 
@@ -584,16 +556,8 @@ def test_models_and_rows_go_through_a_server(server, models, tmp_path, monkeypat
     with tracking.run("served", "train", kind="train", params={}) as run:
         run.log_model(models["judge"], "judge")
     mlflow.set_tracking_uri(server.uri)
-    (model,) = mlflow.search_logged_models(
-        filter_string=f"source_run_id = '{run.id}'",
-        output_format="list",
-        experiment_ids=[mlflow.get_run(run.id).info.experiment_id],
-    )
-    assert mlflow.pytorch.load_model(f"models:/{model.model_id}")(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
-    log_method("served", "robust", {1.0: 0.4})
-    assert [(row["method"], row["scale"], row["accuracy_judge"]) for row in tracking.read_rows("served")] == [
-        ("robust", 1.0, 0.4)
-    ]
+    (output,) = mlflow.get_run(run.id).outputs.model_outputs
+    assert mlflow.pytorch.load_model(f"models:/{output.model_id}")(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
 
 
 def test_a_server_that_is_down_costs_one_line_and_little_time(tmp_path, monkeypatch, capsys):
@@ -738,20 +702,11 @@ def test_a_damaged_database_is_to_be_moved_away(store, tmp_path, monkeypatch, ca
     assert subprocess.run(sync, check=True, capture_output=True, text=True).stdout == "1 run sent\n"
 
 
-def test_params_are_flattened():
+def test_params_are_flattened_and_keys_that_mlflow_refuses_changed():
     params = {"ddpm": {"seed": 0, "unet": {"attention": [True, False]}}, "name": "x", "none": None, "empty": {}}
-    assert tracking.flatten(params) == {
-        "ddpm.seed": "0",
-        "ddpm.unet.attention": "[true, false]",
-        "name": "x",
-        "none": "null",
-        "empty": "{}",
-    }
-
-
-@pytest.mark.parametrize(("key", "clean"), [("a(b)", "a_b_"), ("../a", "_/a"), ("é=1", "é_1"), ("", "_")])
-def test_keys_that_mlflow_refuses_are_changed(key, clean):
-    assert list(tracking.flatten({key: 1})) == [clean]
+    flat = {"ddpm.seed": "0", "ddpm.unet.attention": "[true, false]", "name": "x", "none": "null", "empty": "{}"}
+    assert tracking.flatten(params) == flat
+    assert list(tracking.flatten({"a(b)": 1, "../a": 1, "é=1": 1, "": 1})) == ["a_b_", "_/a", "é_1", "_"]
 
 
 def test_the_hash_depends_on_settings_and_not_on_their_order(tmp_path, monkeypatch):
@@ -763,19 +718,16 @@ def test_the_hash_depends_on_settings_and_not_on_their_order(tmp_path, monkeypat
         return json.loads(path.read_text().splitlines()[0])["tags"]["nrcg.config_hash"]
 
     assert config_hash({"a": 1, "b": (1, 2)}) == config_hash({"b": [1, 2], "a": 1})
-    assert config_hash({"a": 1}) != config_hash({"a": 2})
-    assert config_hash({"a": Path("x"), "b": float("inf")})
+    assert config_hash({"a": Path("x"), "b": float("inf")}) != config_hash({"a": Path("y"), "b": float("inf")})
 
 
 def test_the_git_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_commit() == "unknown"
-    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
-        monkeypatch.setenv(name, "test@example.org")
     (tmp_path / "file").write_text("1")
     for command in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "first"]):
-        subprocess.run(["git", *command], check=True)
+        git(*command)
     commit = git_commit()
     assert len(commit) == 40
     (tmp_path / "file").write_text("2")
