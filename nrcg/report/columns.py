@@ -1,4 +1,4 @@
-"""Result tables: read and write the CSV files, choose the best scale of each method, print the comparison."""
+"""The columns of forward.csv and metrics.csv: read, checked, named."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ METRICS_COLUMNS = (
 """Beside these a metrics.csv holds the Fréchet distances of one protocol or several, the headline's first: fid and
 cfid, fid_torcheval and cfid_torcheval, or fd_NAME and cfd_NAME; more metrics (docs/evaluation.md); and NAME_lo,
 NAME_hi, the 95 % interval of each."""
-IDENTITY_COLUMNS = ("experiment", "protocols", "reference", "best_by")
-"""Columns in which rows must agree to be compared."""
 METHOD_LABELS = {
     "unconditional": "unconditional",
     "robust": "robust",
