@@ -82,15 +82,6 @@ class FeatureStatistics:
         statistics.update(features)
         return statistics
 
-    @classmethod
-    def from_sums(cls, n: int, total: np.ndarray, outer: np.ndarray) -> FeatureStatistics:
-        """From (dim,) the sum of n >= 1 vectors and (dim, dim) the sum of their outer products."""
-        statistics = cls(len(total))
-        statistics.n = n
-        statistics.centre = np.asarray(total, np.float64) / n
-        statistics.scatter = outer - n * np.outer(statistics.centre, statistics.centre)
-        return statistics
-
     @property
     def dim(self) -> int:
         """Length of a feature vector."""
