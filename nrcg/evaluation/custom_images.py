@@ -22,8 +22,6 @@ from nrcg.evaluation.evaluate import evaluate_features
 from nrcg.evaluation.features import (
     Extractor,
     extract,
-    find_inception,
-    find_torcheval,
     load_extractor,
     resolve_features,
 )
@@ -90,33 +88,33 @@ def evaluate_custom(
     count, judge, aim = num_samples or samples.count, None, None
     if samples.features is not None:
         _check_given(samples, reference, features, classifier)
+        extractors: list[Extractor | Given] = [Given(reference.features.shape[1])]
     elif classifier is not None:
         judge = load_classifier(classifier).to(device)
         aim = None if target is None else _class_of(judge, target)
     chosen = None if target is None else _target_images(reference, target, judge, aim)
-    if samples.features is not None:
-        extractors = [Given(reference.features.shape[1])]
-    else:
+    if samples.features is None:
         protocols = _protocols(features, weights_dir, judge)
         extractors = [load_extractor(one, weights_dir=weights_dir, judge=judge, device=device) for one in protocols]
     report = on_plan(count + reference.count)
     references = _collect(reference, extractors, chosen, num_pairwise, batch_size, device, report)
+    scores: list[np.ndarray] = []
     found: list[list[np.ndarray]] = [[] for _ in extractors]
-    hits: dict[str, list[np.ndarray]] = {} if judge is None or target is None else {"judge": []}
     for first, chunk in numbered(samples, count):
         for rows, extractor in zip(found, extractors, strict=True):
             rows.append(_features(extractor, chunk, batch_size))
-        for parts in hits.values():
-            parts.append(class_hits(_logits(judge, chunk, batch_size), aim))
+        if aim is not None:
+            scores.append(class_hits(_logits(judge, chunk, batch_size), aim))
         report(reference.count + first + len(chunk))
-    joined = {name: np.concatenate(parts) for name, parts in hits.items()}
-    vectors = [np.concatenate(rows) for rows in found]
-    row = evaluate_features(vectors, references, hits=joined, seed=seed, device=device)
+    hits = {"judge": np.concatenate(scores)} if scores else None
+    row = evaluate_features([np.concatenate(rows) for rows in found], references, hits=hits, seed=seed, device=device)
     for column, side in (("protocols", samples), ("reference", reference)):
         if side.image_size is not None:
             row[column] += f", resized to {side.image_size} first"
-    unused = ["without --target there is no accuracy"] if judge is not None and target is None else []
-    return {"samples": str(samples.path), "target": target or "", **row}, _warnings(extractors, row) + unused
+    warnings = _warnings(extractors, row) + ["without --target there is no accuracy"] * (
+        judge is not None and aim is None
+    )
+    return {"samples": str(samples.path), "target": target or "", **row}, warnings
 
 
 def _collect(
@@ -208,11 +206,8 @@ def _protocols(features: Sequence[str], weights_dir: str | Path, judge: Classifi
         raise DataError("--features given: both sides must be .npy files of (N, dim) floating-point features")
     if "judge" in features and judge is None:
         raise DataError("--features judge: give the judge by --classifier")
-    if list(features) == ["auto"] and judge is None:
-        found = ["inception"] * (find_inception(weights_dir) is not None)
-        found += ["torcheval"] * (find_torcheval(weights_dir) is not None)
-        return found or ["inception"]  # fetched, or refused with what to do
-    return [one for one in resolve_features(features, weights_dir) if one != "judge" or judge is not None]
+    found = [one for one in resolve_features(features, weights_dir) if one != "judge" or judge is not None]
+    return found or ["inception"]  # fetched, or refused with what to do
 
 
 def _features(extractor: Extractor | Given, images: ImageList | np.ndarray, batch_size: BatchSize) -> np.ndarray:

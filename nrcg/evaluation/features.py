@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from nrcg.errors import DataError
-from nrcg.files import temporary_name
+from nrcg.files import sha256_file, temporary_name
 
 if TYPE_CHECKING:
     import torch
@@ -97,18 +97,6 @@ def _check_images(images: np.ndarray) -> None:
         raise DataError(f"images must be (N, H, W, 1 or 3) uint8, got shape {images.shape} and type {images.dtype}")
 
 
-def find_inception(weights_dir: str | Path) -> Path | None:
-    """Path of clean-fid's Inception file in `weights_dir`, or None. No other place is tried."""
-    path = Path(weights_dir) / INCEPTION_FILE
-    return path if path.is_file() else None
-
-
-def find_torcheval(weights_dir: str | Path) -> Path | None:
-    """Path of torchvision's Inception v3 file in `weights_dir`, or None. No other place is tried."""
-    path = Path(weights_dir) / TORCHEVAL_FILE
-    return path if path.is_file() else None
-
-
 def resolve_features(features: str | Sequence[str], weights_dir: str | Path) -> list[str]:
     """The protocols to evaluate by, the headline first: inception, else torcheval, else the first given.
 
@@ -117,8 +105,8 @@ def resolve_features(features: str | Sequence[str], weights_dir: str | Path) -> 
     found: list[str] = []
     for name in [features] if isinstance(features, str) else features:
         if name == "auto":
-            found += ["inception"] * (find_inception(weights_dir) is not None)
-            found += ["torcheval"] * (find_torcheval(weights_dir) is not None)
+            files = {"inception": INCEPTION_FILE, "torcheval": TORCHEVAL_FILE}
+            found += [protocol for protocol, file in files.items() if (Path(weights_dir) / file).is_file()]
             found.append("judge")
         else:
             found.append(name)
@@ -324,8 +312,7 @@ def _weights_digest(module: torch.nn.Module) -> str:
 
 def _check_digest(path: Path, expected: str | None) -> str:
     """SHA-256 of the file, in hexadecimal. Raises DataError if `expected`, its first digits, is given and differs."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_file(path)
     if expected is not None and not digest.startswith(expected.lower()):
         raise DataError(f"{path} is damaged or another file: sha256 {digest}, expected {expected.lower()}")
     return digest

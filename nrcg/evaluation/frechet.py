@@ -8,18 +8,14 @@ alone" (cFID in the paper). docs/evaluation.md defines every column.
 
 from __future__ import annotations
 
-import io
 import re
-import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from nrcg.errors import DataError
 from nrcg.evaluation.intervals import Estimate
-from nrcg.files import atomic_write
 
 EXACT_PRODUCTS = 2**30
 """Multiplications up to which the influences on a Fréchet distance are float64."""
@@ -131,29 +127,6 @@ class FeatureStatistics:
             self.scatter += np.outer(apart, apart * (self.n * n / total))
         self.centre = self.centre + apart * (n / total)
         self.n = total
-
-    def save(self, path: str | Path) -> None:
-        """Write an .npz of plain arrays (n, mean, scatter), at once: a reader never sees half a file."""
-        path = Path(path)
-        content = io.BytesIO()
-        np.savez(content, n=np.int64(self.n), mean=self.centre, scatter=self.scatter)
-        atomic_write(path, content.getvalue())
-
-    @classmethod
-    def load(cls, path: str | Path) -> FeatureStatistics:
-        """Read what `save` wrote. Raises DataError for any other file; pickled arrays are refused."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                n, mean, scatter = int(arrays["n"]), arrays["mean"], arrays["scatter"]
-        except (OSError, EOFError, KeyError, ValueError, TypeError, IndexError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} holds no feature statistics: {error}") from error
-        if n < 0 or mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
-            raise DataError(f"{path} holds no feature statistics: shapes {mean.shape}, {scatter.shape}")
-        statistics = cls(len(mean))
-        statistics.n = n
-        statistics.centre = mean.astype(np.float64)
-        statistics.scatter = scatter.astype(np.float64)
-        return statistics
 
 
 def covariance_factor(cov: np.ndarray) -> np.ndarray:

@@ -18,7 +18,6 @@ from nrcg.evaluation.features import (
     TorchevalExtractor,
     extract,
     extractor_name,
-    find_inception,
     load_extractor,
     resolve_features,
 )
@@ -192,17 +191,12 @@ def test_inception_of_another_digest_is_refused_before_it_is_loaded(weights_dir,
 
 
 def test_missing_inception_names_file_address_and_folder(tmp_path):
-    assert find_inception(tmp_path) is None
     with pytest.raises(DataError) as error:
         InceptionExtractor(tmp_path)
     message = str(error.value)
     assert "\n" not in message
     assert all(part in message for part in (INCEPTION_FILE, features.INCEPTION_URL, str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_find_inception(weights_dir):
-    assert find_inception(str(weights_dir)) == weights_dir / INCEPTION_FILE
 
 
 @pytest.mark.parametrize("kind", ["not TorchScript", "without layers"])

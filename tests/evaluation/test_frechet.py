@@ -78,39 +78,6 @@ def test_merge_leaves_the_other_alone():
     np.testing.assert_array_equal(b.scatter, before)
 
 
-def test_save_and_load(tmp_path):
-    statistics = FeatureStatistics.from_features(gaussian(9))
-    statistics.save(tmp_path / "statistics.npz")
-    loaded = FeatureStatistics.load(tmp_path / "statistics.npz")
-    assert loaded.n == 9
-    np.testing.assert_array_equal(loaded.mean, statistics.mean)
-    np.testing.assert_array_equal(loaded.scatter, statistics.scatter)
-    assert [path.name for path in tmp_path.iterdir()] == ["statistics.npz"]
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut off", "other keys", "shapes", "pickle", "npy"])
-def test_load_refuses_other_files(kind, tmp_path):
-    path = tmp_path / "statistics.npz"
-    square = {"n": np.int64(2), "mean": np.zeros(2), "scatter": np.zeros((2, 2))}
-    if kind in ("empty", "text"):
-        path.write_text("" if kind == "empty" else "no archive")
-    elif kind == "cut off":
-        FeatureStatistics.from_features(gaussian(9)).save(path)
-        path.write_bytes(path.read_bytes()[:-200])
-    elif kind == "npy":
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    elif kind != "missing":
-        changed = {
-            "other keys": {"mu": np.zeros(2)},
-            "shapes": square | {"scatter": np.zeros((2, 3))},
-            "pickle": square | {"mean": np.array([{}, {}], dtype=object)},
-        }
-        np.savez(path, **changed[kind])
-    with pytest.raises(DataError, match=r"statistics\.npz holds no feature statistics"):
-        FeatureStatistics.load(path)
-
-
 @pytest.mark.parametrize(
     "features, error",
     [
