@@ -133,7 +133,7 @@ def test_what_a_dead_process_left_is_sent_at_the_next_start(tmp_path):
 
     store = f"sqlite:///{tree / 'mlflow.db'}"
     said = {line for line in start("http://127.0.0.1:1").stderr.splitlines() if line.startswith("nrcg: ")}
-    assert len(said) == 1 and "cannot be reached" in said.pop() and left.path.exists()
+    assert said and all("cannot be reached" in line for line in said) and left.path.exists()
     assert "nrcg:" not in start(store).stderr
     assert list((tree / ".nrcg/tracking").iterdir()) == []
     from mlflow.tracking import MlflowClient
