@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Read by the matrix libraries when they are loaded, so before any import of them.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ[name] = str(arguments.threads)
+    # Threads that wait without spinning: beside another busy process, spinning ones make a job several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return arguments.verb(arguments) or 0
     except NrcgError as error:

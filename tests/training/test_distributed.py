@@ -17,6 +17,16 @@ from nrcg.training.distributed import Ranks, launch, num_processes
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """torchrun's agent leaves its handlers behind, in a process that is expected to end with it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def alive(pid: int) -> bool:
     try:
         # A process that ended but was not waited for is a zombie.

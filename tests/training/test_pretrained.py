@@ -313,11 +313,11 @@ def test_a_misfit_leaves_no_folder(tmp_path, data, capsys):
 
 
 def test_the_report_says_where_it_came_from(tmp_path, data):
-    from nrcg.report.sections import _training
+    from nrcg.report.sections import training_record
 
     source, out = write_tiny_pipeline(tmp_path / "source"), tmp_path / "ddpm"
     assert train_ddpm(tmp_path, str(source), data, out) == 0
-    found = _training(out)
+    found = training_record(out)
     assert found["loss"] is None
     assert found["words"].startswith(f"pretrained ({source}), not trained here, validation loss ")
     assert found["samples"] is not None
