@@ -23,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 test: $(STAMP)
-	.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow and not slurm' -q
+	.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m 'not slow and not slurm' -q
 
 test-slow: $(STAMP)
 	.venv/bin/python -m pytest -m 'slow and not slurm' -q
