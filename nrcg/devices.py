@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,39 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def floating_type(module: object) -> torch.dtype:
+    """Type of a module's first floating parameter or buffer; float32 where there is none."""
+    import torch
+    from torch import nn
+
+    tensors = itertools.chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()
+    return next((one.dtype for one in tensors if one.is_floating_point()), torch.float32)
+
+
+@contextlib.contextmanager
+def frozen(*modules: object) -> Iterator[None]:
+    """Eval mode and no parameter gradients while it lasts; what each part of a module had is given back after it.
+
+    What is no torch module, such as a plain function, is left alone.
+    """
+    from torch import nn
+
+    parts = [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    modes = [(part, part.training) for part in parts]
+    gradients = [(one, one.requires_grad) for part in parts for one in part.parameters(recurse=False)]
+    try:
+        for part, _ in modes:
+            part.training = False
+        for one, _ in gradients:
+            one.requires_grad_(False)
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for one, wanted in gradients:
+            one.requires_grad_(wanted)
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 
@@ -25,3 +26,14 @@ class DataError(NrcgError):
     def __init__(self, reason: str, path: str | os.PathLike | None = None):
         super().__init__(reason if path is None else f"{os.fspath(path)}: {reason}")
         self.path = path
+
+
+def whole_number(name: str, value: object, least: int = 0) -> int:
+    """A whole number of any integer type, numpy's too. Raises ValueError: another value, or one below `least`."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name}: {value!r} is no whole number >= {least}")
+    return number

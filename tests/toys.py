@@ -110,6 +110,7 @@ class SmoothCNN(nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(torch.randn_like(parameter))
             self.norm.running_mean.uniform_(-0.5, 0.5)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.norm(self.conv(x)))

@@ -153,12 +153,15 @@ def probe(classifier: Callable[[Tensor], Any], x: Tensor) -> int:
     """
     ramp = torch.linspace(-1.0, 1.0, x.numel(), device=x.device).reshape(x.shape)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             seen = torch.cat([torch.zeros_like(x), ramp.to(x.dtype)]).requires_grad_(True)
-            logits = logits_of(classifier(seen))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the classifier cannot take images of shape {tuple(x.shape[1:])}: {reason}") from error
+            logits = logits_of(classifier(seen.clone()))
+    except (RuntimeError, AssertionError) as error:  # vision transformers assert their size
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the classifier cannot take images of shape {tuple(x.shape[1:])}: {reason}; where it wants another size,"
+            " wrap it: nrcg.Classifier(module, image_size=...)"
+        ) from error
     if len(logits) != 2:
         raise ValueError(f"the classifier gave logits of shape {tuple(logits.shape)} for 2 images; expected (2, K)")
     if not logits.requires_grad:
@@ -166,10 +169,21 @@ def probe(classifier: Callable[[Tensor], Any], x: Tensor) -> int:
     found = logits.detach().float()
     if not found.isfinite().all():
         raise ValueError("the classifier's logits are not finite; are its weights?")
+    if "Sigmoid" in _last_operation(logits):
+        raise ValueError("the classifier gives probabilities, not logits: leave its sigmoid out")
     total = found.sum(dim=1)
     if found.shape[1] > 1 and (found >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-4):
         raise ValueError("the classifier gives probabilities that add up to 1, not logits: leave its softmax out")
     return two_sided(found).shape[1]
+
+
+def _last_operation(value: Tensor) -> str:
+    """Name of the operation that computed a tensor, behind those that only shape or convert it."""
+    node = value.grad_fn
+    shaping = ("View", "Reshape", "Squeeze", "Unsqueeze", "ToCopy", "Select", "Slice", "Alias", "Clone", "Expand")
+    while node is not None and any(word in node.name() for word in shaping) and node.next_functions:
+        node = node.next_functions[0][0]
+    return "" if node is None else node.name()
 
 
 def _last_linear(module: nn.Module) -> nn.Linear:

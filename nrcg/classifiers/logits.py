@@ -5,7 +5,7 @@ One logit means a binary classifier: it is class 1's against zero. `two_sided` s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nrcg.data.arrays import to_unit
+from nrcg.devices import floating_type
 from nrcg.errors import DataError
 
 BATCH = 256
@@ -51,19 +52,35 @@ def predicted_class(logits: Logits) -> Logits:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a network's output: a tensor or an object with `.logits`.
+    """The logits (B, K) of a network's output: a tensor, (B,) where it is binary, an object or a mapping with `logits`,
+    or a tuple, list or mapping of one tensor.
 
     Raises:
-        TypeError: neither.
+        TypeError: none of these.
         ValueError: not (B, K).
     """
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output["logits"] if "logits" in output else _only(list(output.values()))
+    elif not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+        if logits is None and isinstance(output, tuple | list):
+            logits = _only(output)
     if not isinstance(logits, Tensor):
-        kind = type(output).__name__
-        raise TypeError(f"the classifier gave {kind}; expected logits (B, K) or an object with .logits")
+        raise TypeError(
+            f"the classifier gave {type(output).__name__}; expected logits (B, K) or an object with .logits: "
+            "wrap it in a function that returns them"
+        )
+    if logits.ndim == 1:
+        return logits[:, None]
     if logits.ndim != 2:
         raise ValueError(f"the classifier gave logits of shape {tuple(logits.shape)}; expected (B, K)")
     return logits
+
+
+def _only(values: Sequence[Any]) -> Any:
+    """The one entry of a sequence, None where there are others."""
+    return values[0] if len(values) == 1 else None
 
 
 def class_index(classes: Sequence[str], target: str | int) -> int:
@@ -86,10 +103,11 @@ def predict(classifier: nn.Module, images: np.ndarray) -> np.ndarray:
     """(N, K) float32 logits of (N, H, W, C) uint8 images."""
     parameter = next(classifier.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
+    dtype = floating_type(classifier)
     logits = []
     with torch.no_grad():
         for first in range(0, len(images), BATCH):
-            logits.append(classifier(to_unit(images[first : first + BATCH]).to(device)).float().cpu())
+            logits.append(classifier(to_unit(images[first : first + BATCH]).to(device, dtype)).float().cpu())
     return torch.cat(logits).numpy()
 
 

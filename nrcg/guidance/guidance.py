@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nrcg.classifiers.adapter import probe
-from nrcg.classifiers.logits import class_log_prob, logits_of
+from nrcg.classifiers.logits import class_index, class_log_prob, logits_of
 from nrcg.config import GRAD_MODES, INPUTS, GradMode, Input
-from nrcg.devices import freeze
+from nrcg.devices import floating_type, frozen
 from nrcg.diffusion.objectives import Prediction, as_prediction
 from nrcg.diffusion.schedule import Schedule
+from nrcg.errors import DataError, whole_number
 from nrcg.guidance.scales import ScaleSchedule
 from nrcg.guidance.stabilizers import Identity, Stabilizer
 
@@ -49,10 +51,11 @@ def log_prob_gradient(
     Returns:
         The gradient (B, C, H, W), in float32 unless x is float64, and the logits (B, K), detached.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+    # Also where the caller is in inference mode, which keeps no graph.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_(True)
         seen = x if see is None else see(x)
-        logits = logits_of(classifier(seen))
+        logits = logits_of(classifier(seen.clone()))  # a copy: some classifiers normalise their input in place
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # One sum over the batch: no sample's log-probability depends on another's image.
         (grad,) = torch.autograd.grad(class_log_prob(logits, target).sum(), seen)
@@ -67,10 +70,11 @@ class ClassifierGuidance:
     """Guides a sampler towards a class by a classifier's gradient (eq. 1, algorithm 1).
 
     Args:
-        classifier: images (B, C, H, W) in [-1, 1] to (B, K) logits, or to an object with `.logits`; one logit means
-            binary. Wrap a model that expects other values or sizes in `nrcg.Classifier`. It is put into eval mode
-            (batch statistics would couple the samples) and its parameters are frozen.
-        target: class index.
+        classifier: images (B, C, H, W) in [-1, 1] to (B, K) logits, as `nrcg.classifiers.logits.logits_of` takes them;
+            one logit means binary. A module of any floating type, or a function. Wrap a model that expects other values
+            or sizes in `nrcg.Classifier`. While it guides it is in eval mode (batch statistics would couple the
+            samples) and its parameters are frozen; what it had before is given back.
+        target: class index, or name where the classifier has `classes`.
         scale: s of eq. 1, >= 0; or a function of the share of the trajectory that is left, t / T in (0, 1], such as
             `nrcg.guidance.scales.Linear(10.0, 0.0)`.
         input: `pred_x0`, the classifier sees the one-step denoised image and the gradient goes through the U-Net
@@ -99,8 +103,8 @@ class ClassifierGuidance:
 
     def __init__(
         self,
-        classifier: nn.Module,
-        target: int,
+        classifier: nn.Module | Callable[[Tensor], Any],
+        target: int | str,
         scale: float | ScaleSchedule = 1.0,
         input: Input = "pred_x0",
         stabilizer: Stabilizer | None = None,
@@ -114,24 +118,21 @@ class ClassifierGuidance:
             raise ValueError(f"input: {input!r} is unknown; allowed: {', '.join(INPUTS)}")
         if grad_mode not in GRAD_MODES:
             raise ValueError(f"grad_mode: {grad_mode!r} is unknown; allowed: {', '.join(GRAD_MODES)}")
-        if every_k < 1:
-            raise ValueError(f"every_k: {every_k} is less than 1")
+        every_k = whole_number("every_k", every_k, least=1)
         if not 0.0 < skip_above <= 1.0:
             raise ValueError(f"skip_above: {skip_above} is no probability in (0, 1]")
         if not callable(scale) and not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"scale: {scale} is not a finite number >= 0")
-        if target < 0:
-            raise ValueError(f"target: {target} is negative")
         if time_conditioned and input != "x_t":
             raise ValueError("time_conditioned: a denoised image has no step; it goes with input x_t")
-        self.classifier = freeze(classifier)
-        self.target = int(target)
+        self.classifier = classifier
+        self.target = _class_of(classifier, target)
         self.scale = scale if callable(scale) else float(scale)
         self.input = input
         self.stabilizer = stabilizer if stabilizer is not None else Identity()
         self.clip_pred_x0 = clip_pred_x0
         self.grad_mode = grad_mode
-        self.every_k = int(every_k)
+        self.every_k = every_k
         self.skip_above = float(skip_above)
         self.time_conditioned = time_conditioned
         self.reset()
@@ -145,19 +146,32 @@ class ClassifierGuidance:
         self.fresh = False
 
     def scale_at(self, share_left: float) -> float:
-        """s at a share t / T of the trajectory."""
-        return float(self.scale(share_left)) if callable(self.scale) else self.scale
+        """s at a share t / T of the trajectory. Raises ValueError: a schedule gives no finite number >= 0."""
+        if not callable(self.scale):
+            return self.scale
+        scale = float(self.scale(share_left))
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(
+                f"scale: the schedule gives {scale} at t / T = {share_left:g}; a finite number >= 0 is needed"
+            )
+        return scale
 
     def to(self, device: torch.device) -> ClassifierGuidance:
         """Move the classifier to a device."""
-        self.classifier.to(device)
+        if isinstance(self.classifier, nn.Module):
+            self.classifier.to(device)
         return self
 
     def classifier_at(self, t: int) -> Callable[[Tensor], Tensor]:
-        """The classifier of images at step t, 1..T."""
-        if not self.time_conditioned:
-            return self.classifier
-        return lambda x: self.classifier(x, torch.full((len(x),), t - 1, device=x.device))
+        """The classifier of images at step t, 1..T; they reach it in its own floating type."""
+        dtype = floating_type(self.classifier)
+
+        def classify(x: Tensor) -> Any:
+            if not self.time_conditioned:
+                return self.classifier(x.to(dtype))
+            return self.classifier(x.to(dtype), torch.full((len(x),), t - 1, device=x.device))
+
+        return classify
 
     def check(self, x: Tensor) -> None:
         """Try the classifier on images shaped like x (B, C, H, W).
@@ -166,7 +180,8 @@ class ClassifierGuidance:
             ValueError: it cannot take them, gives no (B, K) logits, has no gradient, or has no class `target`.
             TypeError: it gives no tensor.
         """
-        num_classes = probe(self.classifier_at(1), x[:1])
+        with frozen(self.classifier):
+            num_classes = probe(self.classifier_at(1), x[:1])
         if self.target >= num_classes:
             raise ValueError(f"target: {self.target} is no class of the classifier, which has {num_classes}")
 
@@ -215,7 +230,9 @@ class ClassifierGuidance:
         """A step whose gradient is taken for zero; the logits tell whether that still holds."""
         prediction = as_prediction(predict_noise(x_t, t))
         seen = x_t if self.input == "x_t" else schedule.pred_x0(x_t, prediction.eps, t, clip=self.clip_pred_x0)
-        return GuidedStep(torch.zeros_like(x_t), prediction, logits_of(self.classifier_at(t)(seen)).float())
+        with frozen(self.classifier):
+            logits = logits_of(self.classifier_at(t)(seen))
+        return GuidedStep(torch.zeros_like(x_t), prediction, logits.float())
 
     def gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
         """g_t of eq. 1, of x_t itself or through the one-step denoised image (eqs. 5 and 6).
@@ -227,7 +244,8 @@ class ClassifierGuidance:
         if self.input == "x_t":
             with torch.no_grad():
                 prediction = as_prediction(predict_noise(x_t, t))
-            grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t)
+            with frozen(self.classifier):
+                grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t)
             return GuidedStep(grad, prediction, logits)
         predicted: list[Prediction] = []
 
@@ -236,5 +254,19 @@ class ClassifierGuidance:
                 predicted.append(as_prediction(predict_noise(x, t)))
             return schedule.pred_x0(x, predicted[0].eps, t, clip=self.clip_pred_x0)
 
-        grad, logits = log_prob_gradient(self.classifier, self.target, x_t, one_step_denoised)
+        with frozen(self.classifier):
+            grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t, one_step_denoised)
         return GuidedStep(grad, predicted[0].detach(), logits)
+
+
+def _class_of(classifier: Any, target: int | str) -> int:
+    """A class by number, or by name where the classifier says its classes. Raises ValueError."""
+    if not isinstance(target, str):
+        return whole_number("target", target)
+    classes = getattr(classifier, "classes", None)
+    if not classes:
+        raise ValueError(f"target: {target!r}, but the classifier's classes have no names; give a number")
+    try:
+        return class_index(classes, target)
+    except DataError as error:
+        raise ValueError(str(error)) from None

@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from nrcg.batching import BatchSize, first_batch, in_batches
-from nrcg.config import STARTS
+from nrcg.config import PRECISIONS, STARTS
 from nrcg.data.arrays import to_uint8
-from nrcg.devices import autocast, freeze
+from nrcg.devices import autocast, floating_type, freeze, frozen, resolve_precision
 from nrcg.diffusion.objectives import Prediction, to_eps
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.storage import check_pipeline_files, read_data_mean
-from nrcg.errors import DataError
+from nrcg.errors import DataError, whole_number
 from nrcg.guidance.guidance import ClassifierGuidance, PredictNoise
 from nrcg.guidance.samplers import DDIM, DDPM, DPMSolverPP, Sampler
 from nrcg.guidance.sampling import guided_sample, start_samples
@@ -58,7 +58,7 @@ class GuidedOutput(BaseOutput):
     """What a pipeline call gives.
 
     Attributes:
-        images: PIL images.
+        images: PIL images; none where the samples have neither one nor three channels.
         samples: (N, C, H, W) float32 in [-1, 1].
         nonfinite: (N,) bool, samples that turned non-finite; they stand as they were at the step before.
         seconds: wall time of the sampling alone.
@@ -75,8 +75,8 @@ class GuidedOutput(BaseOutput):
 class GuidedDDPMPipeline(DDPMPipeline):
     """diffusers' DDPMPipeline with classifier guidance and a seed for each sample.
 
-    Opens any folder or hub id of an unconditional DDPM. Called with guidance=None it is the plain DDPM. A call puts the
-    U-Net into eval mode and freezes its parameters.
+    Opens any folder or hub id of an unconditional DDPM, in any floating type. Called with guidance=None it is the plain
+    DDPM. While it draws, the U-Net is in eval mode with frozen parameters; what it had before is given back.
     """
 
     data_mean: Tensor | None = None
@@ -172,13 +172,14 @@ class GuidedDDPMPipeline(DDPMPipeline):
             ValueError: a prediction type that is not supported.
         """
         unet, schedule = freeze(self.unet), self.schedule()
+        dtype = floating_type(unet)
         kind = self.scheduler.config["prediction_type"]
         channels = unet.config.in_channels
         to_eps(torch.zeros(1, 1), torch.zeros(1, 1), 1, schedule, kind)  # an unknown kind is refused here
 
         def predict_noise(x: Tensor, t: int) -> Prediction:
             with autocast(x.device, precision):
-                output = unet(x, torch.full((len(x),), t - 1, device=x.device)).sample.to(x.dtype)
+                output = unet(x.to(dtype), torch.full((len(x),), t - 1, device=x.device)).sample.to(x.dtype)
             share = (output[:, channels:] + 1.0) / 2.0 if output.shape[1] == 2 * channels else None
             return Prediction(to_eps(output[:, :channels], x, t, schedule, kind), share)
 
@@ -195,7 +196,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
         start: str = "auto",
         num_inference_steps: int | None = None,
         eta: float = 0.0,
-        precision: torch.dtype = torch.float32,
+        precision: torch.dtype | str = torch.float32,
         trace: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> GuidedOutput:
@@ -210,7 +211,8 @@ class GuidedDDPMPipeline(DDPMPipeline):
             start: `standard_normal`, `data_mean`, or `auto`: data_mean where the folder holds it.
             num_inference_steps: steps taken, 1..T; None takes all. `use_sampler` sets samplers that need few.
             eta: for DDIM, share of the ancestral sampler's noise, in [0, 1].
-            precision: autocast of the U-Net; x_t, the gradient and the stabilizer stay in float32.
+            precision: autocast of the U-Net, a dtype or a name such as `auto`; x_t, the gradient and the stabilizer
+                stay in float32.
             trace: record gradient norms and cosines, log-probabilities and clipped pixels of each step (`Trace`).
             on_step: called after each step with the number done, of num_samples times the steps; instead of a bar.
 
@@ -218,12 +220,14 @@ class GuidedDDPMPipeline(DDPMPipeline):
             ValueError: a setting or a scheduler that is not supported, a classifier that does not fit.
             DataError: a single sample does not fit into the memory.
         """
-        _check_counts(num_samples, batch_size, first_sample)
+        num_samples = whole_number("num_samples", num_samples, least=1)
+        first_sample = whole_number("first_sample", first_sample)
+        if batch_size != "auto":
+            batch_size = whole_number("batch_size", batch_size, least=1)
         if trace and (guidance is None or guidance.scale == 0):
             raise ValueError("trace: needs guidance with a scale above 0")
         sampler, timesteps = self.sampler(eta), self.timesteps(num_inference_steps)
         data_mean, shape = self._start_mean(start), self._prepare(guidance)
-        predict_noise = self.noise_predictor(precision)
         parts: list[Trace] = []
 
         def draw(batch: range) -> tuple[Tensor, Tensor]:
@@ -242,30 +246,35 @@ class GuidedDDPMPipeline(DDPMPipeline):
                 on_step=lambda: report(next(done)),
             )
             if recorder is not None:
-                parts.append(recorder.result())
+                parts.append(recorder.result(len(batch)))
             return x.clamp(-1.0, 1.0).cpu(), nonfinite.cpu()
 
         began = time.perf_counter()
-        with self._reporting(on_step, len(timesteps) * num_samples) as report:
-            try:
-                size = min(first_batch(batch_size, self.device, shape[1] * shape[2]), num_samples)
-                drawn = in_batches(num_samples, size, draw)
-            finally:
-                if guidance is not None:
-                    guidance.reset()  # its state holds the last batch's gradients
+        with self._running(guidance, on_step, len(timesteps) * num_samples) as report:
+            predict_noise = self.noise_predictor(_dtype_of(precision, self.device))
+            size = min(first_batch(batch_size, self.device, shape[1] * shape[2]), num_samples)
+            drawn = in_batches(num_samples, size, draw)
         return _output(drawn, time.perf_counter() - began, Trace.join(parts) if trace else None)
 
     @contextlib.contextmanager
-    def _reporting(self, on_step: Callable[[int], None] | None, total: int) -> Iterator[Callable[[int], None]]:
-        """What is called with the number of steps done: `on_step`, or the pipeline's own bar."""
-        if on_step is not None:
-            yield on_step
-            return
-        with self.progress_bar(total=total) as bar:
-            yield lambda done: bar.update(done - bar.n)
+    def _running(
+        self, guidance: ClassifierGuidance | None, on_step: Callable[[int], None] | None, total: int
+    ) -> Iterator[Callable[[int], None]]:
+        """The U-Net frozen, gradients possible; gives what is called with the number of steps done."""
+        bar = None if on_step is not None else self.progress_bar(total=total)
+        try:
+            with torch.inference_mode(False), frozen(self.unet):
+                yield on_step or (lambda done: bar.update(done - bar.n))
+        finally:
+            if bar is not None:
+                bar.close()
+            if guidance is not None:
+                guidance.reset()  # its state holds the last batch's gradients
 
     def _prepare(self, guidance: ClassifierGuidance | None) -> tuple[int, int, int]:
         """Try the classifier on the model's images, and set the U-Net's checkpointing; returns (C, H, W)."""
+        if self.unet.config.get("num_class_embeds") or self.unet.config.get("class_embed_type"):
+            raise ValueError("the U-Net is conditional on a class; the guidance needs an unconditional one")
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (self.unet.config.in_channels, height, width)
@@ -282,25 +291,31 @@ class GuidedDDPMPipeline(DDPMPipeline):
             raise ValueError(f"start: {start!r} is unknown; allowed: auto, {', '.join(STARTS)}")
         if start == "data_mean" and self.data_mean is None:
             raise ValueError("start: data_mean needs the file data_mean.npy beside the pipeline's model_index.json")
-        return None if start == "standard_normal" else self.data_mean
+        if start == "standard_normal" or self.data_mean is None:
+            return None
+        size = self.unet.config.sample_size
+        shape = (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        if tuple(self.data_mean.shape) != shape:
+            raise ValueError(f"data_mean: has the shape {tuple(self.data_mean.shape)}, the model's images {shape}")
+        if not bool((self.data_mean.abs() <= 1.0).all()):
+            raise ValueError("data_mean: holds values outside [-1, 1]; is it in 0..255?")
+        return self.data_mean.float()
 
 
-def _check_counts(num_samples: int, batch_size: BatchSize, first_sample: int) -> None:
-    """Raises ValueError for what is no whole number, or too small."""
-    for name, value, least in (
-        ("num_samples", num_samples, 1),
-        ("batch_size", 1 if batch_size == "auto" else batch_size, 1),
-        ("first_sample", first_sample, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: {value!r} is no whole number >= {least}")
+def _dtype_of(precision: torch.dtype | str, device: torch.device) -> torch.dtype:
+    if isinstance(precision, torch.dtype):
+        return precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r} is unknown; allowed: a dtype or {', '.join(PRECISIONS)}")
+    return resolve_precision(precision, device)
 
 
 def _output(drawn: list[tuple[Tensor, Tensor]], seconds: float, trace: Trace | None) -> GuidedOutput:
     """What the batches gave, joined."""
     samples = torch.cat([x for x, _ in drawn])
+    shown = to_uint8(samples) if samples.shape[1] in (1, 3) else []
     return GuidedOutput(
-        images=[Image.fromarray(image.squeeze()) for image in to_uint8(samples)],
+        images=[Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in shown],
         samples=samples,
         nonfinite=torch.cat([nonfinite for _, nonfinite in drawn]),
         seconds=seconds,

@@ -69,7 +69,9 @@ def guided_sample(
         guidance.reset()
     for t, t_prev in zip(timesteps, [*timesteps[1:], 0], strict=True):
         shift = None
-        if guidance is not None and guidance.scale != 0 and sampler.takes_guidance(t_prev):
+        # Where the scale is zero the gradient would be multiplied by it: none is taken, and the stabilizer waits.
+        guided = guidance is not None and sampler.takes_guidance(t_prev)
+        if guided and guidance.scale_at(t / sampler.schedule.num_steps) > 0:
             prediction, shift = guidance(x, t, predict_noise, sampler.schedule)
             if recorder is not None:
                 recorder.record(x, t, prediction, guidance, sampler.schedule)

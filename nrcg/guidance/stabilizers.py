@@ -123,7 +123,8 @@ class UnitNorm(Stabilizer):
         pass
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return grad / _norms(grad).clamp(min=torch.finfo(grad.dtype).tiny)
+        scaled, largest = _scaled(grad)
+        return scaled / _safe(norms(grad) / largest)
 
     def __repr__(self) -> str:
         return "UnitNorm()"
@@ -146,16 +147,22 @@ class NormClip(Stabilizer):
 
 
 class AdaptiveClip(Stabilizer):
-    """Each sample's gradient at a 2-norm of at most `factor` times the moving average of its own norms so far.
+    """Each sample's gradient at a 2-norm of at most `factor` times what its own norms were so far.
 
     In the forward analysis a few images at a few steps have gradients many times the usual, so that the standard
     deviation of the gradient sensitivity is larger than its mean. A fixed bound would need tuning for each classifier;
     a bound that follows the trajectory removes the outliers alone. Meant before an EMA:
     `Chain(AdaptiveClip(), EMA(b))`.
 
+    What the norms were is the larger of two: the moving average of the clipped norms, which one outlier hardly moves,
+    and the peak of the norms as they came, which decays by `beta` a step, so that a gradient that goes on being large
+    is held back at its first step alone. Only what was measured counts: a gradient of zero (of a classifier that is
+    sure, or of a sample that `skip_above` leaves out) changes neither, and the same tensor again (`every_k`) is given
+    the same answer.
+
     Args:
-        factor: of the average norm, > 0.
-        beta: momentum of the average, in [0, 1).
+        factor: of the norms so far, > 0.
+        beta: momentum of the average and decay of the peak, in [0, 1).
     """
 
     def __init__(self, factor: float = 2.0, beta: float = 0.9):
@@ -163,14 +170,23 @@ class AdaptiveClip(Stabilizer):
         self.reset()
 
     def reset(self) -> None:
-        self._norm: Tensor | None = None
+        self._average: Tensor | None = None
+        self._peak: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, grad: Tensor) -> Tensor:
-        if self._norm is None:
-            self._norm = _norms(grad)
-        clipped = _clip(grad, self.factor * self._norm)
-        # The clipped norm, or one outlier would raise the bound for the next.
-        self._norm = self.beta * self._norm + (1.0 - self.beta) * _norms(clipped)
+        if self._last is not None and self._last[0] is grad:
+            return self._last[1]
+        norm = norms(grad)
+        if self._average is None or self._peak is None:
+            self._average, self._peak = torch.zeros_like(norm), torch.zeros_like(norm)
+        begun, measured = self._average > 0, norm > 0
+        average = torch.where(begun, self._average, norm)  # nothing bounds a sample's first gradient
+        clipped = _clip(grad, self.factor * torch.maximum(average, self._peak))
+        average = self.beta * average + (1.0 - self.beta) * norms(clipped)
+        self._average = torch.where(measured, average, self._average)
+        self._peak = torch.where(measured, torch.maximum(self.beta * self._peak, norm), self._peak)
+        self._last = (grad, clipped)
         return clipped
 
     def __repr__(self) -> str:
@@ -196,13 +212,26 @@ class Chain(Stabilizer):
         return f"Chain({', '.join(map(repr, self.stabilizers))})"
 
 
-def _norms(grad: Tensor) -> Tensor:
-    """(B, 1, 1, 1) 2-norm of each sample."""
-    return grad.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+def norms(grad: Tensor) -> Tensor:
+    """(B, 1, 1, 1) 2-norm of each sample's gradient (B, C, H, W), however small: squares of 1e-25 are lost in float32,
+    so that it is taken of the gradient over its largest value."""
+    scaled, largest = _scaled(grad)
+    return largest * scaled.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+
+
+def _scaled(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample over its largest absolute value, and that value (B, 1, 1, 1); a zero gradient over a tiny one."""
+    largest = _safe(grad.abs().amax(dim=(1, 2, 3), keepdim=True))
+    return grad / largest, largest
+
+
+def _safe(divisor: Tensor) -> Tensor:
+    return divisor.clamp(min=torch.finfo(divisor.dtype).tiny)
 
 
 def _clip(grad: Tensor, bound: Tensor | float) -> Tensor:
-    return grad * (bound / _norms(grad).clamp(min=torch.finfo(grad.dtype).tiny)).clamp(max=1.0)
+    size, bound = norms(grad), torch.as_tensor(bound, dtype=grad.dtype, device=grad.device)
+    return grad * torch.where(size > bound, bound / size, 1.0)
 
 
 def _checked_positive(name: str, value: float) -> float:

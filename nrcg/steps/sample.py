@@ -219,8 +219,9 @@ def sample_images(
         out: Folder to write to.
     """
     drawn = draw(pipe, guidance, drawing, label="sample", out=out / "samples.npy", record=record)
-    for index, image in enumerate(drawn.images):
-        Image.fromarray(image.squeeze()).save(out / f"{index:05d}.png")
-    shown = drawn.images[:GRID_SAMPLES]
-    save_png(out / "grid.png", sample_grid(shown, max(1, round(len(shown) ** 0.5))))
+    if drawn.images.shape[-1] in (1, 3):  # others are no pictures
+        for index, image in enumerate(drawn.images):
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(out / f"{index:05d}.png")
+        shown = drawn.images[:GRID_SAMPLES]
+        save_png(out / "grid.png", sample_grid(shown, max(1, round(len(shown) ** 0.5))))
     return drawn

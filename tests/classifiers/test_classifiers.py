@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nrcg.classifiers.adapter import Classifier
+from nrcg.classifiers.adapter import Classifier, probe
 from nrcg.classifiers.architectures import SmallCNN, build_module
 from nrcg.classifiers.logits import class_index, class_log_prob, logits_of, predicted_class, two_sided
 from nrcg.classifiers.storage import CONFIG_FILE, WEIGHTS_FILE, open_classifier, save_classifier
@@ -133,18 +133,34 @@ def test_logits_may_be_an_attribute():
     logits = randn(2, 3)
     assert logits_of(SimpleNamespace(logits=logits)) is logits
     assert logits_of(logits) is logits
+    for output in ((logits,), [logits], {"logits": logits, "loss": 1}, {"out": logits}):
+        assert logits_of(output) is logits
+    assert logits_of(logits[:, 0]).shape == (2, 1)  # binary
 
 
-@pytest.mark.parametrize("output", [(torch.zeros(2, 3),), None, SimpleNamespace(logits=[1.0]), {"logits": 1}])
+@pytest.mark.parametrize("output", [(torch.zeros(2, 3),) * 2, None, SimpleNamespace(logits=[1.0]), {"logits": 1}])
 def test_other_outputs_are_refused(output):
     with pytest.raises(TypeError, match=rf"the classifier gave {type(output).__name__}; expected logits \(B, K\)"):
         logits_of(output)
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 3, 1), (2, 3, 4, 4)])
+@pytest.mark.parametrize("shape", [(), (2, 3, 1), (2, 3, 4, 4)])
 def test_logits_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"logits of shape \(2.*expected \(B, K\)"):
+    with pytest.raises(ValueError, match=r"logits of shape \(.*expected \(B, K\)"):
         logits_of(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape_of", [lambda p: p, lambda p: p[:, 0], lambda p: p.squeeze(1).float()])
+def test_a_sigmoid_is_told_from_a_logit(shape_of):
+    """By what computed it: a logit may lie between 0 and 1 as well."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(192, 1)
+    linear.weight.data.mul_(1e-3)
+    linear.bias.data.fill_(0.5)
+    images = torch.zeros(1, 3, 8, 8)
+    assert probe(lambda x: shape_of(linear(x.flatten(1))), images) == 2
+    with pytest.raises(ValueError, match="gives probabilities, not logits: leave its sigmoid out"):
+        probe(lambda x: shape_of(linear(x.flatten(1)).sigmoid()), images)
 
 
 # --- features --------------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def test_a_saved_folder_is_a_spec_and_resizes_to_what_it_was_trained_on(tmp_path
         ("python:mine:needs", ["cannot be made: TypeError"]),
         ("python:mine:nothing", ["the factory gives NoneType, no torch.nn.Module"]),
         ("python:mine:softmax", ["gives probabilities that add up to 1, not logits: leave its softmax out"]),
-        ("python:mine:flat", ["expected (B, K)"]),
+        ("python:mine:flat", ["for 2 images; expected (2, K)"]),
         ("python:mine:adapted?size=3", ["says itself what it expects; drop the options"]),
     ],
 )

@@ -3,12 +3,13 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from toys import LinearClassifier, SmoothCNN, log_prob, smooth_noise_predictor, write_tiny_pipeline
 
-from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline, Identity
+from nrcg import EMA, Classifier, ClassifierGuidance, GuidedDDPMPipeline, Identity
 from nrcg.diffusion.schedule import Schedule
 from nrcg.guidance.guidance import log_prob_gradient
 from nrcg.guidance.stabilizers import Stabilizer
@@ -170,15 +171,83 @@ def test_the_gradient_does_not_depend_on_the_batch():
 # --- the constructor -------------------------------------------------------------------------------------------------
 
 
-def test_the_classifier_is_frozen_and_in_eval_mode():
+@pytest.mark.parametrize("skip_above", [1.0, 0.01])
+def test_the_classifier_is_frozen_while_it_guides_and_its_owner_gets_back_what_it_was(skip_above):
+    """Also where its owner trains it on between two calls: statistics, modes and gradients stay the owner's."""
     classifier = SmoothCNN(3).train()
+    classifier.head.eval().requires_grad_(False)
     statistics = classifier.norm.running_mean.clone()
-    guidance = ClassifierGuidance(classifier, 0)
-    assert guidance.classifier is classifier and not classifier.training
-    assert not any(parameter.requires_grad for parameter in classifier.parameters())
-    guidance.gradient(images().float(), 3, lambda x, t: x, SCHEDULE)
+    guidance = ClassifierGuidance(classifier, 0, skip_above=skip_above)
+    x = images().float()
+    found = [guidance(x, 3, lambda x, t: x, SCHEDULE)[1] for _ in range(2)][-1]
+    assert guidance.classifier is classifier and classifier.training and classifier.norm.training
+    assert not classifier.head.training and not classifier.head.weight.requires_grad
+    assert classifier.conv.weight.requires_grad
     assert all(parameter.grad is None for parameter in classifier.parameters())
     assert torch.equal(classifier.norm.running_mean, statistics)
+    classifier.eval()
+    guidance.reset()
+    alone = [guidance(x[:1], 3, lambda x, t: x, SCHEDULE)[1] for _ in range(2)][-1]
+    torch.testing.assert_close(found[:1], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_a_class_is_named_or_numbered_by_any_integer():
+    named = Classifier(SmoothCNN(3), classes=["ball", "cat", "dog"])
+    assert ClassifierGuidance(named, "cat").target == 1
+    assert ClassifierGuidance(named, np.int64(2)).target == 2
+    for classifier, target, words in (
+        (named, "horse", "allowed: ball, cat, dog"),
+        (SmoothCNN(3), "cat", "have no names; give a number"),
+        (named, 0.9, "target: 0.9 is no whole number >= 0"),
+        (named, True, "target: True is no whole number >= 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ClassifierGuidance(classifier, target)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_schedule_that_gives_no_scale_is_refused_where_it_does(value):
+    guidance = ClassifierGuidance(SmoothCNN(3), 0, scale=lambda left: value if left < 0.6 else 1.0)
+    assert guidance.scale_at(0.6) == 1.0
+    with pytest.raises(ValueError, match=r"scale: the schedule gives .* at t / T = 0.5; a finite number >= 0"):
+        guidance.scale_at(0.5)
+
+
+def in_place(x):
+    return SmoothCNN(3)(x.sub_(0.1).div_(2.0))
+
+
+def test_a_function_that_normalises_in_place_guides_as_its_module_does():
+    x = images().float()
+    plain = ClassifierGuidance(lambda x: SmoothCNN(3)((x - 0.1) / 2.0), 1).gradient(x, 3, lambda x, t: x, SCHEDULE)
+    before = x.clone()
+    for kind in ("pred_x0", "x_t"):
+        guidance = ClassifierGuidance(in_place, 1, input=kind)
+        guidance.check(x)
+        found = guidance.gradient(x, 3, lambda x, t: x, SCHEDULE)
+        if kind == "pred_x0":
+            torch.testing.assert_close(found.grad, plain.grad)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_classifier_of_another_floating_type_guides_and_the_gradient_stays_float32(dtype):
+    x = images().float()
+    exact = ClassifierGuidance(SmoothCNN(3), 1).gradient(x, 3, lambda x, t: x, SCHEDULE).grad
+    guidance = ClassifierGuidance(SmoothCNN(3).to(dtype), 1)
+    guidance.check(x)
+    found = guidance.gradient(x, 3, lambda x, t: x, SCHEDULE).grad
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+
+
+def test_guidance_works_in_the_callers_inference_mode():
+    x = images().float()
+    expected = ClassifierGuidance(SmoothCNN(3), 1).gradient(x, 3, lambda x, t: x, SCHEDULE).grad
+    guidance = ClassifierGuidance(SmoothCNN(3), 1)
+    with torch.inference_mode():
+        found = guidance.gradient(x, 3, lambda x, t: x, SCHEDULE).grad
+    torch.testing.assert_close(found, expected)
 
 
 def test_defaults_are_the_papers_method():
@@ -195,7 +264,7 @@ def test_defaults_are_the_papers_method():
         ({"scale": -1.0}, "scale: -1.0 is not a finite number >= 0"),
         ({"scale": float("nan")}, "scale: nan is not a finite number >= 0"),
         ({"scale": float("inf")}, "scale: inf is not a finite number >= 0"),
-        ({"target": -1}, "target: -1 is negative"),
+        ({"target": -1}, "target: -1 is no whole number >= 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -370,7 +439,8 @@ class Detached(nn.Module):
     "settings, message",
     [
         ({"grad_mode": "half"}, "grad_mode: 'half' is unknown; allowed: full, checkpoint, no_jacobian"),
-        ({"every_k": 0}, "every_k: 0 is less than 1"),
+        ({"every_k": 0}, "every_k: 0 is no whole number >= 1"),
+        ({"every_k": 2.7}, "every_k: 2.7 is no whole number >= 1"),
         ({"skip_above": 0.0}, "skip_above: 0.0 is no probability in (0, 1]"),
         ({"time_conditioned": True}, "time_conditioned: a denoised image has no step; it goes with input x_t"),
     ],

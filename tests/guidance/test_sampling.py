@@ -20,7 +20,7 @@ from toys import (
     write_tiny_pipeline,
 )
 
-from nrcg import EMA, Adam, ClassifierGuidance, GuidedDDPMPipeline, Identity
+from nrcg import EMA, Adam, ClassifierGuidance, GuidedDDPMPipeline, Identity, Interval
 from nrcg.diffusion.noise import sample_noise
 from nrcg.diffusion.objectives import as_prediction
 from nrcg.diffusion.schedule import Schedule
@@ -453,10 +453,84 @@ def test_round_trip(folder, tmp_path, pipe):
 
 
 def test_sampling_trains_nothing(pipe):
+    expected = draw(pipe, 1, guidance=ClassifierGuidance(SmoothCNN(3), 0)).samples
     pipe.unet.train().requires_grad_(True)
-    draw(pipe, 1, guidance=ClassifierGuidance(SmoothCNN(3), 0))
-    assert not pipe.unet.training
+    assert torch.equal(draw(pipe, 1, guidance=ClassifierGuidance(SmoothCNN(3), 0)).samples, expected)
+    assert pipe.unet.training and all(parameter.requires_grad for parameter in pipe.unet.parameters())
     assert all(parameter.grad is None for parameter in pipe.unet.parameters())
+    pipe.unet.eval()
+
+
+def test_numbers_of_any_integer_type_and_precision_by_name(pipe):
+    expected = draw(pipe, 2).samples
+    found = draw(pipe, np.int64(2), batch_size=np.int32(2), precision="float32").samples
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="precision: 'half' is unknown; allowed: a dtype or auto, float32, "):
+        draw(pipe, 1, precision="half")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_unet_of_another_floating_type_samples_in_float32(tmp_path, dtype):
+    """Tolerance: its own rounding, over the few steps of a toy."""
+    folder = write_tiny_pipeline(tmp_path)
+    guidance = ClassifierGuidance(SmoothCNN(3), 1, scale=2.0)
+    exact = draw(GuidedDDPMPipeline.from_pretrained(folder), 2, guidance=guidance).samples
+    pipe = GuidedDDPMPipeline.from_pretrained(folder, torch_dtype=dtype)
+    found = draw(pipe, 2, guidance=guidance).samples
+    assert found.dtype == torch.float32 and pipe.unet.dtype == dtype
+    assert float((found - exact).abs().mean()) < 0.05
+
+
+def test_samples_that_are_no_pictures_are_given_all_the_same(tmp_path):
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    settings = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(8, 5, 5, layers_per_block=1, norm_num_groups=4, **settings)
+    out = draw(GuidedDDPMPipeline(unet, DDPMScheduler(num_train_timesteps=3)), 2)
+    assert out.samples.shape == (2, 5, 8, 8) and out.images == []
+
+
+def test_a_class_conditional_unet_is_refused_by_name(pipe):
+    from diffusers import UNet2DModel
+
+    settings = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(8, 3, 3, layers_per_block=1, norm_num_groups=4, num_class_embeds=4, **settings)
+    with pytest.raises(ValueError, match="the U-Net is conditional on a class"):
+        draw(GuidedDDPMPipeline(unet, pipe.scheduler), 1)
+
+
+@pytest.mark.parametrize(
+    "mean, words",
+    [
+        (torch.zeros(3, 4, 4), r"data_mean: has the shape \(3, 4, 4\), the model's images \(3, 8, 8\)"),
+        (torch.full((3, 8, 8), 127.0), r"data_mean: holds values outside \[-1, 1\]; is it in 0..255"),
+    ],
+)
+def test_a_mean_image_that_is_none_is_refused(tmp_path, mean, words):
+    pipe = GuidedDDPMPipeline.from_pretrained(write_tiny_pipeline(tmp_path))
+    pipe.data_mean = mean
+    with pytest.raises(ValueError, match=words):
+        draw(pipe, 1, start="data_mean")
+
+
+def test_a_trace_of_no_guided_step_is_empty(pipe):
+    """DDPM's last step, here the only one, adds no noise and takes no guidance."""
+    out = draw(pipe, 2, guidance=ClassifierGuidance(SmoothCNN(3), 1), num_inference_steps=1, trace=True)
+    assert out.trace.t.shape == (0,) and out.trace.grad_norm.shape == (2, 0)
+
+
+def test_no_gradient_is_taken_where_the_scale_is_zero(pipe):
+    calls = []
+
+    class Counting(SmoothCNN):
+        def forward(self, x):
+            calls.append(len(x))
+            return super().forward(x)
+
+    steps = len(pipe.scheduler.betas)
+    low = (steps // 2) / steps
+    draw(pipe, 1, guidance=ClassifierGuidance(Counting(3), 1, scale=Interval(2.0, low, 1.0)))
+    assert len(calls) == 1 + steps - steps // 2 + 1  # the trial, and t = steps // 2 .. steps
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nrcg.config import StabilizerConfig
+from nrcg.guidance import stabilizers
 from nrcg.guidance.stabilizers import (
     EMA,
     PUBLISHED_STEPS,
@@ -255,10 +256,41 @@ def test_adaptive_clip_bounds_an_outlier_by_the_samples_own_past():
     spike = torch.tensor([100.0, 1.5]).reshape(2, 1, 1, 1)
     # Both averages are 1: the first sample is cut to 2, the second, below 2, stays.
     torch.testing.assert_close(clip(spike).flatten(), torch.tensor([2.0, 1.5]))
-    # Averages 0.5 + 0.5 * 2 = 1.5 and 1.25: bounds 3 and 2.5.
-    torch.testing.assert_close(clip(spike * 10).flatten(), torch.tensor([3.0, 2.5]))
+    # Averages 0.5 + 0.5 * 2 = 1.5 and 1.25; peaks 100 and 1.5, which bound the next: 200 and 3.
+    torch.testing.assert_close(clip(spike * 10).flatten(), torch.tensor([200.0, 3.0]))
     clip.reset()
     torch.testing.assert_close(clip(spike), spike)
+
+
+def test_adaptive_clip_takes_no_zero_for_a_measurement():
+    """Neither a first gradient of zero nor those that skip_above writes: both samples end alike."""
+    clip, one = AdaptiveClip(factor=2.0, beta=0.5), torch.ones(2, 1, 1, 1)
+    gate = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
+    assert torch.equal(clip(gate), gate)
+    assert torch.equal(clip(3 * one).flatten(), torch.tensor([3.0, 2.0]))  # the first sample's first, the other's bound
+    for _ in range(20):
+        assert torch.equal(clip(torch.zeros_like(one)), torch.zeros_like(one))
+    # Averages 3 and 1.5, peaks 3 and 3: bounds 6 and 6, whatever many zeros came between.
+    torch.testing.assert_close(clip(10 * one).flatten(), torch.tensor([6.0, 6.0]))
+
+
+def test_adaptive_clip_answers_a_gradient_that_comes_again_as_before():
+    """every_k feeds the last gradient again: a spike must not pass at its second step."""
+    clip = AdaptiveClip(factor=2.0, beta=0.5)
+    clip(torch.ones(1, 1, 1, 1))
+    spike = torch.full((1, 1, 1, 1), 50.0)
+    assert [float(clip(spike)) for _ in range(3)] == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-20, 1.0, 1e30])
+def test_norms_of_gradients_of_any_size(size):
+    """3-4-5: squares of 1e-25 are lost in float32. Tolerance: a denormal of 1e-40 has four digits."""
+    grad = torch.tensor([3.0, 4.0]).mul(size).reshape(1, 1, 1, 2)
+    torch.testing.assert_close(UnitNorm()(grad).flatten(), torch.tensor([0.6, 0.8]), rtol=1e-4, atol=0)
+    assert float(stabilizers.norms(grad)) == pytest.approx(5 * size, rel=1e-4)
+    clipped = NormClip(2.5 * size)(grad).flatten()
+    torch.testing.assert_close(clipped, torch.tensor([1.5, 2.0]) * size, rtol=1e-3, atol=0)
+    assert torch.equal(UnitNorm()(torch.zeros(1, 1, 2, 2)), torch.zeros(1, 1, 2, 2))
 
 
 def test_chain_feeds_one_with_the_last_ones_result():

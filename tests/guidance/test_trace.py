@@ -26,7 +26,7 @@ def test_quantities_by_hand():
     for t, x in images.items():
         prediction, _ = guidance(x, t, predict, SCHEDULE)
         recorder.record(x, t, prediction, guidance, SCHEDULE)
-    trace = recorder.result()
+    trace = recorder.result(2)
     assert trace.t.tolist() == [6, 5, 4]
 
     fresh = ClassifierGuidance(SmoothCNN(3).double(), 1)
@@ -65,7 +65,7 @@ def test_tiny_gradients_have_a_cosine():
         guidance.guide = guidance.last.grad.clone()
         recorder.record(x, 3, prediction, guidance, SCHEDULE)
         guidance.last = type(guidance.last)(guidance.last.grad.clone(), prediction, guidance.last.logits)
-    assert recorder.result().grad_cosine[0, 1] == pytest.approx(1.0)
+    assert recorder.result(1).grad_cosine[0, 1] == pytest.approx(1.0)
 
 
 def smooth_predictor32(x, t):
