@@ -24,7 +24,7 @@ from nrcg.files import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin, UNet2DModel
+    from diffusers import ConfigMixin, SchedulerMixin, UNet2DModel
 
 DATA_MEAN_FILE = "data_mean.npy"
 """Mean training image beside a pipeline's weights: (C, H, W) float32 in [-1, 1], for the start `data_mean`."""
@@ -46,6 +46,14 @@ def read_data_mean(folder: str | Path) -> Tensor | None:
         return torch.from_numpy(np.load(path, allow_pickle=False)).float()
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"cannot be read ({error})", path) from None
+
+
+def forget_folder(*parts: ConfigMixin) -> None:
+    """Take the folder that a model was opened from out of its config: it is nobody's business where it is saved next."""
+    from diffusers.configuration_utils import FrozenDict
+
+    for part in parts:
+        part._internal_dict = FrozenDict({key: value for key, value in part.config.items() if key != "_name_or_path"})
 
 
 def check_pipeline_files(folder: Path) -> None:

@@ -23,7 +23,7 @@ from nrcg.data.arrays import to_uint8
 from nrcg.devices import autocast, floating_type, freeze, frozen, resolve_precision
 from nrcg.diffusion.objectives import Prediction, to_eps
 from nrcg.diffusion.schedule import Schedule
-from nrcg.diffusion.storage import check_pipeline_files, read_data_mean
+from nrcg.diffusion.storage import check_pipeline_files, forget_folder, read_data_mean
 from nrcg.errors import DataError, whole_number
 from nrcg.guidance.guidance import ClassifierGuidance, PredictNoise
 from nrcg.guidance.samplers import DDIM, DDPM, DPMSolverPP, Sampler
@@ -99,7 +99,9 @@ class GuidedDDPMPipeline(DDPMPipeline):
                 raise DataError(f"{folder}: no such folder, and no such diffusers model could be fetched") from error
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(f"damaged ({reason})", folder / "model_index.json") from error
-        pipe.data_mean = read_data_mean(folder) if folder.exists() else None
+        if folder.exists():
+            pipe.data_mean = read_data_mean(folder)
+            forget_folder(pipe, pipe.unet)
         pipe.set_progress_bar_config(leave=False)
         return pipe
 

@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
 
 from nrcg.config import ScheduleConfig
 from nrcg.diffusion.schedule import Schedule
-from nrcg.diffusion.storage import check_pipeline_files
+from nrcg.diffusion.storage import check_pipeline_files, forget_folder
 from nrcg.errors import ConfigError, DataError, NrcgError
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training.ddpm import ddpm_validation_loss
@@ -67,6 +67,7 @@ def _open_folder(folder: Path, source: str) -> GuidedDDPMPipeline:
         unet, found = UNet2DModel.from_pretrained(_part(folder, "unet"), output_loading_info=True)
         if found["missing_keys"]:
             raise DataError(f"{KEY}: {source}: its weights lack {min(found['missing_keys'])}, which would stay random")
+        forget_folder(unet)
         return GuidedDDPMPipeline(unet, _open_scheduler(_part(folder, "scheduler"), scheduler_class, source))
     except NrcgError:
         raise

@@ -99,6 +99,15 @@ def test_the_record_and_the_card_say_what_it_is(ddpm, tmp_path):
     assert "None" not in card
 
 
+def test_nothing_that_is_written_holds_the_folder_it_came_from(ddpm, tmp_path):
+    """Neither an export nor what a user's own save_pretrained writes."""
+    export_ddpm(ddpm, tmp_path / "exported")
+    GuidedDDPMPipeline.from_pretrained(ddpm).save_pretrained(tmp_path / "saved")
+    texts = [path for folder in ("exported", "saved") for path in (tmp_path / folder).rglob("*.json")]
+    assert len(texts) >= 6
+    assert [path for path in texts if str(ddpm) in path.read_text() or str(tmp_path) in path.read_text()] == []
+
+
 def test_a_model_without_a_record_is_exported_too(ddpm, tmp_path):
     (ddpm / "training.json").unlink()
     out = export_ddpm(ddpm, tmp_path / "small", name="somebody's")
