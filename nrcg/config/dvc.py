@@ -21,6 +21,7 @@ HEADER = """\
 # Sections that a field of a step's settings is made from, where they are not called like it. A device changes nothing.
 SECTIONS_OF_FIELD: dict[str, list[str]] = {
     "clip_pred_x0": ["sampling"],
+    "betas_per_step": ["sampling"],
     "schedule": ["ddpm.schedule"],
     "classes": ["dataset"],
     "guidance": ["methods"],

@@ -61,6 +61,11 @@ class SamplingConfig(Section):
         description="x_T ~ N(0, I) as published, or around sqrt(abar_T) times the mean training image."
     )
     clip_pred_x0: bool = Field(description="Clip the one-step denoised image to [-1, 1], as published.")
+    betas_per_step: bool = Field(
+        default=False,
+        description="Stabilizers' betas hold per step of this experiment, whatever its T; false: they hold at the "
+        "published 400 steps, and for T steps the code uses beta^(400/T).",
+    )
     trace: bool = Field(
         description="Record gradient norms, cosines, log-probabilities and clipped pixels of each step."
     )

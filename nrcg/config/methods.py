@@ -23,8 +23,8 @@ STABILIZER_KEYS = {
 
 
 class StabilizerConfig(Section):
-    """Smoothing of the guidance gradient over the steps. Betas hold at the published 400 steps;
-    for T steps the code uses beta^(400/T)."""
+    """Smoothing of the guidance gradient over the steps. Betas hold at the published 400 steps, so that for T steps the
+    code uses beta^(400/T); or per step, with `sampling.betas_per_step`."""
 
     name: str = Field(
         default="none", description=f"{', '.join(STABILIZER_KEYS)}, or one's own nrcg.Stabilizer as module:Class."

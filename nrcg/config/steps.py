@@ -88,6 +88,7 @@ class ForwardStep(StepSettings):
     precision: Precision
     target: str
     clip_pred_x0: bool
+    betas_per_step: bool
     forward: ForwardConfig
 
 
@@ -171,7 +172,7 @@ def step_settings(config: Config, experiment: str, step: str, part: str | None =
             raise ConfigError(f"method {part!r} is unknown; allowed: {', '.join(config.methods)}")
         values |= {"method": part, "guidance": config.methods[part]}
     if step == "forward":
-        values["clip_pred_x0"] = settings.sampling.clip_pred_x0
+        values |= {key: getattr(settings.sampling, key) for key in ("clip_pred_x0", "betas_per_step")}
     if step == "report":
         values["classes"] = settings.dataset.classes
         values["methods"] = {name: config.methods[name] for name in settings.sweep}

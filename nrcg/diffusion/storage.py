@@ -49,7 +49,7 @@ def read_data_mean(folder: str | Path) -> Tensor | None:
 
 
 def forget_folder(*parts: ConfigMixin) -> None:
-    """Take the folder that a model was opened from out of its config: it is nobody's business where it is saved next."""
+    """Take the folder that a model was opened from out of its config: it says nothing to whom it is saved for."""
     from diffusers.configuration_utils import FrozenDict
 
     for part in parts:

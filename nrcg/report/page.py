@@ -54,7 +54,7 @@ def write_report(
     protocol |= {name: context.get(name) for name in ("start", "source")}
     compared = comparison.compare(context["experiment"], metrics, **protocol)
     ours = {"features": headline_protocol(metrics), "num_samples": context.get("num_samples")}
-    differences = paper.differences(context["experiment"], **ours, **protocol)
+    differences = paper.differences(context["experiment"], **ours, **protocol, settings=context.get("settings"))
     page = _template().render(
         context={"description": "", "commit": "", "versions": {}, **context},
         paper={"title": paper.TITLE, "arxiv": paper.ARXIV},
@@ -81,7 +81,7 @@ def write_report(
         training=sections.training_record(Path(models_dir, "ddpm")),
         classifiers=sections.classifier_records(Path(models_dir, "classifiers"), context.get("T"), reference_json),
         settings=sections.flatten(context.get("settings", {})),
-        betas=sections.betas(context.get("T")),
+        betas=sections.betas(context),
     )
     atomic_write(out, page.encode())
     if comparison_md is not None:

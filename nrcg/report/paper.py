@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ARXIV = "2507.00687"
 TITLE = "Diffusion Classifier Guidance for Non-robust Classifiers"
@@ -33,7 +35,7 @@ class Protocol:
     image_size: int
     num_steps: int
     num_samples: int
-    num_reference: int | None = None  # training images; None: not said
+    num_reference: int  # draws of training images, with replacement
     start: str = "standard_normal"
     features: str = "torcheval"
 
@@ -48,9 +50,9 @@ ROWS = (
     PublishedRow("CelebA-HQ", "non_robust_x0_ema99", _GUIDED, 10, 99.02, 50.67, 42.18, "table 3"),
 )
 PROTOCOLS = {
-    "CelebA": Protocol("CelebA", image_size=64, num_steps=400, num_samples=50176, num_reference=162770),
-    "SportBalls": Protocol("SportBalls", image_size=64, num_steps=400, num_samples=50176, num_reference=80000),
-    "CelebA-HQ": Protocol("CelebA-HQ", image_size=256, num_steps=1000, num_samples=1024),
+    "CelebA": Protocol("CelebA", image_size=64, num_steps=400, num_samples=50176, num_reference=50176),
+    "SportBalls": Protocol("SportBalls", image_size=64, num_steps=400, num_samples=50176, num_reference=50176),
+    "CelebA-HQ": Protocol("CelebA-HQ", image_size=256, num_steps=1000, num_samples=1024, num_reference=1024),
 }
 COMPARED_WITH = {
     "quickstart": "SportBalls",
@@ -59,6 +61,21 @@ COMPARED_WITH = {
     "celebahq": "CelebA-HQ",
 }
 """Experiment name -> the published data set that it is compared with; own experiments have none."""
+
+
+SETTINGS: tuple[tuple[str, Any, str], ...] = (
+    ("ddpm.ema_decay", 0.0, "diffusion model's weights averaged (decay {0}) instead of the last ones"),
+    ("classifiers.non_robust.optimizer.warmup_steps", 500, "classifiers with {0} steps of warm-up instead of {1}"),
+    ("classifiers.non_robust.optimizer.grad_clip", None, "classifiers' gradients clipped at norm {0} instead of never"),
+    ("dataset.diameter", [0.14, 0.39], "balls of {0} of the canvas' width instead of {1}"),
+)
+"""Key of the configuration, what the released code has there, and how a difference is said of ours and theirs."""
+ALWAYS = (
+    "classifiers trained for all their epochs instead of stopped early (below +1 % after epoch 5)",
+    "samples graded as 8-bit images instead of floats",
+    "scales multiply the gradient of log-probabilities, for SportBalls instead of raw logits",
+)
+"""What differs whatever the configuration says."""
 
 
 def published_rows(experiment: str) -> tuple[PublishedRow, ...]:
@@ -77,6 +94,7 @@ def differences(
     num_steps: int | None = None,
     start: str | None = None,
     source: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """How the measured protocol differs from the published one, one phrase each.
 
@@ -88,6 +106,7 @@ def differences(
         num_reference: training images that the Fréchet distance compares with.
         num_steps: T.
         source: of the images, `dataset.source`: `sportballs` draws its own, not the authors' images.
+        settings: the experiment's configuration, nested: how training and sampling differ from the released code's.
     """
     dataset = COMPARED_WITH.get(experiment)
     if dataset is None:
@@ -100,17 +119,31 @@ def differences(
         found.append(f"features of the {features} network instead of Inception")
     for name, ours, theirs in (
         ("samples", num_samples, protocol.num_samples),
-        ("reference images", num_reference, protocol.num_reference),
         ("pixels a side", image_size, protocol.image_size),
         ("diffusion steps", num_steps, protocol.num_steps),
     ):
         if None not in (ours, theirs) and ours != theirs:
             found.append(f"{ours:,} {name} instead of {theirs:,}")
+    if num_reference is not None:
+        theirs = f"{protocol.num_reference:,} drawn with replacement"
+        found.append(f"{num_reference:,} reference images, each once, instead of {theirs}")
     if start is not None and start != protocol.start:
         found.append(f"start {start} instead of {protocol.start}")
     if source == "sportballs":
         found.append("images drawn anew, not the authors' own")
-    return found
+    return found + ([] if settings is None else _setting_differences(settings))
+
+
+def _setting_differences(settings: Mapping[str, Any]) -> list[str]:
+    found = []
+    for key, published, words in SETTINGS:
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        untrained = key.startswith("ddpm.") and settings.get("ddpm", {}).get("pretrained")
+        if value is not None and value != published and not untrained:
+            found.append(words.format(value, published))
+    return found + list(ALWAYS)
 
 
 @dataclass(frozen=True)

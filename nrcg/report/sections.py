@@ -384,9 +384,10 @@ def _nearest(rows: Sequence[Row], t: float) -> str:
     return format_percent(min(rows, key=lambda row: abs(row["t"] - t))["accuracy"])
 
 
-def betas(num_steps: int | None) -> str | None:
-    """What the published betas become at another number of steps."""
-    if num_steps in (None, 400):
+def betas(context: ReportContext) -> str | None:
+    """What the published betas become at another number of steps; None where they stay what they are."""
+    num_steps = context.get("T")
+    if num_steps in (None, 400) or context.get("settings", {}).get("sampling", {}).get("betas_per_step"):
         return None
     return ", ".join(f"{beta:g} is {scaled_beta(beta, num_steps):.4g}" for beta in (0.9, 0.99, 0.999))
 

@@ -51,9 +51,8 @@ def analyse_forward(
     manifest = checked_data(data)
     images, labels = open_split(data, "val")
     count = min(config.num_images, len(images))
-    smoothing = {
-        stabilizer_name(entry): stabilizers.from_config(entry, schedule.num_steps) for entry in config.stabilizers
-    }
+    steps = stabilizers.PUBLISHED_STEPS if settings.betas_per_step else schedule.num_steps
+    smoothing = {stabilizer_name(entry): stabilizers.from_config(entry, steps) for entry in config.stabilizers}
     with (
         tracking.run(settings.experiment, "forward", kind="forward", params=settings.model_dump()) as run,
         Progress("forward", count * (schedule.num_steps + 1), "step") as bar,

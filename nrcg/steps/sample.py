@@ -24,6 +24,7 @@ from nrcg.files import weights_sha256
 from nrcg.guidance.building import build_guidance
 from nrcg.guidance.guidance import ClassifierGuidance
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
+from nrcg.guidance.stabilizers import PUBLISHED_STEPS
 from nrcg.guidance.trace import Trace
 from nrcg.layout import format_scale, trace_of
 from nrcg.pipeline.progress import Progress
@@ -111,13 +112,13 @@ def method_guidance(
     settings: SampleStep, classifier: Any, scale: float, pipe: GuidedDDPMPipeline
 ) -> ClassifierGuidance:
     """Guidance as a method of the configuration asks for it, for a pipeline that uses the method's sampler."""
-    method = settings.guidance
+    method, steps = settings.guidance, len(pipe.timesteps(settings.guidance.sampler.steps))
     return build_guidance(
         method,
         classifier,
         class_index(classifier.classes, settings.target),
         scale,
-        num_steps=len(pipe.timesteps(method.sampler.steps)),
+        num_steps=PUBLISHED_STEPS if settings.sampling.betas_per_step else steps,
         clip_pred_x0=settings.sampling.clip_pred_x0,
     )
 

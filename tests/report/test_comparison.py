@@ -31,7 +31,7 @@ def test_under_the_published_protocol_values_may_be_compared():
     [
         ("celeba", {"image_size": 24}, "24 pixels a side instead of 64"),
         ("celeba", {"start": "data_mean"}, "start data_mean"),
-        ("celeba", {"num_reference": 100}, "100 reference images instead of 162,770"),
+        ("celeba", {"num_reference": 100}, "100 reference images, each once, instead of 50,176 drawn with replacement"),
         ("sportballs", {"source": "sportballs"}, "images drawn anew"),
         ("celebahq", {}, "50,176 samples instead of 1,024"),
     ],

@@ -1,10 +1,12 @@
 """Reading and writing result tables, the choice of the best scale, the table for the terminal."""
 
 import math
+from pathlib import Path
 
 import pytest
 from synthetic import COLUMNS, NAN, forward_rows, inception_rows, metric_rows
 
+from nrcg import config
 from nrcg.csv_files import read_csv, write_csv
 from nrcg.errors import DataError
 from nrcg.report import paper
@@ -19,6 +21,8 @@ from nrcg.report.columns import (
     sort_methods,
 )
 from nrcg.report.tables import format_count, format_number, format_percent, format_table
+
+ROOT = Path(__file__).parents[2]
 
 
 def sweep(*distances, method="robust", column="cfd_judge"):
@@ -231,6 +235,29 @@ def test_differences_name_what_is_not_as_published():
     ]
     assert paper.differences("sportballs", source="sportballs") == ["images drawn anew, not the authors' own"]
     assert paper.differences("my_own", features="judge") == []
+    assert paper.differences("celebahq", num_reference=28000) == [
+        "28,000 reference images, each once, instead of 1,024 drawn with replacement"
+    ]
+
+
+TRAINED = [
+    "classifiers with 0 steps of warm-up instead of 500",
+    "classifiers' gradients clipped at norm 1.0 instead of never",
+]
+AVERAGED = "diffusion model's weights averaged (decay 0.9999) instead of the last ones"
+BALLS = "balls of [0.3, 0.7] of the canvas' width instead of [0.14, 0.39]"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "expected"),
+    [("sportballs", [AVERAGED, *TRAINED, BALLS]), ("celeba", [AVERAGED, *TRAINED]), ("celebahq", TRAINED)],
+)
+def test_each_shipped_experiment_lists_where_config_yaml_is_not_the_released_code(experiment, expected):
+    """Every key of the list stands in config.yaml; a changed value changes the list."""
+    settings = config.load(ROOT / "config.yaml").experiments[experiment].model_dump(mode="json")
+    assert paper.differences(experiment, settings=settings) == [*expected, *paper.ALWAYS]
+    settings["classifiers"]["non_robust"]["optimizer"] |= {"warmup_steps": 500}
+    assert TRAINED[0] not in paper.differences(experiment, settings=settings)
 
 
 # --- intervals, rules, comparability ---------------------------------------------------------------------------------
