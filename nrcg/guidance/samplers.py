@@ -121,6 +121,9 @@ class DDPM(Sampler):
 class DDIM(Sampler):
     """Song et al. 2021, eq. 12, with the guided noise prediction.
 
+    Under guidance the noise prediction is that of the clipped x0hat, as in guided-diffusion: beside the U-Net's own the
+    two would disagree about saturated pixels, and white grounds turn grey. Without guidance it is diffusers' step.
+
     Args:
         eta: share of the ancestral sampler's noise; 0 is deterministic.
     """
@@ -137,7 +140,11 @@ class DDIM(Sampler):
     def step(
         self, x: Tensor, t: int, t_prev: int, prediction: Prediction, shift: Tensor | None, noise: Tensor | None
     ) -> Tensor:
-        eps, x0 = self.guided(x, prediction.eps, shift, t)
+        eps = prediction.eps
+        if shift is not None and self.clip_pred_x0:
+            abar = float(self.schedule.abar[t])
+            eps = (x - math.sqrt(abar) * self.pred_x0(x, eps, t)) / math.sqrt(1.0 - abar)
+        eps, x0 = self.guided(x, eps, shift, t)
         abar_prev = float(self.schedule.abar[t_prev])
         std = self.eta * math.sqrt(self.schedule.posterior(t, t_prev)[2])
         direction = math.sqrt(max(1.0 - abar_prev - std**2, 0.0)) * eps

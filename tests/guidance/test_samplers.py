@@ -194,15 +194,20 @@ def test_guidance_through_the_denoised_image_is_exact_for_a_gaussian(name, num_s
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_a_saturated_pixel_is_moved_along_the_gradient(clip, eta):
     """The shift of DDIM by hand, whether x0hat is clipped or not: sqrt(abar') (1 - abar) / sqrt(abar) in x0hat, and
-    -sqrt(1 - abar' - std^2) sqrt(1 - abar) in the direction. Clipped after the guidance, the first would be lost."""
+    -sqrt(1 - abar' - std^2) sqrt(1 - abar) in the direction. Clipped after the guidance, the first would be lost. The
+    noise prediction is that of the clipped x0hat, as diffusers has it with use_clipped_model_output."""
     schedule, t, t_prev = vp_schedule(50), 30, 25
     sampler = DDIM(schedule, clip, eta)
     abar, abar_prev = float(schedule.abar[t]), float(schedule.abar[t_prev])
     x = torch.full((1, 1, 2, 2), 3.0 * abar**0.5)  # x0hat = 3 where the noise prediction is 0
     shift = torch.tensor([-1.0, -0.1, 0.1, 1.0]).reshape(1, 1, 2, 2)
     noise = torch.zeros_like(x)
-    plain, guided = (sampler.step(x, t, t_prev, Prediction(torch.zeros_like(x)), s, noise) for s in (None, shift))
+    still = torch.zeros_like(shift)
+    plain, guided = (sampler.step(x, t, t_prev, Prediction(torch.zeros_like(x)), s, noise) for s in (still, shift))
     variance = eta**2 * schedule.posterior(t, t_prev)[2]
+    x0 = 1.0 if clip else 3.0
+    eps = (x - abar**0.5 * x0) / (1 - abar) ** 0.5
+    torch.testing.assert_close(plain, abar_prev**0.5 * x0 + (1 - abar_prev - variance) ** 0.5 * eps)
     factor = abar_prev**0.5 * (1 - abar) / abar**0.5 - (1 - abar_prev - variance) ** 0.5 * (1 - abar) ** 0.5
     assert factor > 0
     torch.testing.assert_close(guided - plain, factor * shift, rtol=1e-4, atol=1e-6)
