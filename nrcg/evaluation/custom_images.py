@@ -107,13 +107,14 @@ def evaluate_custom(
             scores.append(class_hits(_logits(judge, chunk, batch_size), aim))
         report(reference.count + first + len(chunk))
     hits = {"judge": np.concatenate(scores)} if scores else None
-    row = evaluate_features([np.concatenate(rows) for rows in found], references, hits=hits, seed=seed, device=device)
+    vectors = [np.concatenate(rows) for rows in found]
+    row = evaluate_features(vectors, references, hits=hits, seed=seed, device=device)
     for column, side in (("protocols", samples), ("reference", reference)):
         if side.image_size is not None:
             row[column] += f", resized to {side.image_size} first"
-    warnings = _warnings(extractors, row) + ["without --target there is no accuracy"] * (
-        judge is not None and aim is None
-    )
+    warnings = _warnings(extractors, row, vectors[0])
+    if judge is not None and aim is None:
+        warnings.append("without --target there is no accuracy")
     return {"samples": str(samples.path), "target": target or "", **row}, warnings
 
 
@@ -266,9 +267,11 @@ def _with_channels(image: np.ndarray, channels: int | None) -> np.ndarray:
     return image
 
 
-def _warnings(extractors: Sequence[Extractor | Given], row: dict) -> list[str]:
+def _warnings(extractors: Sequence[Extractor | Given], row: dict, vectors: np.ndarray) -> list[str]:
     sides = {"samples": "num_samples", "reference": "num_reference", "reference of the target": "num_reference_target"}
     found = []
+    if (different := len({one.tobytes() for one in vectors})) < len(vectors):
+        found.append(f"samples: of {len(vectors)} images {different} differ; copies make every interval too narrow")
     for side, column in sides.items():
         if 0 < row[column] < FEW:
             found.append(f"{side}: {row[column]} images are few, the intervals are rough")

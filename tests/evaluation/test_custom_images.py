@@ -257,6 +257,15 @@ def test_the_first_samples_and_a_common_size(tmp_path):
     assert next(open_side("grey.npy", image_size=7).chunks())[0].shape == (7, 7, 1)
 
 
+def test_copies_of_one_image_are_told():
+    """Twelve copies have no spread, so that every interval says nothing."""
+    np.save("real.npy", np.random.default_rng(0).integers(0, 256, (30, 12, 12), np.uint8))
+    np.save("copies.npy", np.repeat(np.load("real.npy")[:2], 6, axis=0))
+    flags = ("--reference", "real.npy", "--features", "python:ownnet:make?size=16")
+    assert any("of 12 images 2 differ" in line for line in evaluate("--samples", "copies.npy", *flags)["warnings"])
+    assert not any("differ" in line for line in evaluate("--samples", "real.npy", *flags)["warnings"])
+
+
 def test_arrays_and_archives_are_read_in_pieces(tmp_path):
     count = 2 * CHUNK + 5
     arrays = np.arange(count, dtype=np.uint16).view(np.uint8).reshape(count, 1, 2)
