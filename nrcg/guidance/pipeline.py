@@ -30,7 +30,7 @@ from nrcg.guidance.samplers import DDIM, DDPM, DPMSolverPP, Sampler
 from nrcg.guidance.sampling import guided_sample, start_samples
 from nrcg.guidance.trace import Trace, TraceRecorder
 
-_PLAIN = {"thresholding": (False,)}
+_PLAIN = {"thresholding": (False,), "rescale_betas_zero_snr": (False,)}
 SUPPORTED: dict[str, dict[str, tuple]] = {
     "DDPMScheduler": _PLAIN | {"clip_sample_range": (1.0,), "variance_type": DDPM.VARIANCES},
     "DDIMScheduler": _PLAIN | {"clip_sample_range": (1.0,), "set_alpha_to_one": (True,)},
