@@ -79,12 +79,12 @@ def measure(arguments: argparse.Namespace, rows: list[dict], keep: Callable[[lis
 
     from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline, load_classifier
     from nrcg.classifiers.logits import class_index
+    from nrcg.config import scaled_beta
     from nrcg.data.arrays import open_split, to_uint8
     from nrcg.devices import resolve_device, resolve_precision
     from nrcg.evaluation.evaluate import evaluate_images
     from nrcg.evaluation.features import ClassifierExtractor
     from nrcg.evaluation.references import make_reference
-    from nrcg.guidance.stabilizers import scaled_beta
 
     device = resolve_device(arguments.device)
     precision = resolve_precision("auto", device)

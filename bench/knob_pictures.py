@@ -73,7 +73,7 @@ KNOBS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 def stabilizer(name: str, num_steps: int) -> Any:
     """A stabilizer with betas for this number of steps."""
     from nrcg import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, UnitNorm
-    from nrcg.guidance.stabilizers import scaled_beta
+    from nrcg.config import scaled_beta
 
     adam = (scaled_beta(0.9, num_steps), scaled_beta(0.999, num_steps), 1e-4)
     return {

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from nrcg.cli.imports import lean_imports
 from nrcg.config import StepSettings, checked_device, read_step_settings
 from nrcg.errors import ConfigError, NrcgError
 
@@ -101,7 +102,8 @@ def run_step(arguments: argparse.Namespace, function: str, step: str, part: str 
     """
     module, _, name = function.partition(".")
     settings = read_step_settings(arguments.config, step, arguments.experiment, part)
-    call = getattr(import_module(f"nrcg.steps.{module}"), name)
+    with lean_imports():
+        call = getattr(import_module(f"nrcg.steps.{module}"), name)
     parameters = inspect.signature(call).parameters
     given = {name: value for name, value in vars(arguments).items() if name in parameters and value is not None}
     if "device" in parameters:
@@ -124,13 +126,6 @@ def choose_device(arguments: argparse.Namespace, settings: StepSettings | None) 
     device = acquire_device(arguments.device or getattr(settings, "device", "auto"), arguments.threads)
     precision = getattr(arguments, "precision", None) or getattr(settings, "precision", "float32")
     return device, resolve_precision(precision, device)
-
-
-def quiet_diffusers() -> None:
-    """No bars for two files."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

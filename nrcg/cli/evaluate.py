@@ -22,6 +22,7 @@ from nrcg.cli.arguments import (
     print_table,
     run_step,
 )
+from nrcg.cli.imports import lean_imports
 from nrcg.cli.steps import CACHE, CLASSIFIERS, DATA
 from nrcg.config import get_experiment, load
 from nrcg.errors import ConfigError
@@ -143,7 +144,9 @@ def add_tune(verbs: Verbs) -> None:
 def tune(arguments: argparse.Namespace) -> None:
     """Search for the best guidance scale of a method."""
     from nrcg.pipeline import tune as search
-    from nrcg.steps.tune import tune_method
+
+    with lean_imports():
+        from nrcg.steps.tune import tune_method
 
     config = load(arguments.config)
     experiment = get_experiment(config, arguments.experiment)

@@ -16,9 +16,9 @@ from nrcg.cli.arguments import (
     one_line,
     positive,
     positive_or_auto,
-    quiet_diffusers,
     run_step,
 )
+from nrcg.cli.imports import lean_imports
 from nrcg.config import GRAD_MODES, INPUTS, PRECISIONS, SAMPLERS, STARTS, MethodConfig
 from nrcg.errors import ConfigError
 
@@ -76,13 +76,13 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
     for flag in ("method", "scale", "shard", "ddpm"):
         if getattr(arguments, flag) is None:
             raise ConfigError(f"--{flag}: missing; with --config a shard needs --method, --scale, --shard and --ddpm")
-    quiet_diffusers()
     run_step(arguments, "sample.sample_shard", "sample", arguments.method)
 
 
 def _sample_images(arguments: argparse.Namespace) -> None:
-    from nrcg.guidance.pipeline import GuidedDDPMPipeline
-    from nrcg.steps.sample import Drawing, sample_images
+    with lean_imports():
+        from nrcg.guidance.pipeline import GuidedDDPMPipeline
+        from nrcg.steps.sample import Drawing, sample_images
 
     if arguments.ddpm is None:
         raise ConfigError("--ddpm: missing; give a diffusers folder or hub id")
@@ -90,7 +90,6 @@ def _sample_images(arguments: argparse.Namespace) -> None:
     if arguments.trace and guidance is None:
         raise ConfigError("--trace: nothing guides; give --classifier")
     device, precision = choose_device(arguments, None)
-    quiet_diffusers()
     pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device).use_sampler(arguments.sampler)
     same = {name: getattr(arguments, name) for name in ("num_samples", "batch_size", "seed", "start", "eta", "trace")}
     drawing = Drawing(precision=precision, num_inference_steps=arguments.steps, **same)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from nrcg.cli.arguments import Verbs, add_files, add_verb, positive, quiet_diffusers, run_step
+from nrcg.cli.arguments import Verbs, add_files, add_verb, positive, run_step
 from nrcg.config import BEST_BY, ROLES
 from nrcg.layout import REFERENCE_CACHE
 
@@ -107,8 +107,6 @@ def add_step(verbs: Verbs, name: str) -> None:
 
 
 def _run(verb: StepVerb, arguments: argparse.Namespace) -> None:
-    if verb.step == "forward":
-        quiet_diffusers()
     run_step(arguments, verb.function, verb.step, getattr(arguments, "role", None))
 
 

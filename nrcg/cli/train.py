@@ -12,8 +12,8 @@ from nrcg.cli.arguments import (
     choose_device,
     nonnegative,
     positive_or_zero,
-    quiet_diffusers,
 )
+from nrcg.cli.imports import lean_imports
 from nrcg.config import read_step_settings
 from nrcg.processes import launched
 
@@ -31,7 +31,6 @@ def add_train_ddpm(verbs: Verbs) -> None:
 def train_ddpm(arguments: argparse.Namespace) -> int | None:
     """Train the diffusion model, or take a pretrained one."""
     from nrcg.devices import resolve_device
-    from nrcg.steps import train_ddpm as step
     from nrcg.training import distributed
 
     settings = read_step_settings(arguments.config, "train_ddpm", arguments.experiment)
@@ -44,7 +43,8 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
             return distributed.launch(command, count, device, lease=leased)
     device, precision = choose_device(arguments, settings)
     ranks, device = distributed.join(device)
-    quiet_diffusers()
+    with lean_imports():
+        from nrcg.steps import train_ddpm as step
     step.train_ddpm(settings, data=arguments.data, out=arguments.out, device=device, precision=precision, ranks=ranks)
 
 
@@ -60,9 +60,8 @@ def export_ddpm(arguments: argparse.Namespace) -> None:
     """Write a diffusion model in half precision and small files, with a model card."""
     import torch
 
-    from nrcg.training.export import export_ddpm
-
-    quiet_diffusers()
+    with lean_imports():
+        from nrcg.training.export import export_ddpm
     dtype, most = getattr(torch, arguments.dtype), int(1e6 * arguments.max_shard_mb)
     export_ddpm(arguments.ddpm, arguments.out, dtype=dtype, max_shard_bytes=most, name=arguments.name)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nrcg.cli.arguments import Verbs, add_verb, device_flag, print_table
+from nrcg.cli.imports import lean_imports
 from nrcg.config import config_reference, dvc_yaml, get_experiment, json_schema, load, read_yaml
 from nrcg.devices import device_name
 from nrcg.errors import DataError
@@ -76,7 +77,9 @@ def plan(arguments: argparse.Namespace) -> None:
     """Estimate an experiment before it starts: jobs, images, U-Net passes, hours, disk."""
     from nrcg.pipeline.plan import image_counts, make_plan
     from nrcg.pipeline.plan_table import plan_notes, plan_rows
-    from nrcg.pipeline.timing import count_parameters, meta_unet
+
+    with lean_imports():
+        from nrcg.pipeline.timing import count_parameters, meta_unet
 
     config = load(arguments.config)
     settings = get_experiment(config, arguments.experiment)

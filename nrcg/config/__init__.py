@@ -17,7 +17,15 @@ from nrcg.config.basics import (
 from nrcg.config.data import DatasetConfig, ImageData, SportBallsData
 from nrcg.config.dvc import dvc_yaml
 from nrcg.config.experiment import RULES, Config, ExperimentConfig, dataset_owner, get_experiment
-from nrcg.config.methods import STABILIZER_KEYS, MethodConfig, ScaleScheduleConfig, StabilizerConfig, stabilizer_name
+from nrcg.config.methods import (
+    PUBLISHED_STEPS,
+    STABILIZER_KEYS,
+    MethodConfig,
+    ScaleScheduleConfig,
+    StabilizerConfig,
+    scaled_beta,
+    stabilizer_name,
+)
 from nrcg.config.models import ClassifierConfig, DDPMConfig, OptimizerConfig, ScheduleConfig, UNetConfig
 from nrcg.config.reading import load, merge, parse, read_yaml
 from nrcg.config.reference import config_reference

@@ -9,6 +9,16 @@ from pydantic import Field, model_validator
 
 from nrcg.config.basics import Beta, Fraction, GradMode, Input, Positive, SamplerName, Section
 
+PUBLISHED_STEPS = 400
+"""T of the paper: the number of steps for which `config.yaml` states a stabilizer's betas."""
+
+
+def scaled_beta(beta: float, num_steps: int) -> float:
+    """beta^(400/T): the beta whose window spans the same share of T steps as `beta` does of the
+    published 400 (method settings of arXiv 2507.00687, section 3)."""
+    return beta ** (PUBLISHED_STEPS / num_steps)
+
+
 STABILIZER_KEYS = {
     "none": (),
     "ema": ("beta",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from nrcg.config import MethodConfig
+from nrcg.config import PUBLISHED_STEPS, MethodConfig
 from nrcg.guidance import scales, stabilizers
 from nrcg.guidance.guidance import ClassifierGuidance
 
@@ -15,7 +15,7 @@ def build_guidance(
     target: int,
     scale: float,
     *,
-    num_steps: int = stabilizers.PUBLISHED_STEPS,
+    num_steps: int = PUBLISHED_STEPS,
     clip_pred_x0: bool = True,
 ) -> ClassifierGuidance:
     """Guidance as a method asks for it, at one guidance scale.

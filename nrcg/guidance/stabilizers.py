@@ -15,16 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nrcg.config import STABILIZER_KEYS, StabilizerConfig
-
-PUBLISHED_STEPS = 400
-"""T of the paper: the number of steps for which `config.yaml` states a stabilizer's betas."""
-
-
-def scaled_beta(beta: float, num_steps: int) -> float:
-    """beta^(400/T): the beta whose window spans the same share of T steps as `beta` does of the
-    published 400 (method settings of arXiv 2507.00687, section 3)."""
-    return beta ** (PUBLISHED_STEPS / num_steps)
+from nrcg.config import PUBLISHED_STEPS, STABILIZER_KEYS, StabilizerConfig, scaled_beta
 
 
 class Stabilizer(ABC):

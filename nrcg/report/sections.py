@@ -15,11 +15,10 @@ from typing import Any, TypedDict
 import numpy as np
 from PIL import Image
 
-from nrcg.config import ROLES
+from nrcg.config import ROLES, scaled_beta
 from nrcg.csv_files import Row, read_csv
 from nrcg.data.pictures import load_samples, png_bytes, sample_grid
 from nrcg.errors import DataError
-from nrcg.guidance.stabilizers import scaled_beta
 from nrcg.layout import format_scale
 from nrcg.report import paper
 from nrcg.report.best import at_edge, best_and_ties, best_per_method

@@ -9,7 +9,7 @@ import torch
 from nrcg import tracking
 from nrcg.classifiers.logits import class_index
 from nrcg.classifiers.storage import open_classifier
-from nrcg.config import ForwardStep, stabilizer_name
+from nrcg.config import PUBLISHED_STEPS, ForwardStep, stabilizer_name
 from nrcg.csv_files import write_csv
 from nrcg.data.arrays import open_split, to_unit
 from nrcg.guidance import stabilizers
@@ -51,7 +51,7 @@ def analyse_forward(
     manifest = checked_data(data)
     images, labels = open_split(data, "val")
     count = min(config.num_images, len(images))
-    steps = stabilizers.PUBLISHED_STEPS if settings.betas_per_step else schedule.num_steps
+    steps = PUBLISHED_STEPS if settings.betas_per_step else schedule.num_steps
     smoothing = {stabilizer_name(entry): stabilizers.from_config(entry, steps) for entry in config.stabilizers}
     with (
         tracking.run(settings.experiment, "forward", kind="forward", params=settings.model_dump()) as run,

@@ -14,7 +14,7 @@ from PIL import Image
 from nrcg import tracking
 from nrcg.classifiers.logits import class_index
 from nrcg.classifiers.storage import open_classifier
-from nrcg.config import SampleStep
+from nrcg.config import PUBLISHED_STEPS, SampleStep
 from nrcg.data.arrays import to_uint8
 from nrcg.data.pictures import sample_grid, save_png
 from nrcg.data.shards import write_shard
@@ -24,7 +24,6 @@ from nrcg.files import weights_sha256
 from nrcg.guidance.building import build_guidance
 from nrcg.guidance.guidance import ClassifierGuidance
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
-from nrcg.guidance.stabilizers import PUBLISHED_STEPS
 from nrcg.guidance.trace import Trace
 from nrcg.layout import format_scale, trace_of
 from nrcg.pipeline.progress import Progress

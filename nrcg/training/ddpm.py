@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -165,8 +166,6 @@ class _Training:
         checkpoint: Checkpoint,
         ranks: Ranks,
     ) -> None:
-        from diffusers.training_utils import EMAModel
-
         self.config, self.train, self.val, self.device, self.precision = config, train, val, device, precision
         self.checkpoint, self.ranks = checkpoint, ranks
         self.batch_size = min(config.batch_size, len(train))

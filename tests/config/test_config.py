@@ -11,10 +11,9 @@ import jsonschema
 import pytest
 
 from nrcg import config
-from nrcg.config import ROLES, STEPS, StabilizerConfig
+from nrcg.config import PUBLISHED_STEPS, ROLES, STEPS, StabilizerConfig, scaled_beta
 from nrcg.config.messages import models_in
 from nrcg.errors import ConfigError
-from nrcg.guidance.stabilizers import PUBLISHED_STEPS, scaled_beta
 from nrcg.layout import format_scale
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,55 @@
+"""What the process of a verb loads: nothing that its verb does not use, and everything else remains to be had."""
+
+import subprocess
+import sys
+
+HEAVY = ("transformers", "torchvision", "scipy", "torch._dynamo", "mlflow", "sklearn")
+"""Each costs a process between half a second and three."""
+
+
+def loaded(code: str) -> set[str]:
+    """Those of HEAVY that a fresh process has loaded after some code."""
+    asked = f"{code}\nprint(*(name for name in {HEAVY!r} if name in sys.modules))"
+    found = subprocess.run([sys.executable, "-c", f"import sys\n{asked}"], capture_output=True, text=True, check=True)
+    return set(found.stdout.split())
+
+
+def test_verbs_load_what_they_use():
+    with_diffusers = ("steps.sample", "steps.train_ddpm", "steps.forward", "steps.tune", "training.export")
+    others = ("steps.train_classifier", "steps.reference", "steps.evaluate", "pipeline.timing")
+    found = loaded(
+        f"""from nrcg.cli.imports import lean_imports
+with lean_imports():
+    import {", ".join(f"nrcg.{name}" for name in (*with_diffusers, *others))}"""
+    )
+    assert found == set()
+
+
+def test_light_verbs_load_no_torch():
+    code = "".join(f"import nrcg.steps.{name}; " for name in ("report", "figures", "dataset", "collect", "compare"))
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}import sys; print('torch' in sys.modules)"], capture_output=True
+    )
+    assert found.stdout.split() == [b"False"]
+
+
+def test_everything_can_be_imported_afterwards():
+    """Models that were left out, the libraries, and torch's compiler, which gives what the U-Net gives without it."""
+    code = """
+import torch
+from nrcg.cli.imports import lean_imports
+disable = torch.compiler.disable
+with lean_imports():
+    import nrcg.guidance.pipeline
+assert torch.compiler.disable is disable
+import scipy.stats, torchvision, transformers
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+small = dict(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+unet = UNet2DModel(**small, **blocks).eval()
+x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 5])
+compiled = torch.compile(unet, backend="aot_eager")
+with torch.no_grad():
+    torch.testing.assert_close(compiled(x, t).sample, unet(x, t).sample)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
