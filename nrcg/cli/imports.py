@@ -8,11 +8,13 @@ the process that it is used in alone.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 OPTIONAL = (
     *("transformers", "scipy", "torchvision", "jinja2"),
@@ -49,31 +51,33 @@ def lean_imports() -> Iterator[None]:
 
     if "diffusers" in sys.modules:
         yield
-        _quiet_diffusers()
-        return
-    absent = [name for name in OPTIONAL if name not in sys.modules]
-    finder, disable = _Empty(), torch.compiler.disable
-    sys.modules.update(dict.fromkeys(absent))  # None: as if it were not installed
-    sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
-    # It marks functions for a compiler that would be imported for that alone; nrcg calls none of them.
-    torch.compiler.disable = _unmarked
-    try:
-        yield
-    finally:
-        torch.compiler.disable = disable
-        sys.meta_path.remove(finder)  # type: ignore[arg-type]
-        for name in absent:
-            del sys.modules[name]
-        _quiet_diffusers()
-
-
-def _quiet_diffusers() -> None:
-    """No bars for two files."""
-    if "diffusers" in sys.modules:
-        from diffusers.utils import logging
-
-        logging.disable_progress_bar()
+    else:
+        absent = [name for name in OPTIONAL if name not in sys.modules]
+        sys.modules.update(dict.fromkeys(absent))  # None: as if it were not installed
+        try:
+            with (
+                # The names of all distributions' files, read to find how a package is called that few have.
+                mock.patch.object(importlib.metadata, "packages_distributions", dict),
+                # Marks functions for a compiler that would be imported for that alone; nrcg calls none of them.
+                mock.patch.object(torch.compiler, "disable", _unmarked),
+                mock.patch.object(sys, "meta_path", [_Empty(), *sys.meta_path]),
+            ):
+                yield
+        finally:
+            for name in absent:
+                del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith("diffusers.")]:
+        # No bars for two files; whether a model is compiled can be said without the compiler.
+        if name == "diffusers.utils.logging":
+            sys.modules[name].disable_progress_bar()
+        elif hasattr(sys.modules[name], "is_compiled_module"):
+            sys.modules[name].is_compiled_module = _is_compiled  # type: ignore[attr-defined]
 
 
 def _unmarked(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
     return (lambda one: one) if function is None else function
+
+
+def _is_compiled(module: object) -> bool:
+    compiler = sys.modules.get("torch._dynamo")
+    return compiler is not None and isinstance(module, compiler.eval_frame.OptimizedModule)

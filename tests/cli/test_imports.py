@@ -20,7 +20,11 @@ def test_verbs_load_what_they_use():
     found = loaded(
         f"""from nrcg.cli.imports import lean_imports
 with lean_imports():
-    import {", ".join(f"nrcg.{name}" for name in (*with_diffusers, *others))}"""
+    import {", ".join(f"nrcg.{name}" for name in (*with_diffusers, *others))}
+from diffusers import DDPMScheduler, UNet2DModel
+blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+unet = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, **blocks)
+nrcg.guidance.pipeline.GuidedDDPMPipeline(unet, DDPMScheduler(num_train_timesteps=2))(num_samples=1, batch_size=1)"""
     )
     assert found == set()
 
