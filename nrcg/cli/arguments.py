@@ -6,11 +6,10 @@ import argparse
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nrcg.cli.imports import lean_imports
+from nrcg.cli.imports import import_step
 from nrcg.config import StepSettings, checked_device, read_step_settings
 from nrcg.errors import ConfigError, NrcgError
 
@@ -92,18 +91,20 @@ def add_method(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("--method", help="a key of methods")
 
 
-def run_step(arguments: argparse.Namespace, function: str, step: str, part: str | None = None) -> Any:
+def run_step(
+    arguments: argparse.Namespace, function: str, step: str, part: str | None = None, compute: bool = True
+) -> Any:
     """Call a function of nrcg.steps with its step's settings, and with the flags that are named like its parameters.
 
     Args:
         function: MODULE.NAME in nrcg.steps.
         step: A key of `nrcg.config.STEPS`.
         part: The role or method that the settings are of.
+        compute: Whether it computes with torch.
     """
     module, _, name = function.partition(".")
     settings = read_step_settings(arguments.config, step, arguments.experiment, part)
-    with lean_imports():
-        call = getattr(import_module(f"nrcg.steps.{module}"), name)
+    call = getattr(import_step(module, compute), name)
     parameters = inspect.signature(call).parameters
     given = {name: value for name, value in vars(arguments).items() if name in parameters and value is not None}
     if "device" in parameters:

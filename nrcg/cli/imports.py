@@ -7,17 +7,18 @@ the process that it is used in alone.
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 OPTIONAL = (
-    *("transformers", "scipy", "torchvision", "jinja2"),
+    *("transformers", "scipy", "torchvision"),
     *("torch._dynamo", "torch.nn.attention.flex_attention"),
 )
 """Modules that diffusers does without where they are missing."""
@@ -72,6 +73,12 @@ def lean_imports() -> Iterator[None]:
             sys.modules[name].disable_progress_bar()
         elif hasattr(sys.modules[name], "is_compiled_module"):
             sys.modules[name].is_compiled_module = _is_compiled  # type: ignore[attr-defined]
+
+
+def import_step(module: str, compute: bool) -> ModuleType:
+    """A module of nrcg.steps, for a verb that computes with torch or one that does without it."""
+    with lean_imports() if compute else nullcontext():
+        return importlib.import_module(f"nrcg.steps.{module}")
 
 
 def _unmarked(function: Callable | None = None, *_: Any, **__: Any) -> Callable:

@@ -107,7 +107,7 @@ def add_step(verbs: Verbs, name: str) -> None:
 
 
 def _run(verb: StepVerb, arguments: argparse.Namespace) -> None:
-    run_step(arguments, verb.function, verb.step, getattr(arguments, "role", None))
+    run_step(arguments, verb.function, verb.step, getattr(arguments, "role", None), verb.compute)
 
 
 def add_collect(verbs: Verbs) -> None:
