@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from nrcg.cli.arguments import (
     Verbs,
@@ -26,6 +27,9 @@ def add_train_ddpm(verbs: Verbs) -> None:
         "--gpus", type=positive_or_zero, help="GPUs that ddpm.num_processes may use; default: all that are visible"
     )
     add_files(sub, data="data/<dataset>", out="models/<experiment>/ddpm")
+    sub.add_argument(
+        "--preview", type=Path, nargs="+", default=(), help="classifiers; the first that is there guides early samples"
+    )
 
 
 def train_ddpm(arguments: argparse.Namespace) -> int | None:
@@ -45,7 +49,8 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
     ranks, device = distributed.join(device)
     with lean_imports():
         from nrcg.steps import train_ddpm as step
-    step.train_ddpm(settings, data=arguments.data, out=arguments.out, device=device, precision=precision, ranks=ranks)
+    files = {name: getattr(arguments, name) for name in ("data", "out", "preview")}
+    step.train_ddpm(settings, **files, device=device, precision=precision, ranks=ranks)
 
 
 def add_export_ddpm(verbs: Verbs) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -57,10 +59,22 @@ def _print_results(experiment: str) -> None:
     from nrcg.report.columns import read_metrics
     from nrcg.report.tables import format_table
 
-    folder = Path("results") / experiment
-    print(format_table(read_metrics(folder / "metrics.csv")))
-    if (folder / "report.html").exists():
-        print(f"\nReport: {(folder / 'report.html').resolve()}")
+    paths = ExperimentPaths(experiment)
+    print(format_table(read_metrics(paths.metrics)))
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used, jobs = spent.ru_utime + spent.ru_stime, _benchmarked(experiment)
+    print(f"\nCPU time of this run: {used:,.0f} s; of its jobs by benchmarks/{experiment}/**/*.tsv: {jobs:,.0f} s")
+    if paths.report.exists():
+        print(f"Report: {paths.report.resolve()}")
+
+
+def _benchmarked(experiment: str) -> float:
+    """CPU seconds of an experiment's jobs. Snakemake looks at a job each half minute: the last seconds are missing."""
+    rows = []
+    for path in Path("benchmarks", experiment).rglob("*.tsv"):
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file, delimiter="\t")
+    return sum(float(row["cpu_time"]) for row in rows if row["cpu_time"] not in ("NA", "-"))
 
 
 def add_plan(verbs: Verbs) -> None:

@@ -87,7 +87,10 @@ class DDPMConfig(Section):
         description="A checkpoint at least this often; a killed training goes on from the last."
     )
     num_val_images: Positive = Field(description="Validation images of the loss per epoch.")
-    sample_every: Annotated[int, Field(ge=0)] = Field(description="A sample grid each n epochs; 0: only at the end.")
+    sample_every: Annotated[int, Field(ge=0)] = Field(
+        description="Sample grids each n epochs, one of them guided where the workflow's classifier is there by then; "
+        "0: only at the end."
+    )
     seed: Seed = Field(description="Seed of the initial weights, the order of the images and their noise.")
 
     @field_validator("pretrained")

@@ -122,6 +122,14 @@ class Progress:
                 self._file.unlink(missing_ok=True)
 
 
+def show_picture(path: Path, caption: str) -> None:
+    """A picture is there while its job goes on: said in the job's log, and by `nrcg run`."""
+    print(f"{caption}: {path}", file=sys.stderr, flush=True)
+    if events := os.environ.get("NRCG_EVENTS"):
+        with contextlib.suppress(OSError), open(events, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": "picture", "path": str(path), "caption": caption}) + "\n")
+
+
 def read_states(folder: Path) -> list[JobState]:
     """States of the jobs that are alive, the longest running first."""
     states = []

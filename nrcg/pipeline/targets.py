@@ -62,6 +62,10 @@ class Targets:
         """The metrics of each method."""
         return _texts(map(self.paths.method_metrics, self.settings.sweep))
 
+    def preview(self) -> list[str]:
+        """The classifiers, of which one may be there to guide samples of the diffusion model in training."""
+        return _texts(self.paths.classifier(role) for role in ROLES)
+
     def results(self) -> list[str]:
         """Every file that a job makes and another reads, and the end results.
 

@@ -49,12 +49,14 @@ class Run:
         planned, finished: Number of jobs per rule.
         running: Rule of each job under way, by the job's number.
         failures: Rule and log files of each job that failed.
+        pictures: Caption and path of what jobs under way have drawn.
     """
 
     planned: Counter[str] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
     running: dict[int, str] = field(default_factory=dict)
     failures: list[tuple[str, list[str]]] = field(default_factory=list)
+    pictures: list[tuple[str, str]] = field(default_factory=list)
 
     def take(self, entry: Mapping) -> None:
         """Take in one event, as the plugin writes it."""
@@ -69,6 +71,8 @@ class Run:
             case "job_error":
                 self.running.pop(entry["jobid"], None)
                 self.failures.append((entry["rule_name"], entry["log"]))
+            case "picture":
+                self.pictures.append((entry["caption"], entry["path"]))
 
     def share(self, weights: Mapping[str, float], states: Sequence[JobState]) -> float:
         """Done part of the work, 0 to 1, where a job of a rule costs `weights[rule]`, 1 if not given."""
@@ -182,7 +186,7 @@ class _View:
 
     def show(self) -> None:
         """Read what is new; redraw, or print a line if it is time to."""
-        told = len(self.run.failures)
+        told, shown = len(self.run.failures), len(self.run.pictures)
         with self.events.open("rb") as file:
             file.seek(self._offset)
             new = file.read()
@@ -192,6 +196,8 @@ class _View:
             self.run.take(json.loads(line))
         for rule, _ in self.run.failures[told:]:
             self.say(f"Rule {rule} failed.")
+        for caption, path in self.run.pictures[shown:]:
+            self.say(f"{self._elapsed()} {caption}: {path}")
         states = read_states(self._folder)
         # Jobs that say where they are, else the names of those that run.
         running = Counter(self.run.running.values()).items()

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from nrcg import tracking
-from nrcg.config import DDPMConfig, TrainDDPMStep
-from nrcg.data.arrays import mean_image, open_split, to_uint8
-from nrcg.data.pictures import sample_grid, save_png
+from nrcg.config import TrainDDPMStep
+from nrcg.data.arrays import mean_image, open_split
 from nrcg.diffusion.storage import save_pipeline
 from nrcg.diffusion.unet import build_scheduler
-from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
 from nrcg.steps.common import checked_data, data_tags, identity, log_dataset, log_epoch, model_record
+from nrcg.steps.grids import Grids, grid_batch
 from nrcg.training import pretrained
 from nrcg.training.ddpm import Hooks, train_unet
 from nrcg.training.distributed import Ranks
@@ -34,6 +33,7 @@ def train_ddpm(
     device: torch.device,
     precision: torch.dtype,
     ranks: Ranks | None = None,
+    preview: Sequence[Path] = (),
 ) -> list[LogRow]:
     """Write the unconditional diffusion model as a diffusers pipeline folder: trained, or pretrained.
 
@@ -44,6 +44,7 @@ def train_ddpm(
         device: Device that computes.
         precision: Autocast of the U-Net.
         ranks: The processes that train together; None: this one alone. Only the main one writes.
+        preview: Folders of classifiers. The first that is there guides further samples, each `ddpm.sample_every` epochs.
 
     Returns:
         The rows of training.csv.
@@ -58,6 +59,7 @@ def train_ddpm(
         out.with_name(f"{out.name}.checkpoint.pt"), identity(settings, manifest), config.checkpoint_minutes
     )
     mean, scheduler = mean_image(data), build_scheduler(config.schedule)
+    grids = Grids(scheduler, config, mean, precision)
     with contextlib.ExitStack() as stack:
         hooks = Hooks()
         if ranks.main:
@@ -66,12 +68,12 @@ def train_ddpm(
             steps = config.epochs * steps_per_epoch(len(train), config.batch_size)
             bar = stack.enter_context(Progress("train_ddpm", steps, "step"))
 
-            def keep_grid(unet: nn.Module, epoch: int) -> None:
-                path = out.with_name(f"{out.name}.samples") / f"epoch{epoch:04d}.png"
-                draw_grid(unet, scheduler, config, mean, precision, path)
-                run.log_artifact(path, "samples")
+            def keep_grids(unet: nn.Module, epoch: int) -> None:
+                folder = out.with_name(f"{out.name}.samples")
+                for path in grids.draw_early(unet, folder / f"epoch{epoch:04d}.png", preview):
+                    run.log_artifact(path, "samples")
 
-            hooks = Hooks(bar.set, lambda row: log_epoch(run, row), keep_grid, bar.resume)
+            hooks = Hooks(bar.set, lambda row: log_epoch(run, row), keep_grids, bar.resume)
         unet, log = train_unet(
             config,
             train,
@@ -88,7 +90,7 @@ def train_ddpm(
         if ranks.main:
             record = model_record(settings, manifest, device, precision) | {"num_processes": ranks.count}
             save_pipeline(out, unet, scheduler, mean, record, log)
-            _finish(run, unet, scheduler, config, mean, precision, out)
+            _finish(run, unet, grids, out)
             checkpoint.remove()
     return log
 
@@ -129,48 +131,18 @@ def _take_pretrained(
             pipe,
             TrainingImages(*open_split(data, "val"), device),
             num_images=config.num_val_images,
-            batch_size=min(config.batch_size, _grid_batch(manifest["image_size"])),
+            batch_size=min(config.batch_size, grid_batch(manifest["image_size"])),
             precision=precision,
         )
         run.log_metrics({"val_loss": row["val_loss"]})
         record = model_record(settings, manifest, device, precision) | {"pretrained": origin}
         save_pipeline(out, pipe.unet, pipe.scheduler, mean, record, [row])
-        _finish(run, pipe.unet, pipe.scheduler, config, mean, precision, out)
+        _finish(run, pipe.unet, Grids(pipe.scheduler, config, mean, precision), out)
     return [row]
 
 
-def _finish(
-    run: Any, unet: nn.Module, scheduler: Any, config: DDPMConfig, mean: np.ndarray, precision: torch.dtype, out: Path
-) -> None:
+def _finish(run: Any, unet: nn.Module, grids: Grids, out: Path) -> None:
     """A grid of samples into the folder, and both into the tracking run."""
-    draw_grid(unet, scheduler, config, mean, precision, out / "samples.png")
+    grids.draw(unet, out / "samples.png")
     run.log_artifact(out / "samples.png", "samples")
     run.log_model(out, "ddpm")
-
-
-def draw_grid(
-    unet: nn.Module, scheduler: Any, config: DDPMConfig, mean: np.ndarray, precision: torch.dtype, path: Path
-) -> None:
-    """A grid of 36 unguided samples by all steps; large ones on a CPU, where that takes hours, are few, by DDIM."""
-    size = mean.shape[-1]
-    pipe = GuidedDDPMPipeline(unet, scheduler)
-    pipe.data_mean = torch.from_numpy(mean)
-    columns, steps = 6, None
-    if size > 64 and pipe.device.type == "cpu":
-        columns, steps = (2 if size <= 128 else 1), min(10, len(scheduler.betas))
-        pipe.use_sampler("ddim")
-    out = pipe(
-        num_samples=columns**2,
-        batch_size=_grid_batch(size),
-        seed=config.seed,
-        num_inference_steps=steps,
-        precision=precision,
-        on_step=lambda done: None,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, sample_grid(to_uint8(out.samples), columns))
-
-
-def _grid_batch(image_size: int) -> int:
-    """Samples at once of a grid: the memory of 36 at 64 x 64."""
-    return min(max(36 * 64**2 // image_size**2, 1), 36)

@@ -101,6 +101,13 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "job: 100%" in sys.stderr.getvalue()
 
 
+def test_pictures_of_jobs_are_shown_once():
+    draws = "from pathlib import Path; from nrcg.pipeline.progress import show_picture; import time\n"
+    draws += "show_picture(Path('a b/epoch0002.png'), 'Samples'); time.sleep(0.5)"
+    assert shown([sys.executable, "-c", draws]).count("Samples: a b/epoch0002.png\n") == 1
+    assert "Samples: a b/epoch0002.png\n" in Path("run.log").read_text()  # the job's own stderr
+
+
 def test_jobs_of_dead_processes_are_left_out(progress_dir):
     progress_dir.mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])

@@ -16,7 +16,7 @@ rule train_ddpm:
         "logs/{experiment}/train_ddpm.log",
     benchmark:
         "benchmarks/{experiment}/train_ddpm.tsv"
-    threads: 16
+    threads: asked(lambda job: job.training_threads)
     resources:
         gpu=asked(lambda job: job.training_gpus),
         mem_mb=memory(8000),
@@ -25,9 +25,10 @@ rule train_ddpm:
         config=settings_file("train_ddpm"),
         data=subpath(input.manifest, parent=True),
         folder=subpath(output.record, parent=True),
+        preview=files(lambda one, wildcards: one.preview()),
     shell:
-        "nrcg train-ddpm --config {params.config} --data {params.data} --threads {threads}"
-        " --gpus {resources.gpu} --out {params.folder} > {log} 2>&1"
+        "nrcg train-ddpm --config {params.config} --data {params.data} --threads {threads} --gpus {resources.gpu}"
+        " --preview {params.preview} --out {params.folder} > {log} 2>&1"
 
 
 rule train_classifier:
