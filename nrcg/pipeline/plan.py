@@ -25,6 +25,8 @@ from nrcg.layout import DatasetPaths, ExperimentPaths, record_of
 
 CHANNELS = 3
 GRID_IMAGES = 36
+PREVIEW_IMAGES = (6, 18)
+"""Unguided and guided samples beside each grid of a training."""
 """Unguided samples in a training's grid."""
 OVER_T = (21, 512)
 """Steps t, and validation images at each, of a classifier's accuracy over t."""
@@ -204,15 +206,16 @@ def _train_ddpm(settings: ExperimentConfig, counts: Counts, paths: ExperimentPat
     ddpm = settings.ddpm
     pretrained = ddpm.pretrained is not None
     epochs = 1 if pretrained else ddpm.epochs
-    grids = 1 + ((epochs - 1) // ddpm.sample_every if ddpm.sample_every else 0)
+    early = (epochs - 1) // ddpm.sample_every if ddpm.sample_every else 0
     forward = epochs * _at_most(ddpm.num_val_images, counts.val)
-    forward += grids * GRID_IMAGES * ddpm.schedule.num_train_timesteps
+    forward += ((1 + early) * GRID_IMAGES + early * PREVIEW_IMAGES[0]) * ddpm.schedule.num_train_timesteps
+    guided = early * PREVIEW_IMAGES[1] * ddpm.schedule.num_train_timesteps
     images = 0 if pretrained else None if counts.train is None else shown(counts.train, ddpm.batch_size, epochs)
     return Step(
         name="train_ddpm (pretrained)" if pretrained else "train_ddpm",
         jobs=1,
         images=images,
-        work={"start": 1, "unet_train": images or 0, "unet_forward": forward},
+        work={"start": 1, "unet_train": images or 0, "unet_forward": forward, "unet_gradient": guided},
         disk=None if parameters is None else 4 * parameters,
         threads=16,
         done=_there(paths.ddpm / "training.json"),

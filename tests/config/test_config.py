@@ -135,7 +135,7 @@ MISTAKES = [
     (f"{EXPERIMENT}.ddpm.num_processes", 65, "65 processes cannot share 64 images"),
     (f"{EXPERIMENT}.ddpm.num_processes", "all", "'all' is not allowed; auto or a whole number >= 1 is"),
     (f"{EXPERIMENT}.ddpm.unet.attention", [True], "one entry for each entry of block_out_channels"),
-    (f"{EXPERIMENT}.ddpm.unet.norm_num_groups", 7, "7 does not divide 32 channels"),
+    (f"{EXPERIMENT}.ddpm.unet.norm_num_groups", 7, "7 does not divide 24 channels"),
     (f"{EXPERIMENT}.classifiers.robust.noised", False, "must be true"),
     (f"{EXPERIMENT}.classifiers.judge.class_map", {"a": 1}, "is for a pretrained classifier"),
     (
@@ -289,10 +289,11 @@ def test_an_experiment_without_any_scale_is_refused():
 
 def test_experiments_share_a_data_set_only_with_equal_settings():
     name = RAW["experiments"]["quickstart"]["dataset"]["name"]
-    same = with_entry("experiments.other", {"dataset": RAW["experiments"]["quickstart"]["dataset"]})
+    shared = {key: RAW["experiments"]["quickstart"][key] for key in ("dataset", "ddpm")}
+    same = with_entry("experiments.other", shared)
     assert config.dataset_owner(config.parse(same), name) == "quickstart"
     other = RAW["experiments"]["quickstart"]["dataset"] | {"seed": 5}
-    message = refusal(with_entry("experiments.other", {"dataset": other}))
+    message = refusal(with_entry("experiments.other", shared | {"dataset": other}))
     assert message.startswith(f"experiments.other.dataset.name: '{name}' is also the data set of quickstart, with")
 
 
@@ -492,8 +493,8 @@ def fingerprints(raw: dict) -> dict[str, str]:
         ("ddpm.pretrained", "some/model", {"train_ddpm"}),
         ("ddpm.schedule.beta_schedule", "scaled_linear", {"train_ddpm", "train_classifier"}),
         ("classifiers.robust.checkpoint_minutes", 3, set()),
-        ("sampling.num_samples", 64, {"evaluate"}),
-        ("sampling.shard_size", 64, {"sample", "evaluate"}),
+        ("sampling.num_samples", 80, {"evaluate"}),
+        ("sampling.shard_size", 32, {"sample", "evaluate"}),
         ("sampling.start", "standard_normal", {"sample", "evaluate"}),
         ("sweep.robust", [1, 2, 3], set()),
         ("sweep.non_robust_x0_ema99", [1, 2, 3], set()),

@@ -16,6 +16,7 @@ rule train_ddpm:
         "logs/{experiment}/train_ddpm.log",
     benchmark:
         "benchmarks/{experiment}/train_ddpm.tsv"
+    priority: 10  # the longest job, which most others wait for
     threads: asked(lambda job: job.training_threads)
     resources:
         gpu=asked(lambda job: job.training_gpus),
