@@ -14,7 +14,7 @@ from nrcg.config.basics import (
     checked_device,
     fingerprint,
 )
-from nrcg.config.data import DatasetConfig, ImageData, SportBallsData
+from nrcg.config.data import DatasetConfig, DigitsData, ImageData, SportBallsData
 from nrcg.config.dvc import dvc_yaml
 from nrcg.config.experiment import RULES, Config, ExperimentConfig, dataset_owner, get_experiment
 from nrcg.config.methods import (

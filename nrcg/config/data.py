@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,25 @@ class SportBallsData(DataSection):
         if not 0 < low <= high <= 1:
             raise ValueError("diameter: two shares of the canvas, 0 < smallest <= largest <= 1")
         return self
+
+
+class DigitsData(DataSection):
+    """Scikit-learn's 1,797 real handwritten digits (8 x 8, 17 grey levels), resized."""
+
+    path: ClassVar[str] = "scikit-learn"
+    preprocessing: ClassVar[Preprocessing] = "squash"
+    max_unreadable: ClassVar[float] = 0.0
+    num_train: ClassVar[None] = None
+    num_val: ClassVar[None] = None
+
+    source: Literal["digits"] = Field(description="Comes with scikit-learn; nothing to download.")
+    classes: Annotated[list[str], Field(min_length=10, max_length=10)] = Field(
+        default=[*"0123456789"], description="Names for the digits 0 to 9, in this order."
+    )
+    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.2, description="Share of each digit that validates."
+    )
+    seed: Seed = Field(default=0, description="Seed of the images' order and of the split.")
 
 
 class ImageData(DataSection):
@@ -124,6 +143,6 @@ class FolderData(ImageData):
 
 
 DatasetConfig = Annotated[
-    SportBallsData | CelebAData | HuggingFaceData | FolderData,
+    SportBallsData | DigitsData | CelebAData | HuggingFaceData | FolderData,
     Field(discriminator="source", description="Which images, and how they are made or read."),
 ]

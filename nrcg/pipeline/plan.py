@@ -25,6 +25,8 @@ from nrcg.layout import DatasetPaths, ExperimentPaths, record_of
 
 CHANNELS = 3
 GRID_IMAGES = 36
+DIGITS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
+"""Scikit-learn's images of each digit."""
 PREVIEW_IMAGES = (6, 18)
 """Unguided and guided samples beside each grid of a training."""
 """Unguided samples in a training's grid."""
@@ -114,6 +116,9 @@ def image_counts(data: DatasetConfig, paths: DatasetPaths) -> Counts:
     """Images per split: as drawn, as the data set on disk holds them, or CelebA's official numbers."""
     if data.source == "sportballs":
         return Counts(data.num_train, data.num_val)
+    if data.source == "digits":
+        val = sum(round(data.val_share * count) for count in DIGITS)
+        return Counts(sum(DIGITS) - val, val)
     try:
         splits = json.loads(paths.manifest.read_text())["splits"]
         return Counts(splits["train"]["num_images"], splits["val"]["num_images"])

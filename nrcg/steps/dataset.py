@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from nrcg import tracking
-from nrcg.config import DatasetStep, ImageData, SportBallsData
+from nrcg.config import DatasetStep, DigitsData, ImageData, SportBallsData
 from nrcg.data.celeba import list_celeba
 from nrcg.data.conversion import convert
+from nrcg.data.digits import list_digits
 from nrcg.data.folders import list_folders, list_labelled
 from nrcg.data.parquet import list_parquet
 from nrcg.data.sources import Listing
@@ -57,7 +58,7 @@ def _draw(data: SportBallsData, out: Path, workers: int | None) -> dict:
         )
 
 
-def _convert(data: ImageData, out: Path, workers: int | None) -> dict:
+def _convert(data: DigitsData | ImageData, out: Path, workers: int | None) -> dict:
     try:
         listing = _list_images(data)
     except OSError as error:  # a folder that may not be read
@@ -86,8 +87,10 @@ def _convert(data: ImageData, out: Path, workers: int | None) -> dict:
     return manifest
 
 
-def _list_images(data: ImageData) -> Listing:
+def _list_images(data: DigitsData | ImageData) -> Listing:
     """The raw images that the configuration names."""
+    if data.source == "digits":
+        return list_digits(val_share=data.val_share, seed=data.seed)
     limits = {"num_train": data.num_train, "num_val": data.num_val}
     if data.source == "celeba":
         return list_celeba(data.path, attribute=data.attribute, download=data.download, **limits)

@@ -44,7 +44,7 @@ def train_ddpm(
         device: Device that computes.
         precision: Autocast of the U-Net.
         ranks: The processes that train together; None: this one alone. Only the main one writes.
-        preview: Folders of classifiers. The first that is there guides further samples, each `ddpm.sample_every` epochs.
+        preview: Folders of classifiers. The first that is there guides more samples, each `ddpm.sample_every` epochs.
 
     Returns:
         The rows of training.csv.

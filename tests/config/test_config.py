@@ -228,7 +228,7 @@ def test_each_source_of_images_needs_few_keys(source):
         (
             "folder",
             {"source": "tar"},
-            ".source: 'tar' is no source of images; allowed: sportballs, celeba, huggingface, f",
+            ".source: 'tar' is no source of images; allowed: sportballs, digits, celeba, huggingface, f",
         ),
         (
             "folder",
@@ -263,7 +263,7 @@ def test_a_source_names_the_key_that_is_missing(source):
 
 def test_a_data_set_without_a_source_is_told_which_there_are():
     assert refusal(with_entry(OWN, {"name": "own"})) == (
-        f"{OWN}.source: missing; allowed: sportballs, celeba, huggingface, folder"
+        f"{OWN}.source: missing; allowed: sportballs, digits, celeba, huggingface, folder"
     )
     assert refusal(with_entry(OWN, None)) == f"{OWN}: should be a mapping, got None"
 

@@ -105,9 +105,9 @@ def test_quickstart_by_hand(tmp_path):
     parameters = timing.count_parameters(config.experiments["quickstart"], None)
     steps = {step.name: step for step in plan.make_plan(config, "quickstart", tmp_path, parameters=parameters)}
     ddpm = steps["train_ddpm"]
-    assert (ddpm.images, ddpm.backward) == (4 * 8000, 4 * 8000 + 18 * 50)
-    # Trained, validated each epoch, a grid half-way and one at the end, and a guided one half-way.
-    assert ddpm.forward == 4 * 8000 + 4 * 512 + 2 * 36 * 50 + (6 + 18) * 50
+    assert (ddpm.images, ddpm.backward) == (4 * 8000, 4 * 8000 + 3 * 18 * 50)
+    # Trained, validated and a grid drawn each epoch, a guided one after each but the last.
+    assert ddpm.forward == 4 * 8000 + 4 * 512 + 4 * 36 * 50 + 3 * (6 + 18) * 50
     robust = steps["train_classifier robust"]
     assert robust.work["train mobilenet_v3_small"] == 4 * 8000
     assert robust.work["classify mobilenet_v3_small"] == 4 * 2000 + 21 * 512  # each epoch's accuracy, that over t
@@ -294,7 +294,7 @@ def test_at_most_and_at_least_are_said(tmp_path):
 def test_weights_of_the_progress_bar(tmp_path):
     weights = plan.job_weights(plan.make_plan(load(CONFIG), "quickstart", tmp_path))
     # In forward passes of one image, a backward one for two.
-    assert weights["train_ddpm"] == 3 * 32_000 + 4 * 512 + (2 * 36 + 6) * 50 + 3 * 18 * 50
+    assert weights["train_ddpm"] == 3 * 32_000 + 4 * 512 + (4 * 36 + 3 * 6) * 50 + 3 * 3 * 18 * 50
     assert weights["forward"] == 3 * 6400
     assert weights["train_ddpm"] > weights["forward"] > weights["sample"] > weights["evaluate"] == 1
 
