@@ -1,7 +1,7 @@
 """What a reader of raw images hands to the conversion: the images of both splits, their labels and how to read them.
 
-A reader (`nrcg.celeba`, `nrcg.parquet`, `nrcg.folders`) looks at file names, lists and labels, and finds every mistake
-in them, before the first image is decoded.
+A reader (`nrcg.data.celeba`, `parquet`, `folders`, `digits`) looks at file names, lists and labels, and finds every
+mistake in them, before the first image is decoded.
 """
 
 from __future__ import annotations

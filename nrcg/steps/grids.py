@@ -23,6 +23,8 @@ from nrcg.guidance.stabilizers import Adam
 from nrcg.pipeline.progress import show_picture
 
 COLUMNS = 6
+SHOWN_SIZE = 64
+"""Pixels of an image in a picture, at least about so many."""
 PREVIEW_CLASSES = 3
 """Rows of guided samples, one for each of a classifier's first classes."""
 PREVIEW_SCALE = 0.1
@@ -110,5 +112,8 @@ def grid_batch(image_size: int) -> int:
 
 
 def _save(images: np.ndarray, columns: int, path: Path) -> None:
+    """Small images are enlarged, each pixel to a square."""
+    factor = max(SHOWN_SIZE // images.shape[1], 1)
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(path, sample_grid(images, columns))

@@ -1,7 +1,10 @@
 """What the process of a verb loads: nothing that its verb does not use, and everything else remains to be had."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 from nrcg.cli.steps import VERBS
 
@@ -36,6 +39,16 @@ def test_verbs_that_compute_nothing_load_no_torch():
     assert len(steps) == 5
     for step in sorted(steps):
         assert loaded(f"from nrcg.cli.imports import import_step; import_step({step!r}, False)") == set(), step
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_a_verbs_threads_sleep_while_they_wait(given, found):
+    """Or a neighbour on the same cores takes most of their speed. OpenMP reads it when torch loads."""
+    code = "import os, sys; from nrcg.cli import main; main(['validate']); assert 'torch' not in sys.modules; "
+    code += "print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.splitlines()[-1] == found
 
 
 def test_everything_can_be_imported_afterwards():

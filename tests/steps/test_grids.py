@@ -9,10 +9,10 @@ from nrcg.classifiers.architectures import build_module
 from nrcg.classifiers.storage import save_classifier
 from nrcg.config import get_experiment, load
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
-from nrcg.steps.grids import COLUMNS, PREVIEW_CLASSES, Grids
+from nrcg.steps.grids import COLUMNS, PREVIEW_CLASSES, SHOWN_SIZE, Grids
 from tests.toys import TINY_SIZE, write_tiny_pipeline
 
-CELL = TINY_SIZE + 2
+CELL = SHOWN_SIZE + 2
 """An image and the space to the next."""
 
 
