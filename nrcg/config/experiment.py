@@ -162,7 +162,7 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _size_halves(self) -> ExperimentConfig:
-        if self.ddpm.pretrained is not None:  # it brings its own U-Net
+        if self.ddpm.pretrained is not None or self.ddpm.init is not None:  # it brings its own U-Net
             return self
         size, halvings = self.dataset.image_size, len(self.ddpm.unet.block_out_channels) - 1
         if size % 2**halvings:

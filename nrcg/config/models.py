@@ -67,6 +67,11 @@ class DDPMConfig(Section):
         description="A diffusers folder, or a hub id (optionally ID@REVISION), taken instead of training; null trains. "
         "The schedule must be the model's own; the keys of the training are not used.",
     )
+    init: str | None = Field(
+        default=None,
+        description="A diffusers folder, or a hub id (optionally ID@REVISION), whose U-Net the training starts from: "
+        "for few images or few epochs. `unet` is not used then; the schedule is this one. null: random weights.",
+    )
     schedule: ScheduleConfig
     unet: UNetConfig
     epochs: Positive = Field(description="Passes over the training images.")
@@ -93,12 +98,18 @@ class DDPMConfig(Section):
     )
     seed: Seed = Field(description="Seed of the initial weights, the order of the images and their noise.")
 
-    @field_validator("pretrained")
+    @field_validator("pretrained", "init")
     @classmethod
     def _pretrained(cls, source: str | None) -> str | None:
         if source is not None and not source.strip():
             raise ValueError("empty; give a diffusers folder or hub id, or null to train")
         return source
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DDPMConfig:
+        if self.pretrained is not None and self.init is not None:
+            raise ValueError("init: starts a training, and pretrained takes its place: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _one_image_per_process(self) -> DDPMConfig:

@@ -40,19 +40,20 @@ def count_parameters(settings: ExperimentConfig, unet: UNet2DModel | None) -> di
 
 
 def meta_unet(settings: ExperimentConfig, folder: Path) -> UNet2DModel | None:
-    """The U-Net that is trained, or a pretrained one as its folder says, without memory for its weights.
+    """The U-Net that is trained, or that of `pretrained` or `init` as its folder says, without memory for its weights.
 
     Args:
         settings: The experiment's.
-        folder: models/<experiment>/ddpm, looked at first where the model is pretrained.
+        folder: models/<experiment>/ddpm, looked at first where the network is somebody's.
 
     Returns:
-        None where the pretrained model is not at hand.
+        None where that model is not at hand.
     """
+    source = settings.ddpm.pretrained or settings.ddpm.init
     with torch.device("meta"):
-        if settings.ddpm.pretrained is None:
+        if source is None:
             return build_unet(settings.ddpm.unet, settings.dataset.image_size, CHANNELS)
-        for place in (folder, Path(settings.ddpm.pretrained)):
+        for place in (folder, Path(source)):
             try:
                 return UNet2DModel.from_config(json.loads((place / "unet" / "config.json").read_text()))
             except (OSError, ValueError, TypeError):

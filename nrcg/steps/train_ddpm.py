@@ -60,6 +60,10 @@ def train_ddpm(
     )
     mean, scheduler = mean_image(data), build_scheduler(config.schedule)
     grids = Grids(scheduler, config, mean, precision)
+    size, channels = manifest["image_size"], manifest["channels"]
+    start, origin = None, None
+    if config.init is not None:
+        start, origin = pretrained.open_init(config.init, image_size=size, channels=channels)
     with contextlib.ExitStack() as stack:
         hooks = Hooks()
         if ranks.main:
@@ -78,17 +82,19 @@ def train_ddpm(
             config,
             train,
             val,
-            image_size=manifest["image_size"],
-            channels=manifest["channels"],
+            image_size=size,
+            channels=channels,
             device=device,
             precision=precision,
             checkpoint=checkpoint,
             hooks=hooks,
             ranks=ranks,
+            unet=start,
         )
         ranks.leave()
         if ranks.main:
             record = model_record(settings, manifest, device, precision) | {"num_processes": ranks.count}
+            record |= {} if origin is None else {"init": origin}
             save_pipeline(out, unet, scheduler, mean, record, log)
             _finish(run, unet, grids, out)
             checkpoint.remove()

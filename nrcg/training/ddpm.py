@@ -8,6 +8,7 @@ the number of processes nor the size of the micro-batches changes the diffusion 
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ def train_unet(
     checkpoint: Checkpoint,
     hooks: Hooks | None = None,
     ranks: Ranks | None = None,
+    unet: nn.Module | None = None,
 ) -> tuple[nn.Module, list[LogRow]]:
     """Train the U-Net of an unconditional DDPM.
 
@@ -129,6 +131,7 @@ def train_unet(
         hooks: What is called under way; every process calls its own.
         ranks: The processes that train together, each with this call; None: this one alone. Only the main one writes
             checkpoints.
+        unet: What it starts from, changed in place; None: `config.unet` with random weights.
 
     Returns:
         The U-Net with the EMA's weights, frozen, and all rows.
@@ -136,7 +139,7 @@ def train_unet(
     Raises:
         ConfigError, DataError: Fewer images in a batch than processes; out of memory; checkpoints that differ.
     """
-    run = _Training(config, train, val, image_size, channels, device, precision, checkpoint, ranks or Ranks())
+    run = _Training(config, train, val, image_size, channels, device, precision, checkpoint, ranks or Ranks(), unet)
     hooks = hooks or Hooks()
     run.resume(hooks)
     advice = f"{max(part.stop - part.start for part in run.parts)} images at once on {device} are too many: take fewer,"
@@ -165,6 +168,7 @@ class _Training:
         precision: torch.dtype,
         checkpoint: Checkpoint,
         ranks: Ranks,
+        unet: nn.Module | None,
     ) -> None:
         self.config, self.train, self.val, self.device, self.precision = config, train, val, device, precision
         self.checkpoint, self.ranks = checkpoint, ranks
@@ -175,8 +179,9 @@ class _Training:
             )
         torch.manual_seed(spawn_seed(config.seed, 0, 2))
         self.schedule = Schedule.from_config(config.schedule)
-        self.unet = build_unet(config.unet, image_size, channels).to(device)
-        self.ema_unet = freeze(build_unet(config.unet, image_size, channels).to(device))
+        self.unet = (build_unet(config.unet, image_size, channels) if unet is None else unet).to(device)
+        self.ema_unet = freeze(copy.deepcopy(self.unet))
+        self.dropout = any(layer.p > 0 for layer in self.unet.modules() if isinstance(layer, nn.Dropout))
         self.per_epoch = steps_per_epoch(len(train), config.batch_size)
         self.trainer = Trainer(self.unet, config.optimizer, self.per_epoch * config.epochs, device, precision)
         self.ema = EMAModel(self.unet.parameters(), decay=config.ema_decay, foreach=True)
@@ -246,7 +251,7 @@ class _Training:
         t, noise = step_noise(config.seed, self.trainer.step, shape, self.schedule.num_steps, self.device)
         total = torch.zeros((), device=self.device)
         for part in self.parts:
-            if config.unet.dropout:
+            if self.dropout:
                 torch.manual_seed(spawn_seed(config.seed, self.trainer.step, 4, part.start))
             # The processes meet at the last part alone.
             with contextlib.nullcontext() if part is self.parts[-1] else self.ranks.no_sync(self.replicas):

@@ -27,7 +27,7 @@ CPU_LOSS_PIXELS = 2**20
 """Pixels of the images whose loss is measured on a CPU: 256 images of 64 x 64, 16 of 256 x 256."""
 
 
-def open_pretrained(source: str) -> tuple[GuidedDDPMPipeline, dict[str, str | None]]:
+def open_pretrained(source: str, key: str = KEY) -> tuple[GuidedDDPMPipeline, dict[str, str | None]]:
     """Open a diffusers folder, or fetch a hub id.
 
     Both layouts are read: subfolders unet/ and scheduler/, and the old one with everything at the top; weights as
@@ -36,6 +36,7 @@ def open_pretrained(source: str) -> tuple[GuidedDDPMPipeline, dict[str, str | No
 
     Args:
         source: Folder, hub id, or ID@REVISION.
+        key: Key of the configuration that names it, for messages.
 
     Returns:
         The pipeline, and what it is: source and revision (the hub's commit; None for a folder).
@@ -45,49 +46,50 @@ def open_pretrained(source: str) -> tuple[GuidedDDPMPipeline, dict[str, str | No
         ConfigError: its U-Net is no UNet2DModel, or its scheduler is unknown and states no betas.
     """
     if Path(source).is_dir():
-        return _open_folder(Path(source), source), {"source": source, "revision": None}
+        return _open_folder(Path(source), source, key), {"source": source, "revision": None}
     name, _, revision = source.partition("@")
     try:
         # Fetches what an unconditional DDPM consists of.
         folder = Path(DDPMPipeline.download(name, revision=revision or None))
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{KEY}: {source}: no such folder, and not to be had from the hub ({reason})") from error
-    return _open_folder(folder, source), {"source": name, "revision": folder.name}
+        raise DataError(f"{key}: {source}: no such folder, and not to be had from the hub ({reason})") from error
+    return _open_folder(folder, source, key), {"source": name, "revision": folder.name}
 
 
-def _open_folder(folder: Path, source: str) -> GuidedDDPMPipeline:
+def _open_folder(folder: Path, source: str, key: str) -> GuidedDDPMPipeline:
     """The pipeline of a folder, of which only the U-Net and the scheduler are read, whatever class it names."""
     check_pipeline_files(folder)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         unet_class, scheduler_class = (str(index[part][1]) for part in ("unet", "scheduler"))
         if unet_class != "UNet2DModel":
-            raise ConfigError(f"{KEY}: {source}: holds a {unet_class}; a UNet2DModel is needed")
+            raise ConfigError(f"{key}: {source}: holds a {unet_class}; a UNet2DModel is needed")
         unet, found = UNet2DModel.from_pretrained(_part(folder, "unet"), output_loading_info=True)
         if found["missing_keys"]:
-            raise DataError(f"{KEY}: {source}: its weights lack {min(found['missing_keys'])}, which would stay random")
+            raise DataError(f"{key}: {source}: its weights lack {min(found['missing_keys'])}, which would stay random")
         forget_folder(unet)
-        return GuidedDDPMPipeline(unet, _open_scheduler(_part(folder, "scheduler"), scheduler_class, source))
+        scheduler = _open_scheduler(_part(folder, "scheduler"), scheduler_class, f"{key}: {source}")
+        return GuidedDDPMPipeline(unet, scheduler)
     except NrcgError:
         raise
     except Exception as error:  # whatever a damaged file makes diffusers raise
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise DataError(f"{KEY}: {source}: incomplete or damaged ({reason})") from error
+        raise DataError(f"{key}: {source}: incomplete or damaged ({reason})") from error
 
 
 def _part(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _open_scheduler(folder: Path, name: str, source: str) -> SchedulerMixin:
+def _open_scheduler(folder: Path, name: str, where: str) -> SchedulerMixin:
     """The scheduler of a folder; one that diffusers does not know is a DDPM scheduler with the betas that it states."""
     known = getattr(diffusers, name, None)
     if isinstance(known, type) and issubclass(known, SchedulerMixin):
         return known.from_pretrained(folder)
     settings = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
     if not {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"} <= settings.keys():
-        raise ConfigError(f"{KEY}: {source}: scheduler {name} is unknown, and its settings state no betas")
+        raise ConfigError(f"{where}: scheduler {name} is unknown, and its settings state no betas")
     accepted = inspect.signature(DDPMScheduler.__init__).parameters
     return DDPMScheduler(**{key: value for key, value in settings.items() if key in accepted})
 
@@ -108,10 +110,7 @@ def check_pretrained(
         ConfigError: one line that names what does not fit and what to write.
     """
     unet = pipe.unet.config
-    if not all(bool(weight.isfinite().all()) for weight in pipe.unet.parameters()):
-        raise ConfigError(f"{KEY}: {source}: its weights hold values that are not finite")
-    if unet.num_class_embeds is not None or unet.class_embed_type is not None:
-        raise ConfigError(f"{KEY}: {source}: is conditional on a class; an unconditional model is needed")
+    _check_unet(pipe.unet, channels, f"{KEY}: {source}")
     try:
         pipe.sampler()
         pipe.noise_predictor(torch.float32)
@@ -121,8 +120,6 @@ def check_pretrained(
     learned = pipe.scheduler.config.get("variance_type") == "learned_range"
     if unet.out_channels != unet.in_channels * (2 if learned else 1):
         raise ConfigError(f"{KEY}: {source}: {unet.in_channels} channels go in, {unet.out_channels} come out")
-    if unet.in_channels != channels:
-        raise ConfigError(f"{KEY}: {source}: has {unet.in_channels} channels, the data set {channels}")
     size = unet.sample_size if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
     if size not in (image_size, (image_size, image_size)):
         raise ConfigError(
@@ -133,6 +130,45 @@ def check_pretrained(
         _betas(own), _betas(expected), rtol=BETA_TOLERANCE, atol=0.0
     ):
         raise ConfigError(f"ddpm.schedule: differs from that of {source} ({KEY}); {_schedule_to_write(pipe)}")
+
+
+def open_init(source: str, *, image_size: int, channels: int) -> tuple[UNet2DModel, dict[str, str | None]]:
+    """The U-Net that a training starts from (`ddpm.init`), for images of the data set's size.
+
+    Args:
+        source: See `open_pretrained`.
+        image_size: Height and width of the data set's images; the U-Net may have been trained on others.
+        channels: C of the data set's images.
+
+    Returns:
+        The U-Net, and what it is as `open_pretrained` says.
+
+    Raises:
+        DataError, ConfigError: See `open_pretrained`; or its weights mean something else than the training's.
+    """
+    key = "ddpm.init"
+    pipe, origin = open_pretrained(source, key)
+    unet, where = pipe.unet, f"{key}: {source}"
+    _check_unet(unet, channels, where)
+    if unet.config.out_channels != channels:
+        raise ConfigError(f"{where}: predicts a variance too, which nrcg does not train")
+    if (kind := pipe.scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
+        raise ConfigError(f"{where}: predicts {kind}, the training's objective is epsilon")
+    halvings = len(unet.config.block_out_channels) - 1
+    if image_size % 2**halvings:
+        raise ConfigError(f"{where}: halves images {halvings} times, dataset.image_size: {image_size} cannot be")
+    unet.register_to_config(sample_size=image_size)
+    return unet.requires_grad_(True), origin
+
+
+def _check_unet(unet: UNet2DModel, channels: int, where: str) -> None:
+    """Raises ConfigError where a U-Net is damaged, conditional or made for other channels."""
+    if not all(bool(weight.isfinite().all()) for weight in unet.parameters()):
+        raise ConfigError(f"{where}: its weights hold values that are not finite")
+    if unet.config.num_class_embeds is not None or unet.config.class_embed_type is not None:
+        raise ConfigError(f"{where}: is conditional on a class; an unconditional model is needed")
+    if unet.config.in_channels != channels:
+        raise ConfigError(f"{where}: has {unet.config.in_channels} channels, the data set {channels}")
 
 
 def _betas(schedule: Schedule) -> torch.Tensor:
