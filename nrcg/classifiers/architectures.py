@@ -54,7 +54,12 @@ def build_module(architecture: str, num_classes: int, batch_norm_momentum: float
             allowed = "small_cnn or a torchvision model's name"
             raise DataError(f"architecture {architecture!r} is unknown; allowed: {allowed}")
         module = models.get_model(architecture, weights=None, num_classes=num_classes)
+    set_momentum(module, batch_norm_momentum)
+    return module
+
+
+def set_momentum(module: nn.Module, momentum: float) -> None:
+    """Set the share of a batch in the running statistics of every batch norm."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = batch_norm_momentum
-    return module
+            layer.momentum = momentum

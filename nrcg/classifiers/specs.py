@@ -30,7 +30,7 @@ import torch
 
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.logits import listed
-from nrcg.classifiers.networks import LOADERS
+from nrcg.classifiers.networks import LOADERS, build
 from nrcg.classifiers.storage import open_classifier
 from nrcg.devices import freeze
 from nrcg.errors import DataError
@@ -92,6 +92,32 @@ def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None
     except (DataError, ValueError, TypeError) as error:
         raise DataError(f"classifier {text!r}: {error}") from error
     return classifier
+
+
+def with_new_head(spec: str, num_classes: int) -> Classifier:
+    """A network of torchvision or timm with its weights and, for other classes, a last layer of random ones.
+
+    Args:
+        spec: torchvision:NAME or timm:NAME, with options.
+        num_classes: K, the number of logits.
+
+    Returns:
+        It, with what it expects of its images, ready to be trained.
+
+    Raises:
+        DataError: See `load_classifier`; or it is no network of these.
+    """
+    classifier = load_classifier(spec)
+    rebuild, state = classifier.rebuild, classifier.module.state_dict()
+    if rebuild is None or "num_logits" not in rebuild:
+        raise DataError(f"classifier {spec!r}: only networks of torchvision: and timm: can be given a new last layer")
+    # What has another shape for another number of classes, also where theirs is the same number.
+    other = build(rebuild | {"num_logits": rebuild["num_logits"] + 1}).state_dict()
+    rebuild = rebuild | {"num_logits": num_classes}
+    module = build(rebuild)
+    kept = {name: value for name, value in state.items() if value.shape == other[name].shape}
+    module.load_state_dict(module.state_dict() | kept)
+    return Classifier(module, **classifier.settings(), rebuild=rebuild)
 
 
 def load_for_classes(spec: str, classes: Sequence[str], class_map: Mapping[str, Any] | None = None) -> Classifier:

@@ -132,6 +132,12 @@ class ClassifierConfig(Section):
         description="pretrained: for each of dataset.classes the classifier's class, by name or number, or a list of"
         " classes whose probabilities add up.",
     )
+    init: str | None = Field(
+        default=None,
+        description="torchvision:NAME or timm:NAME: the training starts from its library's weights (ImageNet's, or "
+        "?weights=FILE) and a new last layer. It is shown images of its library's size and values; ?size=64 is cheaper "
+        "than 224. `architecture` is not used then.",
+    )
     architecture: str = Field(description="mobilenet_v3_small, small_cnn, or another torchvision model's name.")
     noised: bool = Field(description="Train on noised images (robust) or on clean ones.")
     epochs: Positive = Field(description="Passes over the training images.")
@@ -145,6 +151,11 @@ class ClassifierConfig(Section):
     )
     seed: Seed = Field(description="Seed of the initial weights, the order of the images and their noise.")
 
+    @property
+    def network(self) -> str:
+        """Which network it is: a SPEC, or an architecture."""
+        return self.pretrained or self.init or self.architecture
+
     @field_validator("architecture")
     @classmethod
     def _architecture(cls, name: str) -> str:
@@ -156,6 +167,10 @@ class ClassifierConfig(Section):
     def _check(self) -> ClassifierConfig:
         if self.class_map is not None and self.pretrained is None:
             raise ValueError("class_map: is for a pretrained classifier; one trained here has the data set's classes")
+        if self.init is not None and self.pretrained is not None:
+            raise ValueError("init: starts a training, and pretrained takes its place: give one of them")
+        if self.init is not None and not re.match("(torchvision|timm):.", self.init):
+            raise ValueError(f"init: {self.init!r} is neither torchvision:NAME nor timm:NAME")
         return self
 
 

@@ -239,13 +239,13 @@ def _train_classifier(
         images, work = val + over_t, {_classify(config): val + over_t}
     else:
         images = None if counts.train is None else shown(counts.train, config.batch_size, config.epochs)
-        work = {f"train {config.architecture}": images or 0, _classify(config): config.epochs * val + over_t}
+        work = {f"train {config.network}": images or 0, _classify(config): config.epochs * val + over_t}
     return Step(
         name=f"train_classifier {role}",
         jobs=1,
         images=images,
         work={"start": 1} | work,
-        disk=4 * parameters.get(config.pretrained or config.architecture, 0),
+        disk=4 * parameters.get(config.network, 0),
         done=_there(paths.classifier(role) / "config.json"),
         bound=">=" if images is None or counts.val is None else "",
     )
@@ -305,7 +305,7 @@ def _evaluate(settings: ExperimentConfig, methods: Mapping[str, MethodConfig], p
 
 def _classify(config: ClassifierConfig) -> str:
     """What a pass through a classifier counts as."""
-    return f"classify {config.pretrained or config.architecture}"
+    return f"classify {config.network}"
 
 
 def _at_most(number: int, there: int | None) -> int:

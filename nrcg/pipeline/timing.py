@@ -32,7 +32,7 @@ def count_parameters(settings: ExperimentConfig, unet: UNet2DModel | None) -> di
     """`unet`, where it is known, and the architectures of classifiers that are trained -> number of parameters."""
     found = {} if unet is None else {"unet": unet.num_parameters()}
     for classifier in (getattr(settings.classifiers, role) for role in ROLES):
-        if classifier.pretrained is None:
+        if classifier.pretrained is classifier.init is None:
             with torch.device("meta"):
                 module = build_module(classifier.architecture, len(settings.dataset.classes), 0.1)
             found[classifier.architecture] = sum(parameter.numel() for parameter in module.parameters())
@@ -135,7 +135,7 @@ def _unet_costs(
     size, schedule = settings.dataset.image_size, Schedule.from_config(settings.ddpm.schedule)
     predict = GuidedDDPMPipeline(unet, build_scheduler(settings.ddpm.schedule)).noise_predictor(precision)
     role = settings.classifiers.non_robust
-    guidance = ClassifierGuidance(_classifier(settings, role.pretrained or role.architecture).to(device), 0)
+    guidance = ClassifierGuidance(_classifier(settings, role.network).to(device), 0)
 
     def images(n: int) -> torch.Tensor:
         return torch.zeros(n, CHANNELS, size, size, device=device)
@@ -179,7 +179,8 @@ def _classifier_step(settings: ExperimentConfig, architecture: str, device: torc
 
 
 def _classifier(settings: ExperimentConfig, architecture: str) -> Classifier:
-    """A classifier of an architecture, untrained, or of the SPEC of a pretrained one."""
-    if any(getattr(settings.classifiers, role).pretrained == architecture for role in ROLES):
+    """A classifier of an architecture, untrained, or of the SPEC that is taken or trained on."""
+    roles = [getattr(settings.classifiers, role) for role in ROLES]
+    if any(architecture in (role.pretrained, role.init) for role in roles):
         return load_classifier(architecture)
     return Classifier(build_module(architecture, len(settings.dataset.classes), 0.1))

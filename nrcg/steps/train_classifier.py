@@ -77,8 +77,9 @@ def train_classifier(
         for row in over_t:
             run.log_metrics({"accuracy_at_t": row["accuracy"]}, step=row["t"])
         _write_tables(out, log, over_t)
-        record = {
-            "architecture": config.architecture,
+        # Somebody's network is made again by its library, and sees images as that says.
+        record = {"architecture": config.architecture} if config.init is None else classifier.record()
+        record |= {
             "classes": manifest["classes"],
             "image_size": manifest["image_size"],
             "channels": manifest["channels"],

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from nrcg.classifiers.adapter import Classifier
-from nrcg.classifiers.architectures import build_module
+from nrcg.classifiers.architectures import build_module, set_momentum
 from nrcg.classifiers.logits import predicted_class
+from nrcg.classifiers.specs import with_new_head
 from nrcg.config import ClassifierConfig
 from nrcg.devices import autocast, freeze
 from nrcg.diffusion.noise import spawn_seed
@@ -50,9 +51,9 @@ def fit_classifier(
         The classifier, frozen, and a row per epoch: epoch, step, train_loss, val_accuracy, learning_rate.
     """
     torch.manual_seed(spawn_seed(config.seed, 0, 3))
-    module = build_module(config.architecture, num_classes, config.batch_norm_momentum)
-    module = module.to(device, memory_format=torch.channels_last)
-    classifier = Classifier(module).to(device)
+    classifier = _start(config, num_classes)
+    module = classifier.module.to(device, memory_format=torch.channels_last)
+    classifier.to(device)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     trainer = Trainer(module, config.optimizer, per_epoch * config.epochs, device, precision)
     total = torch.zeros((), device=device)
@@ -92,6 +93,15 @@ def fit_classifier(
             on_epoch(row)
             total = torch.zeros((), device=device)
     return freeze(classifier), trainer.log
+
+
+def _start(config: ClassifierConfig, num_classes: int) -> Classifier:
+    """The classifier before its first step."""
+    if config.init is None:
+        return Classifier(build_module(config.architecture, num_classes, config.batch_norm_momentum))
+    classifier = with_new_head(config.init, num_classes)
+    set_momentum(classifier.module, config.batch_norm_momentum)
+    return classifier
 
 
 @torch.no_grad()

@@ -1,22 +1,26 @@
-"""A training that starts from somebody's U-Net."""
+"""A training that starts from somebody's weights."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 import yaml
 from diffusers import UNet2DModel
 from toys import TINY_SIZE, TINY_STEPS, write_tiny_pipeline
-from training_job import CPU, DDPM, bright_or_dark
+from training_job import CLASSIFIER, CPU, DDPM, OPTIMIZER, SCHEDULE, bright_or_dark
 
 from nrcg import config
+from nrcg.classifiers.specs import load_classifier, with_new_head
+from nrcg.classifiers.storage import save_classifier
 from nrcg.cli import main
-from nrcg.config import DDPMConfig
+from nrcg.config import ClassifierConfig, DDPMConfig
 from nrcg.data.sportballs import write_sportballs
 from nrcg.errors import ConfigError
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training import ddpm
+from nrcg.training.classifier import fit_classifier
 from nrcg.training.pretrained import open_init
 from nrcg.training.trainer import Checkpoint
 
@@ -104,3 +108,57 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, scheduler, unet, fit
 def test_init_and_pretrained_exclude_each_other():
     with pytest.raises(ValueError, match="init: starts a training, and pretrained takes its place"):
         DDPMConfig(**DDPM, init="a", pretrained="b")
+
+
+# --- Classifiers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spec(tmp_path) -> str:
+    """A SPEC of torchvision's ResNet-18 with weights of five classes in a file."""
+    torch.manual_seed(5)
+    torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), tmp_path / "w.pth")
+    return f"torchvision:resnet18?weights={tmp_path}/w.pth&size=32"
+
+
+@pytest.mark.parametrize("num_classes", [3, 5])
+def test_only_the_last_layer_is_new(spec, num_classes):
+    ours, theirs = with_new_head(spec, num_classes), load_classifier(spec)
+    state, before = ours.module.state_dict(), theirs.module.state_dict()
+    new = [name for name in before if not torch.equal(before[name], state[name])] if num_classes == 5 else None
+    assert new in (None, ["fc.weight", "fc.bias"])
+    kept = [name for name in before if not name.startswith("fc.")]
+    assert all(torch.equal(before[name], state[name]) for name in kept) and len(state) == len(kept) + 2
+    assert ours.count_classes() == num_classes and ours.settings() == theirs.settings()
+    assert all(parameter.requires_grad for parameter in ours.module.parameters())
+
+
+def test_a_classifier_is_trained_on_and_saved(tmp_path, spec, monkeypatch):
+    """Its body moves little in a few steps at a small rate, and the folder gives the classifier again."""
+    monkeypatch.setenv("NRCG_TRACKING", "off")
+    images, checkpoint = bright_or_dark(40), Checkpoint(tmp_path / "checkpoint.pt", "a", minutes=60)
+    settings = CLASSIFIER | {"init": spec, "epochs": 6, "optimizer": OPTIMIZER | {"learning_rate": 1e-3}}
+    quiet = {"on_step": lambda done: None, "on_epoch": lambda row: None}
+    trained, log = fit_classifier(
+        ClassifierConfig(**settings),
+        SCHEDULE,
+        images,
+        images,
+        num_classes=2,
+        device=CPU,
+        precision=torch.float32,
+        checkpoint=checkpoint,
+        **quiet,
+    )
+    assert log[-1]["val_accuracy"] == 1.0
+    begun = load_classifier(spec).module.conv1.weight
+    assert 0 < (trained.module.conv1.weight - begun).norm() < 0.2 * begun.norm()
+    save_classifier(tmp_path / "saved", trained.module, trained.record() | {"classes": ["dark", "bright"]})
+    again, x = load_classifier(tmp_path / "saved"), torch.rand(4, 3, 8, 8) * 2 - 1
+    torch.testing.assert_close(again(x), trained(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["resnet18", "python:mine:make", "models/x"])
+def test_other_sources_are_refused(source):
+    with pytest.raises(ValueError, match=r"init: '.*' is neither torchvision:NAME nor timm:NAME"):
+        ClassifierConfig(**CLASSIFIER, init=source)
