@@ -26,6 +26,41 @@ COLLECTIONS = ("diffusers.models.autoencoders", "diffusers.models.transformers",
 """Packages that import each model in them; the models can be imported one by one."""
 
 
+class _RoIAlign:
+    """Loads `torchvision.ops.roi_align`, which every model of torchvision imports, without torch's compiler.
+
+    All it wants of that is a function that an operator calls which classifiers do without.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: object = None) -> Any:
+        if name != "torchvision.ops.roi_align" or "torch._dynamo" in sys.modules:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            self._loader = spec.loader
+            spec.loader = self  # type: ignore[assignment]
+        return spec
+
+    def create_module(self, spec: object) -> None: ...
+
+    def exec_module(self, module: ModuleType) -> None:
+        compiler, utilities = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
+        utilities.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+        stand_ins = {one.__name__: one for one in (compiler, utilities)}
+        sys.modules.update(stand_ins)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            for name in stand_ins:
+                del sys.modules[name]
+
+
+def _is_compile_supported(device_type: str) -> bool:
+    from torch._dynamo.utils import is_compile_supported
+
+    return is_compile_supported(device_type)
+
+
 class _Empty:
     """Finds and loads COLLECTIONS without running their own code."""
 
@@ -46,10 +81,12 @@ class _Empty:
 def lean_imports() -> Iterator[None]:
     """While it lasts, diffusers is imported without OPTIONAL and COLLECTIONS, for a verb that prints its own progress.
 
-    Afterwards everything can be imported as ever. Where diffusers was imported before, it stays as it is.
+    Afterwards everything can be imported as ever, torchvision without torch's compiler. Where diffusers was imported
+    before, it stays as it is.
     """
     import torch
 
+    sys.meta_path.insert(0, _RoIAlign())
     if "diffusers" in sys.modules:
         yield
     else:

@@ -27,6 +27,8 @@ from nrcg.report.trace_figure import save_trace_figure
 from nrcg.steps.common import checked_data, log_dataset
 from nrcg.steps.reference import open_references, read_reference_record, warn_of_rank
 
+SHORT = 1024
+"""An evaluation of fewer samples takes no longer than loading MLflow: its tracking is sent when the invocation ends."""
 GRID_SAMPLES = 64
 """Samples in the picture of a tracking run."""
 
@@ -70,7 +72,12 @@ def evaluate_method(
     manifest, role = checked_data(data), settings.guidance.classifier or "non_robust"
     tags = {"method": settings.method, "dataset": manifest["name"], "nrcg.step": "1000 x scale"}
     with tracking.run(
-        settings.experiment, settings.method, kind=tracking.KIND_METHOD, params=settings.model_dump(), tags=tags
+        settings.experiment,
+        settings.method,
+        kind=tracking.KIND_METHOD,
+        params=settings.model_dump(),
+        tags=tags,
+        deferred=settings.sampling.num_samples < SHORT,
     ) as run:
         log_dataset(run, manifest, data, "train", "reference")
         judge, guide = (open_classifier(classifiers / name).to(device) for name in ("judge", role))
@@ -169,7 +176,8 @@ def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict, 
     }
     name = f"{settings.method} scale {format_scale(row['scale'])}"
     tags = {"dataset": manifest["name"], "method": settings.method}
-    with tracking.run(settings.experiment, name, kind="sample", params=params, tags=tags) as run:
+    deferred = settings.sampling.num_samples < SHORT
+    with tracking.run(settings.experiment, name, kind="sample", params=params, tags=tags, deferred=deferred) as run:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "scale"}
         finite = {key: value for key, value in numbers.items() if np.isfinite(value)}
         run.log_metrics(finite, step=tracking.scale_step(row["scale"]))

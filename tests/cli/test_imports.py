@@ -29,9 +29,11 @@ with lean_imports():
 from diffusers import DDPMScheduler, UNet2DModel
 blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
 unet = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, **blocks)
-nrcg.guidance.pipeline.GuidedDDPMPipeline(unet, DDPMScheduler(num_train_timesteps=2))(num_samples=1, batch_size=1)"""
+nrcg.guidance.pipeline.GuidedDDPMPipeline(unet, DDPMScheduler(num_train_timesteps=2))(num_samples=1, batch_size=1)
+from nrcg.classifiers.architectures import build_module
+build_module("mobilenet_v3_small", 3, 0.1)"""
     )
-    assert found == {"torch"}
+    assert found == {"torch", "torchvision"}
 
 
 def test_verbs_that_compute_nothing_load_no_torch():
@@ -61,6 +63,9 @@ with lean_imports():
     import nrcg.guidance.pipeline
 assert torch.compiler.disable is disable
 import scipy.stats, torchvision, transformers
+boxes = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
+assert torchvision.ops.roi_align(torch.ones(1, 1, 8, 8), boxes, output_size=2).unique().tolist() == [1.0]
+assert torchvision.ops.roi_align.__module__ and torchvision.ops.roi_align.__globals__["is_compile_supported"]("cpu")
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 small = dict(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
 blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))

@@ -100,27 +100,27 @@ def test_images_shown_in_a_training(num_images, batch_size, epochs, expected):
 
 
 def test_quickstart_by_hand(tmp_path):
-    """8,000 training images in batches of 64, T = 50, 64 samples at each of 14 settings."""
+    """8,000 training images in batches of 64, T = 50, 64 samples at each of 12 settings."""
     config = load(CONFIG)
     parameters = timing.count_parameters(config.experiments["quickstart"], None)
     steps = {step.name: step for step in plan.make_plan(config, "quickstart", tmp_path, parameters=parameters)}
     ddpm = steps["train_ddpm"]
-    assert (ddpm.images, ddpm.backward) == (4 * 8000, 4 * 8000 + 3 * 18 * 50)
-    # Trained, validated and a grid drawn each epoch, a guided one after each but the last.
-    assert ddpm.forward == 4 * 8000 + 4 * 512 + 4 * 36 * 50 + 3 * (6 + 18) * 50
+    assert (ddpm.images, ddpm.backward) == (4 * 8000, 4 * 8000 + 18 * 50)
+    # Trained, validated each epoch, a grid half-way and one at the end, and a guided one half-way.
+    assert ddpm.forward == 4 * 8000 + 4 * 256 + 2 * 36 * 50 + (6 + 18) * 50
     robust = steps["train_classifier robust"]
     assert robust.work["train mobilenet_v3_small"] == 4 * 8000
     assert robust.work["classify mobilenet_v3_small"] == 4 * 2000 + 21 * 512  # each epoch's accuracy, that over t
     assert robust.disk == 4 * 1_520_931  # MobileNetV3 of three classes: 2,542,856 less 1,025,000 and 3,075 back
     forward = steps["forward"]
-    assert (forward.forward, forward.backward) == (128 * 50, 128 * 50)
-    assert forward.work["classify mobilenet_v3_small"] == 2 * 2 * 128 * 50  # both classifiers' gradients on x_t
+    assert (forward.forward, forward.backward) == (96 * 50, 96 * 50)
+    assert forward.work["classify mobilenet_v3_small"] == 2 * 2 * 96 * 50  # both classifiers' gradients on x_t
     ema = steps["sample non_robust_x0_ema99"]
     assert (ema.jobs, ema.images, ema.forward, ema.backward) == (3, 192, 192 * 50, 192 * 49)
     assert ema.disk == 192 * 20 * 20 * 3
     assert steps["dataset"].disk == 10_000 * (20 * 20 * 3 + 8)
     evaluate = steps["evaluate"]
-    assert (evaluate.jobs, evaluate.images) == (8, 14 * 64)
+    assert (evaluate.jobs, evaluate.images) == (8, 12 * 64)
     reference = steps["reference"]
     assert (reference.jobs, reference.images) == (1, 8000 + 3 * 2000)
     assert sum(step.done for step in steps.values()) == 0
@@ -294,8 +294,8 @@ def test_at_most_and_at_least_are_said(tmp_path):
 def test_weights_of_the_progress_bar(tmp_path):
     weights = plan.job_weights(plan.make_plan(load(CONFIG), "quickstart", tmp_path))
     # In forward passes of one image, a backward one for two.
-    assert weights["train_ddpm"] == 3 * 32_000 + 4 * 512 + (4 * 36 + 3 * 6) * 50 + 3 * 3 * 18 * 50
-    assert weights["forward"] == 3 * 6400
+    assert weights["train_ddpm"] == 3 * 32_000 + 4 * 256 + (2 * 36 + 6) * 50 + 3 * 18 * 50
+    assert weights["forward"] == 3 * 4800
     assert weights["train_ddpm"] > weights["forward"] > weights["sample"] > weights["evaluate"] == 1
 
 

@@ -179,7 +179,7 @@ def test_the_block_is_valid_where_it_is_pasted(best):
     assert config.parse(raw).experiments["quickstart"].sweep["robust"] == scales
     last = text.splitlines()[-1].strip()  # alone, among the others of a sweep
     lines = (ROOT / "config.yaml").read_text().splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("      robust: [3, 10]"))
+    at = next(i for i, line in enumerate(lines) if line.startswith("      robust: [5, 15]"))
     lines[at] = f"      {last}"
     assert config.parse(yaml.safe_load("\n".join(lines))).experiments["quickstart"].sweep["robust"] == scales
 
