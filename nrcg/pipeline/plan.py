@@ -24,10 +24,11 @@ from nrcg.config import ROLES, ClassifierConfig, Config, DatasetConfig, Experime
 from nrcg.layout import DatasetPaths, ExperimentPaths, record_of
 
 CHANNELS = 3
-GRID_IMAGES = 36
+GRID_IMAGES = (16, 36)
+"""Samples of a grid while a training goes on, and at its end."""
 DIGITS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
 """Scikit-learn's images of each digit."""
-PREVIEW_IMAGES = (6, 18)
+PREVIEW_IMAGES = (4, 12)
 """Unguided and guided samples beside each grid of a training."""
 """Unguided samples in a training's grid."""
 OVER_T = (21, 512)
@@ -213,7 +214,7 @@ def _train_ddpm(settings: ExperimentConfig, counts: Counts, paths: ExperimentPat
     epochs = 1 if pretrained else ddpm.epochs
     early = (epochs - 1) // ddpm.sample_every if ddpm.sample_every else 0
     forward = epochs * _at_most(ddpm.num_val_images, counts.val)
-    forward += ((1 + early) * GRID_IMAGES + early * PREVIEW_IMAGES[0]) * ddpm.schedule.num_train_timesteps
+    forward += (GRID_IMAGES[1] + early * (GRID_IMAGES[0] + PREVIEW_IMAGES[0])) * ddpm.schedule.num_train_timesteps
     guided = early * PREVIEW_IMAGES[1] * ddpm.schedule.num_train_timesteps
     images = 0 if pretrained else None if counts.train is None else shown(counts.train, ddpm.batch_size, epochs)
     return Step(

@@ -22,7 +22,8 @@ from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.guidance.stabilizers import Adam
 from nrcg.pipeline.progress import show_picture
 
-COLUMNS = 6
+COLUMNS, EARLY_COLUMNS = 6, 4
+"""Of the grid at the end, and of those before, which must not cost much of the training."""
 SHOWN_SIZE = 64
 """Pixels of an image in a picture, at least about so many."""
 PREVIEW_CLASSES = 3
@@ -47,9 +48,9 @@ class Grids:
     mean: np.ndarray
     precision: torch.dtype
 
-    def draw(self, unet: nn.Module, path: Path) -> None:
-        """Unguided samples."""
-        columns = self._columns(unet)
+    def draw(self, unet: nn.Module, path: Path, columns: int = COLUMNS) -> None:
+        """Unguided samples, as many rows as columns."""
+        columns = self._columns(unet, columns)
         _save(self._sample(unet, columns**2), columns, path)
 
     def draw_early(self, unet: nn.Module, path: Path, preview: Sequence[Path]) -> list[Path]:
@@ -58,7 +59,7 @@ class Grids:
         Returns:
             The pictures' paths.
         """
-        self.draw(unet, path)
+        self.draw(unet, path, EARLY_COLUMNS)
         show_picture(path, "Samples of the diffusion model in training")
         there = list(filter(None, map(_opened, preview)))
         if not there:
@@ -67,7 +68,7 @@ class Grids:
         guided = path.with_stem(f"{path.stem}_guided")
         targets = range(min(classifier.count_classes(), PREVIEW_CLASSES))
         guidances = [ClassifierGuidance(classifier, target, PREVIEW_SCALE, stabilizer=Adam()) for target in targets]
-        columns = self._columns(unet)
+        columns = self._columns(unet, EARLY_COLUMNS)
         rows = [self._sample(unet, columns, guidance) for guidance in (None, *guidances)]
         _save(np.concatenate(rows), columns, guided)
         names = classifier.classes or list(map(str, targets))
@@ -77,8 +78,8 @@ class Grids:
     def _costly(self, unet: nn.Module) -> bool:
         return self.mean.shape[-1] > 64 and next(unet.parameters()).device.type == "cpu"
 
-    def _columns(self, unet: nn.Module) -> int:
-        return COLUMNS if not self._costly(unet) else 2 if self.mean.shape[-1] <= 128 else 1
+    def _columns(self, unet: nn.Module, most: int) -> int:
+        return most if not self._costly(unet) else 2 if self.mean.shape[-1] <= 128 else 1
 
     def _sample(self, unet: nn.Module, count: int, guidance: ClassifierGuidance | None = None) -> np.ndarray:
         """(count, H, W, C) uint8; the same seeds at each call."""

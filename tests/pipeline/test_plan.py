@@ -105,9 +105,9 @@ def test_quickstart_by_hand(tmp_path):
     parameters = timing.count_parameters(config.experiments["quickstart"], None)
     steps = {step.name: step for step in plan.make_plan(config, "quickstart", tmp_path, parameters=parameters)}
     ddpm = steps["train_ddpm"]
-    assert (ddpm.images, ddpm.backward) == (4 * 8000, 4 * 8000 + 18 * 50)
-    # Trained, validated each epoch, a grid half-way and one at the end, and a guided one half-way.
-    assert ddpm.forward == 4 * 8000 + 4 * 256 + 2 * 36 * 50 + (6 + 18) * 50
+    assert (ddpm.images, ddpm.backward) == (4 * 8000, 4 * 8000 + 3 * 12 * 50)
+    # Trained, validated each epoch, a grid at the end, and after each epoch before a smaller one and a guided one.
+    assert ddpm.forward == 4 * 8000 + 4 * 256 + 36 * 50 + 3 * (16 + 4 + 12) * 50
     robust = steps["train_classifier robust"]
     assert robust.work["train mobilenet_v3_small"] == 4 * 8000
     assert robust.work["classify mobilenet_v3_small"] == 4 * 2000 + 21 * 512  # each epoch's accuracy, that over t
@@ -279,8 +279,8 @@ def test_at_most_and_at_least_are_said(tmp_path):
     table = {row[0]: row for row in plan_table.plan_rows(steps, None)}
     # 2 scales of 12 samples, T = 6: 5 gradients each.
     assert table["sample non_robust_x0_ema99"][3:6] == ("24", "<= 144", "<= 120")
-    # 2 x 16 validated, grids of 36 samples after each epoch; between, 6 unguided and 18 guided ones.
-    assert table["train_ddpm"][3:6] == ("?", ">= 608", ">= 108")
+    # 2 x 16 validated; grids of 16 and 36 samples; after the first epoch 4 unguided and 12 guided ones.
+    assert table["train_ddpm"][3:6] == ("?", ">= 440", ">= 72")
     assert table["all"][4].startswith("about ")
     costs = {name: 1.0 for step in steps for name in step.work}
     hours = {row[0]: row[6] for row in plan_table.plan_rows(steps, Costs(costs, "it", None))}
@@ -294,7 +294,7 @@ def test_at_most_and_at_least_are_said(tmp_path):
 def test_weights_of_the_progress_bar(tmp_path):
     weights = plan.job_weights(plan.make_plan(load(CONFIG), "quickstart", tmp_path))
     # In forward passes of one image, a backward one for two.
-    assert weights["train_ddpm"] == 3 * 32_000 + 4 * 256 + (2 * 36 + 6) * 50 + 3 * 18 * 50
+    assert weights["train_ddpm"] == 3 * 32_000 + 4 * 256 + (36 + 3 * 20) * 50 + 3 * 3 * 12 * 50
     assert weights["forward"] == 3 * 4800
     assert weights["train_ddpm"] > weights["forward"] > weights["sample"] > weights["evaluate"] == 1
 

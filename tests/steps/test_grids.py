@@ -9,7 +9,7 @@ from nrcg.classifiers.architectures import build_module
 from nrcg.classifiers.storage import save_classifier
 from nrcg.config import get_experiment, load
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
-from nrcg.steps.grids import COLUMNS, PREVIEW_CLASSES, SHOWN_SIZE, Grids
+from nrcg.steps.grids import EARLY_COLUMNS, PREVIEW_CLASSES, SHOWN_SIZE, Grids
 from tests.toys import TINY_SIZE, write_tiny_pipeline
 
 CELL = SHOWN_SIZE + 2
@@ -26,7 +26,7 @@ def drawn(tmp_path, capsys):
     def draw(*preview):
         paths = grids.draw_early(pipe.unet, tmp_path / "ddpm.samples" / "epoch0002.png", preview)
         pictures = [np.asarray(Image.open(path)) for path in paths]
-        assert {picture.shape[1] for picture in pictures} == {COLUMNS * CELL + 2}
+        assert {picture.shape[1] for picture in pictures} == {EARLY_COLUMNS * CELL + 2}
         said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(".png")]
         assert [line.rpartition(": ")[2] for line in said] == list(map(str, paths))
         return [np.split(picture[2:], len(picture) // CELL) for picture in pictures], said
@@ -38,7 +38,7 @@ def test_without_a_classifier_samples_alone(drawn, tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
     (rows,), _ = drawn(tmp_path / "missing", tmp_path / "damaged")
-    assert len(rows) == COLUMNS
+    assert len(rows) == EARLY_COLUMNS
 
 
 def test_the_first_classifier_that_is_there_guides_to_each_class(drawn, tmp_path):
