@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -71,14 +72,7 @@ def evaluate_method(
     """
     manifest, role = checked_data(data), settings.guidance.classifier or "non_robust"
     tags = {"method": settings.method, "dataset": manifest["name"], "nrcg.step": "1000 x scale"}
-    with tracking.run(
-        settings.experiment,
-        settings.method,
-        kind=tracking.KIND_METHOD,
-        params=settings.model_dump(),
-        tags=tags,
-        deferred=settings.sampling.num_samples < SHORT,
-    ) as run:
+    with _tracked(settings, settings.method, tracking.KIND_METHOD, settings.model_dump(), tags) as run:
         log_dataset(run, manifest, data, "train", "reference")
         judge, guide = (open_classifier(classifiers / name).to(device) for name in ("judge", role))
         extractors, references = open_references(settings, data, manifest, judge, cache, device)
@@ -108,6 +102,12 @@ def evaluate_method(
         tracking.log_method_over_scales(run, rows, _best(settings, rows))
         write_csv(out, rows, list(rows[0]))
     return rows
+
+
+def _tracked(settings: EvaluateStep, name: str, kind: str, params: dict, tags: dict) -> AbstractContextManager:
+    """A tracking run; that of a short evaluation is sent when the invocation ends."""
+    deferred = settings.sampling.num_samples < SHORT
+    return tracking.run(settings.experiment, name, kind=kind, params=params, tags=tags, deferred=deferred)
 
 
 def _best(settings: EvaluateStep, rows: list[dict]) -> dict[str, float]:
@@ -176,8 +176,7 @@ def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict, 
     }
     name = f"{settings.method} scale {format_scale(row['scale'])}"
     tags = {"dataset": manifest["name"], "method": settings.method}
-    deferred = settings.sampling.num_samples < SHORT
-    with tracking.run(settings.experiment, name, kind="sample", params=params, tags=tags, deferred=deferred) as run:
+    with _tracked(settings, name, "sample", params, tags) as run:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "scale"}
         finite = {key: value for key, value in numbers.items() if np.isfinite(value)}
         run.log_metrics(finite, step=tracking.scale_step(row["scale"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,7 @@ def train_ddpm(
             run = stack.enter_context(_tracked(settings, params, manifest, data, training="training"))
             steps = config.epochs * steps_per_epoch(len(train), config.batch_size)
             bar = stack.enter_context(Progress("train_ddpm", steps, "step"))
-
-            def keep_grids(unet: nn.Module, epoch: int) -> None:
-                folder = out.with_name(f"{out.name}.samples")
-                for path in grids.draw_early(unet, folder / f"epoch{epoch:04d}.png", preview):
-                    run.log_artifact(path, "samples")
-
+            keep_grids = functools.partial(_keep_grids, run, grids, out.with_name(f"{out.name}.samples"), preview)
             hooks = Hooks(bar.set, lambda row: log_epoch(run, row), keep_grids, bar.resume)
         unet, log = train_unet(
             config,
@@ -145,6 +141,12 @@ def _take_pretrained(
         save_pipeline(out, pipe.unet, pipe.scheduler, mean, record, [row])
         _finish(run, pipe.unet, Grids(pipe.scheduler, config, mean, precision), out)
     return [row]
+
+
+def _keep_grids(run: Any, grids: Grids, folder: Path, preview: Sequence[Path], unet: nn.Module, epoch: int) -> None:
+    """The grids of an epoch, into the folder and into the tracking run."""
+    for path in grids.draw_early(unet, folder / f"epoch{epoch:04d}.png", preview):
+        run.log_artifact(path, "samples")
 
 
 def _finish(run: Any, unet: nn.Module, grids: Grids, out: Path) -> None:
