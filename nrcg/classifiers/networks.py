@@ -7,7 +7,6 @@ again without them. No file is loaded that could execute code: state_dicts are r
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nrcg.classifiers.adapter import Classifier
+from nrcg.classifiers.preprocessing import check_like, of_processor, of_timm, of_torchvision
 from nrcg.errors import DataError
 from nrcg.files import refuse_pointer
 
@@ -65,8 +65,7 @@ def _load_torchvision(name: str, options: Mapping[str, str]) -> Classifier:
             raise DataError(f"download {weights.url} to {file} ({_reason(error)})") from error
         classes = list(weights.meta["categories"])
         rebuild = {"architecture": f"torchvision:{name}", "num_logits": len(classes)}
-    seen = weights.transforms()
-    return _adapted(module, rebuild, seen.crop_size[0], seen.mean, seen.std, classes)
+    return _adapted(module, rebuild, of_torchvision(weights.transforms()), classes)
 
 
 def _load_timm(name: str, options: Mapping[str, str]) -> Classifier:
@@ -83,14 +82,15 @@ def _load_timm(name: str, options: Mapping[str, str]) -> Classifier:
         rebuild = {"architecture": f"timm:{name}", "num_logits": module.num_classes}
     seen, names = timm.data.resolve_model_data_config(module), module.pretrained_cfg.get("label_names")
     classes = list(names) if names is not None and len(names) == module.num_classes else None
-    return _adapted(module, rebuild, seen["input_size"][1], seen["mean"], seen["std"], classes)
+    return _adapted(module, rebuild, of_timm(seen), classes)
 
 
-def _adapted(module: nn.Module, rebuild: dict, size: int, mean: tuple, std: tuple, classes: list | None) -> Classifier:
+def _adapted(module: nn.Module, rebuild: dict, known: dict, classes: list | None) -> Classifier:
     """A network for images in [0, 1]; mean and std are its library's, which mean nothing for other channels."""
-    channels = rebuild.get("first_conv", {}).get("in_channels", len(mean))
-    known = {"mean": mean, "std": std} if channels == len(mean) else {"channels": channels}
-    return Classifier(module, image_size=size, input_range=(0.0, 1.0), **known, classes=classes, rebuild=rebuild)
+    channels = rebuild.get("first_conv", {}).get("in_channels", len(known["mean"]))
+    if channels != len(known["mean"]):
+        known = known | {"mean": None, "std": None, "channels": channels}
+    return Classifier(module, input_range=(0.0, 1.0), **known, classes=classes, rebuild=rebuild)
 
 
 def _with_state(architecture: str, options: Mapping[str, str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -148,42 +148,31 @@ def _load_transformers(name: str, options: Mapping[str, str]) -> Classifier:
         raise DataError(f"no image classifier can be opened from it ({_reason(error)})") from error
     if info["missing_keys"]:
         raise DataError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}, which would stay random")
-    config, seen = module.config, _read_preprocessor(name)
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    scale = seen.get("rescale_factor", 1 / 255) if seen.get("do_rescale", True) else 1.0
-    known = {"mean": seen.get("image_mean"), "std": seen.get("image_std")} if seen.get("do_normalize", True) else {}
-    return Classifier(
+    config, channels = module.config, getattr(module.config, "num_channels", None)
+    processor = _open_processor(transformers, name)
+    names = [str(config.id2label[index]) for index in range(len(config.id2label))]
+    if len(names) == 1:
+        if config.problem_type == "regression":
+            raise DataError("it is a regression of one number, no classifier")
+        names = [f"not {names[0]}", names[0]]
+    classifier = Classifier(
         module,
-        image_size=_side(seen) or (size if isinstance(size, int) else None),
-        input_range=(0.0, 255.0 * scale),
-        **known,
-        channels=channels if isinstance(channels, int) else None,
-        classes=[str(config.id2label[index]) for index in range(len(config.id2label))],
+        **of_processor(processor, channels if isinstance(channels, int) else None),
+        classes=names,
         rebuild={"architecture": f"transformers:{name}", "transformers_config": config.to_dict()},
     )
+    check_like(processor, classifier.prepare, classifier.channels or 3)
+    return classifier
 
 
-def _read_preprocessor(name: str) -> dict:
-    """preprocessor_config.json of a folder or hub id."""
-    from transformers.utils import cached_file
-
+def _open_processor(transformers: Any, name: str) -> Any:
+    """The image processor of a folder or hub id, on tensors."""
     try:
-        return json.loads(Path(cached_file(name, "preprocessor_config.json")).read_text())
-    except (OSError, TypeError, ValueError) as error:
+        return transformers.AutoImageProcessor.from_pretrained(name, backend="torchvision", trust_remote_code=False)
+    except Exception as error:  # of whichever library fetches or opens it
         raise DataError(
             f"its preprocessor_config.json cannot be read ({_reason(error)}); it tells the range and size of the images"
         ) from error
-
-
-def _side(seen: Mapping[str, Any]) -> int | None:
-    """Side of the square image that a preprocessor makes."""
-    for key in ("crop_size", "size") if seen.get("do_center_crop") else ("size",):
-        size = seen.get(key)
-        if isinstance(size, int):
-            return size
-        if isinstance(size, dict):
-            return size.get("height") or size.get("shortest_edge")
-    return None
 
 
 def _load_python(name: str, options: Mapping[str, str]) -> Classifier:

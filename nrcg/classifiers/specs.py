@@ -13,7 +13,8 @@ Behind a question mark stand options, joined by &, which overrule what the sourc
                                   many classes there are, and the channels and the bias of the first convolution
     prefix=classifier.            keys of FILE that are taken, and what is cut off of them
     size=64  range=0,1  mean=0.5,0.5,0.5  std=0.2,0.2,0.2  channels=1
-                                  images as the network expects them (`nrcg.Classifier`)
+                                  images as the network expects them (`nrcg.Classifier`); with size, the whole image
+                                  is resized, where the source's own preparation cuts off its borders
     classes=cat,dog               names of the classes, in the network's order
 
 For example `torchvision:resnet18?weights=mine.pth&size=64&range=0,1&classes=cat,dog`.
@@ -162,6 +163,8 @@ def _with_options(classifier: Classifier, options: Mapping[str, str]) -> Classif
                 expected = f"{count or 'some'} number{'' if count == 1 else 's'}"
                 raise DataError(f"option {option}={options[option]}: {expected} expected")
             settings[setting] = numbers[0] if count == 1 else numbers
+            if option == "size":
+                settings["resizing"] = None  # the whole image then
     classes = options["classes"].split(",") if "classes" in options else classifier.classes
     module = classifier.module.to(memory_format=torch.channels_last)
     adapted = Classifier(module, **settings, classes=classes, rebuild=classifier.rebuild)
