@@ -2,6 +2,7 @@
 
 from nrcg.config.basics import (
     BEST_BY,
+    FORWARD_NOISES,
     GRAD_MODES,
     INPUTS,
     PRECISIONS,

@@ -15,6 +15,7 @@ Input = Literal["pred_x0", "x_t"]
 GradMode = Literal["full", "checkpoint", "no_jacobian"]
 SamplerName = Literal["model", "ddpm", "ddim", "dpmpp"]
 Start = Literal["standard_normal", "data_mean"]
+ForwardNoise = Literal["per_image", "per_step"]
 Preprocessing = Literal["squash", "center_crop"]
 BestBy = Literal["cfid", "fid", "ckid", "kid", "accuracy_judge"]
 
@@ -25,6 +26,7 @@ INPUTS: tuple[str, ...] = get_args(Input)
 GRAD_MODES: tuple[str, ...] = get_args(GradMode)
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 STARTS: tuple[str, ...] = get_args(Start)
+FORWARD_NOISES: tuple[str, ...] = get_args(ForwardNoise)
 PREPROCESSING: tuple[str, ...] = get_args(Preprocessing)
 BEST_BY: tuple[str, ...] = get_args(BestBy)
 

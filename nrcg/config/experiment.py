@@ -8,7 +8,19 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from nrcg.config.basics import ROLES, BestBy, Count, Name, Positive, Precision, Section, Seed, Start, checked_device
+from nrcg.config.basics import (
+    ROLES,
+    BestBy,
+    Count,
+    ForwardNoise,
+    Name,
+    Positive,
+    Precision,
+    Section,
+    Seed,
+    Start,
+    checked_device,
+)
 from nrcg.config.data import DatasetConfig
 from nrcg.config.methods import MethodConfig, StabilizerConfig, stabilizer_name
 from nrcg.config.models import ClassifiersConfig, DDPMConfig
@@ -33,12 +45,16 @@ RULES = (
 class ForwardConfig(Section):
     """The forward analysis (figs. 1 to 4)."""
 
-    num_images: Positive = Field(description="Validation images, one noise trajectory each.")
+    num_images: Positive = Field(description="Validation images.")
+    noise: ForwardNoise = Field(
+        description="per_image: one noise for an image, whose x_t are one trajectory, as in sampling. per_step: a new "
+        "noise for each t and a stabilizer each for the gradients at t and t - 1, as in the released code."
+    )
     batch_size: Count = Field(description="Images at once on the device; changes no result. auto: as many as fit.")
     stabilizers: Annotated[list[StabilizerConfig], Field(min_length=1)] = Field(
         description="Stabilizers measured on non_robust_x0 (fig. 4)."
     )
-    seed: Seed = Field(description="Seed of the noise trajectories.")
+    seed: Seed = Field(description="Seed of the noise.")
 
     @model_validator(mode="after")
     def _check(self) -> ForwardConfig:

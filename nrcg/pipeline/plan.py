@@ -255,7 +255,7 @@ def _train_classifier(
 def _forward(settings: ExperimentConfig, counts: Counts, paths: ExperimentPaths) -> Step:
     """The gradients of both classifiers on x_t, and of the non-robust one through x0hat."""
     images = _at_most(settings.forward.num_images, counts.val)
-    passes = images * settings.ddpm.schedule.num_train_timesteps
+    passes = images * settings.ddpm.schedule.num_train_timesteps * (2 if settings.forward.noise == "per_step" else 1)
     on_x_t = _sum({_classify(getattr(settings.classifiers, role)): 2 * passes} for role in ("robust", "non_robust"))
     work = {"start": 1, "unet_gradient": passes} | on_x_t
     return Step("forward", 1, images, work, done=_there(paths.forward))

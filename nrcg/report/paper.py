@@ -67,6 +67,7 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("ddpm.ema_decay", 0.0, "diffusion model's weights averaged (decay {0}) instead of the last ones"),
     ("classifiers.non_robust.optimizer.warmup_steps", 500, "classifiers with {0} steps of warm-up instead of {1}"),
     ("classifiers.non_robust.optimizer.grad_clip", None, "classifiers' gradients clipped at norm {0} instead of never"),
+    ("forward.noise", "per_step", "forward analysis with one noise for an image instead of a new one at every step"),
     ("dataset.diameter", [0.14, 0.39], "balls of {0} of the canvas' width instead of {1}"),
 )
 """Key of the configuration, what the released code has there, and how a difference is said of ours and theirs."""

@@ -69,6 +69,7 @@ def analyse_forward(
             seed=config.seed,
             batch_size=config.batch_size,
             clip_pred_x0=settings.clip_pred_x0,
+            noise=config.noise,
             on_step=bar.set,
         )
         write_csv(out, rows, FORWARD_COLUMNS)

@@ -222,6 +222,53 @@ def test_stabilizers_see_the_trajectory_from_its_noisy_end():
     assert_columns(curves["non_robust_x0_ema"], "gradient_sensitivity", changes(smoothed, x))
 
 
+# --- a new noise at every step ---------------------------------------------------------------------------------------
+
+
+def test_a_noise_of_its_own_at_every_step():
+    """As the released code: x_t and x_{t-1} share the noise of t, and each has a stabilizer of its own (eqs. 6, 7)."""
+    x0, w, b = images(), weight(), 0.6
+    abar = [float(value) for value in SCHEDULE.abar]
+    means, logit_changes, ema_changes, right = [0.0, 0.0], [], [], []
+    for t in range(SCHEDULE.num_steps, 0, -1):
+        noise = sample_noise(SEED, range(len(x0)), t, SHAPE).double()
+        pair = [abar[s] ** 0.5 * x0.double() + (1 - abar[s]) ** 0.5 * noise for s in (t, t - 1)]
+        logits = [x.flatten(1) @ w.double().T for x in pair]
+        logit_changes.insert(0, changes(logits[::-1], pair[::-1])[0])
+        right.insert(0, float((logits[0].argmax(dim=1) == 0).double().mean()))
+        for which, s in enumerate((t, t - 1)):
+            factor = abar[s] ** -0.5  # of x0hat, where eps_theta = 0
+            means[which] = b * means[which] + (1 - b) * factor * softmax_gradient(w, factor * pair[which], 0)
+        ema_changes.insert(0, changes(means[::-1], pair[::-1])[0])
+    steps = []
+    curves = analyse(
+        x0,
+        classifiers={"non_robust": LinearClassifier(w)},
+        stabilizers={"ema": EMA(b)},
+        clip_pred_x0=False,
+        noise="per_step",
+        on_step=steps.append,
+    )
+    assert_columns(curves["non_robust"], "logit_sensitivity", np.array(logit_changes))
+    assert_columns(curves["non_robust_x0_ema"], "gradient_sensitivity", np.array(ema_changes))
+    np.testing.assert_allclose(curves["non_robust"]["accuracy"], right)
+    assert steps[-1] == len(x0) * (SCHEDULE.num_steps + 1)
+    parts = analyse(
+        x0,
+        classifiers={"non_robust": LinearClassifier(w)},
+        stabilizers={"ema": EMA(b)},
+        clip_pred_x0=False,
+        noise="per_step",
+        batch_size=2,
+    )
+    for column in FORWARD_COLUMNS[3:]:
+        np.testing.assert_allclose(
+            parts["non_robust_x0_ema"][column], curves["non_robust_x0_ema"][column], rtol=1e-3, atol=1e-5
+        )
+    with pytest.raises(ValueError, match="noise 'none' is unknown; allowed: per_image, per_step"):
+        analyse(x0, classifiers={"non_robust": LinearClassifier(w)}, noise="none")
+
+
 # --- cost, rows, batches ---------------------------------------------------------------------------------------------
 
 
