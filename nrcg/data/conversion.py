@@ -39,11 +39,12 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """images (n, H, W, 3) uint8, zero where `reasons` (position in the piece -> words) has an entry."""
+    """images (n, H, W, 3) uint8, zero where `reasons` (position in the piece -> words) has an entry; and the SHA-256 of
+    every other file."""
 
     images: NDArray[np.uint8]
     reasons: dict[int, str]
-    sha256: str
+    sha256: dict[int, bytes]
 
 
 def convert(
@@ -94,7 +95,7 @@ def convert(
         generation=generation,
     ) as writers:
         unreadable = _Unreadable(folder / "unreadable.csv", listing, max_unreadable)
-        digests: dict[tuple[str, int], str] = {}
+        digests: dict[str, dict[int, bytes]] = {split: {} for split in SPLITS}
         done = 0
 
         def work(piece: _Piece) -> tuple[_Piece, _Decoded]:
@@ -106,13 +107,14 @@ def convert(
             known[list(decoded.reasons)] = GAP
             unreadable.add(piece.split, piece.start, decoded.reasons)
             writers[piece.split].write_piece(listing.splits[piece.split].places[part], decoded.images, known)
-            digests[piece.split, piece.start] = decoded.sha256
+            digests[piece.split] |= {piece.start + i: sha256 for i, sha256 in decoded.sha256.items()}
             done += len(piece.files)
             if on_images is not None:
                 on_images(done)
         unreadable.check()
         # Files are hashed as they are read: the data set can be told from one made of other files.
-        generation["images_sha256"] = _digest(digests[key] for key in sorted(digests))
+        generation["images_sha256"] = _digest(digests)
+        generation["copies"] = _count_copies(digests, labels)
         generation["unreadable"] = {"count": len(unreadable.rows), "files": [row[1] for row in unreadable.rows]}
         unreadable.write()
     return load_manifest(folder)
@@ -127,25 +129,38 @@ def _pieces(listing: Listing, size: int) -> Iterator[_Piece]:
 
 def _decode_piece(files: Sequence[Encoded], image_size: int, preprocessing: str) -> _Decoded:
     images = np.zeros((len(files), image_size, image_size, 3), np.uint8)
-    reasons = {}
-    digest = hashlib.sha256()
+    reasons, sha256 = {}, {}
     for i, file in enumerate(files):
         try:
             data = file.read_bytes()
-            digest.update(hashlib.sha256(data).digest())
             images[i] = decode(data, size=image_size, preprocessing=preprocessing)
+            sha256[i] = hashlib.sha256(data).digest()
         except UnreadableImage as error:
             reasons[i] = str(error)
         except (OSError, EOFError, zlib.error, ValueError) as error:  # the disk's, or a damaged archive's
             reasons[i] = " ".join(str(error).split()) or type(error).__name__
-    return _Decoded(images, reasons, digest.hexdigest())
+    return _Decoded(images, reasons, sha256)
 
 
-def _digest(lines: Iterator[str]) -> str:
+def _digest(digests: Mapping[str, Mapping[int, bytes]]) -> str:
     digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode() + b"\n")
+    for split in SPLITS:
+        for place in sorted(digests[split]):
+            digest.update(digests[split][place])
     return digest.hexdigest()
+
+
+def _count_copies(digests: Mapping[str, Mapping[int, bytes]], labels: Mapping[str, NDArray[np.int64]]) -> dict:
+    """Files of equal bytes: validation images that are training images too, and images that stand in two classes."""
+    known = set(digests["train"].values())
+    classes: dict[bytes, set[int]] = {}
+    for split, found in digests.items():
+        for place, sha256 in found.items():
+            classes.setdefault(sha256, set()).add(int(labels[split][place]))
+    return {
+        "val_in_train": sum(sha256 in known for sha256 in digests["val"].values()),
+        "in_two_classes": sum(len(found) > 1 for found in classes.values()),
+    }
 
 
 class _Unreadable:

@@ -84,6 +84,11 @@ def _convert(data: DigitsData | ImageData, out: Path, workers: int | None) -> di
         print(f"{split}: {entry['num_images']:,} images: {counts}")
     if count := manifest["generation"]["unreadable"]["count"]:
         print(f"{count:,} unreadable files were left out: {out / 'unreadable.csv'}")
+    copies = manifest["generation"]["copies"]
+    if count := copies["val_in_train"]:
+        print(f"{count:,} validation images are training images too (files of equal bytes)")
+    if count := copies["in_two_classes"]:
+        print(f"{count:,} images stand in more than one class (files of equal bytes)")
     return manifest
 
 

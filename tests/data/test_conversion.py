@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -260,6 +261,24 @@ def by_csv(raw: Path) -> dict:
     write_csv(raw / "y.csv", [["file", "y"], *([f"all/{i}.png", "ab"[i % 2]] for i in range(18))])
     columns = {"image_column": "file", "label_column": "y", "labels": "y.csv"}
     return {"source": "folder", "classes": ["a", "b"], "val_share": 1 / 3, **columns}
+
+
+def test_copies_and_links_between_splits_and_classes_are_counted(tmp_path, capsys, small_pieces):
+    """By hand: a copied and a linked validation image, one of them in the other class, and an unreadable pair."""
+    raw = tmp_path / "raw"
+    block = by_folder(raw)
+    write_folders(raw / "val", {"a": 3, "b": 3}, first=100)  # others than those of training
+    shutil.copy(raw / "train/a/0.png", raw / "val/a/copy.png")
+    (raw / "val/b/link.png").symlink_to(raw / "train/a/1.png")
+    (raw / "train/b/twin.png").write_bytes((raw / "train/b/2.png").read_bytes())
+    for split in ("train", "val"):
+        (raw / split / "a/empty.png").touch()
+    path = write_config(tmp_path, path=str(raw), max_unreadable=0.2, **block)
+    assert cli.main(command(path, tmp_path / "out")) == 0
+    manifest = arrays.load_manifest(tmp_path / "out")
+    assert manifest["generation"]["copies"] == {"val_in_train": 2, "in_two_classes": 1}
+    said = capsys.readouterr().out
+    assert "2 validation images are training images too" in said and "1 images stand in more than one class" in said
 
 
 @pytest.mark.parametrize("write", [by_celeba, by_huggingface, by_folder, by_csv])

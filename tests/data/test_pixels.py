@@ -94,10 +94,11 @@ def test_the_centre_of_celeba_is_cut_out():
     assert decode(data, size=64, preprocessing="squash").min() == 0
 
 
-def test_the_first_frame_is_taken():
+@pytest.mark.parametrize(("kind", "how"), [("GIF", {}), ("WEBP", {"lossless": True})])
+def test_the_first_frame_is_taken(kind, how):
     data = io.BytesIO()
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:])
+    frames[0].save(data, kind, save_all=True, append_images=frames[1:], **how)
     assert decode(data.getvalue(), size=4, preprocessing="squash")[0, 0].tolist() == [255, 0, 0]
 
 

@@ -447,6 +447,19 @@ def test_a_csv_says_which_image_is_what(tmp_path, form):
     assert listing.notes == ["left out 2 images that labels.csv does not list, such as all/10.png"]
 
 
+def test_a_csv_of_another_system_and_odd_names(tmp_path):
+    """CRLF, a byte order mark, quoted commas and quotes, an umlaut, a blank."""
+    odd = ['über, all/a "b".png', "all/0.png", "all/1.png", "all/2.png"]
+    raw = labelled(tmp_path / "raw", [["image", "label"], *([name, i % 2] for i, name in enumerate(odd))])
+    (raw / odd[0]).parent.mkdir()
+    (raw / odd[0]).write_bytes((raw / "all/3.png").read_bytes())
+    table = (raw / "labels.csv").read_text()
+    (raw / "labels.csv").write_text(table, encoding="utf-8-sig", newline="\r\n")
+    listing = list_labelled(raw, **TABLE)
+    found = {name: label for split in listing.splits for name, (_, label) in contents(listing, split).items()}
+    assert found == {name: i % 2 for i, name in enumerate(odd)}
+
+
 def test_a_csv_may_hold_the_split(tmp_path):
     splits = ["train", "train", "valid", "val", "test"] * 2
     raw = labelled(
