@@ -81,13 +81,19 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes in it, else float32."""
+def resolve_precision(precision: str, device: torch.device, *, training: bool = False) -> torch.dtype:
+    """`auto` is a half precision where the device computes in it, else float32.
+
+    On a GPU float16, whose guidance gradient is ten times as close to float32's as that of bfloat16 at the same speed
+    (docs/scaling.md); bfloat16 for training, which needs no scaling of the loss by it, and on a CPU.
+    """
     import torch
 
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
+        if not training:
+            return torch.float16
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # Without these instructions the CPU emulates bfloat16 and loses time.
     native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()

@@ -40,6 +40,10 @@ REFERENCE_CACHE = ".nrcg/references"
 """Where features of reference images are kept; safe to delete."""
 
 
+COMPILED = ".nrcg/compiled"
+"""Where torch.compile keeps what it made; safe to delete."""
+
+
 def format_scale(scale: float) -> str:
     """A guidance scale as it stands in paths and tables: 10 for 10.0, 0.5 for 0.5."""
     return f"{scale:g}" if float(f"{scale:g}") == scale else repr(scale)

@@ -11,11 +11,13 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from nrcg import __version__
 from nrcg.cli import evaluate, report, sample, steps, train, workflow
 from nrcg.errors import NrcgError
+from nrcg.layout import COMPILED
 from nrcg.pipeline.remedies import explained
 from nrcg.processes import end_with_parent
 
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ[name] = str(arguments.threads)
     # Threads that wait without spinning: beside another busy process, spinning ones make a job several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(COMPILED).resolve()))
     try:
         return arguments.verb(arguments) or 0
     except NrcgError as error:

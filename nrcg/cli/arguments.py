@@ -126,7 +126,9 @@ def choose_device(arguments: argparse.Namespace, settings: StepSettings | None) 
 
     device = acquire_device(arguments.device or getattr(settings, "device", "auto"), arguments.threads)
     precision = getattr(arguments, "precision", None) or getattr(settings, "precision", "float32")
-    return device, resolve_precision(precision, device)
+    if any(getattr(source, "unet_weights", None) for source in (arguments, settings)):
+        precision = "float32"  # half weights take the place of autocast
+    return device, resolve_precision(precision, device, training=getattr(settings, "TRAINS", False))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from nrcg.cli.arguments import (
     run_step,
 )
 from nrcg.cli.imports import lean_imports
-from nrcg.config import GRAD_MODES, INPUTS, PRECISIONS, SAMPLERS, STARTS, MethodConfig
+from nrcg.config import COMPILE, GRAD_MODES, INPUTS, PRECISIONS, SAMPLERS, STARTS, WEIGHTS_TYPES, MethodConfig
 from nrcg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def add_sample(verbs: Verbs) -> None:
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--start", choices=("auto", *STARTS), default="auto")
     own.add_argument("--precision", choices=PRECISIONS)
+    own.add_argument("--compile", choices=COMPILE, default="auto", help="auto: on a GPU, where it pays")
+    own.add_argument("--unet-weights", choices=WEIGHTS_TYPES, help="type of the U-Net's weights, instead of autocast")
     shard = sub.add_argument_group("a shard of an experiment")
     add_method(shard)
     shard.add_argument("--shard", type=int, help="number of the shard, from 0")
@@ -91,7 +93,11 @@ def _sample_images(arguments: argparse.Namespace) -> None:
         raise ConfigError("--trace: nothing guides; give --classifier")
     device, precision = choose_device(arguments, None)
     pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device).use_sampler(arguments.sampler)
-    same = {name: getattr(arguments, name) for name in ("num_samples", "batch_size", "seed", "start", "eta", "trace")}
+    pipe.with_weights(arguments.unet_weights)
+    same = {
+        name: getattr(arguments, name)
+        for name in ("num_samples", "batch_size", "seed", "start", "eta", "compile", "trace")
+    }
     drawing = Drawing(precision=precision, num_inference_steps=arguments.steps, **same)
     # What was asked for, as the flags name it.
     asked = (

@@ -2,6 +2,7 @@
 
 from nrcg.config.basics import (
     BEST_BY,
+    COMPILE,
     FORWARD_NOISES,
     GRAD_MODES,
     INPUTS,
@@ -10,6 +11,8 @@ from nrcg.config.basics import (
     ROLES,
     SAMPLERS,
     STARTS,
+    WEIGHTS_TYPES,
+    Compile,
     GradMode,
     Input,
     checked_device,

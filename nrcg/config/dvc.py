@@ -18,14 +18,15 @@ HEADER = """\
 # `dvc repro` must not start days of training: only the experiments that --experiment names are listed here.
 
 """
-# Sections that a field of a step's settings is made from, where they are not called like it. A device changes nothing.
+# Sections that a field of a step's settings is made from, where they are not called like it. A device changes nothing,
+# nor does compiling.
 SECTIONS_OF_FIELD: dict[str, list[str]] = {
     "clip_pred_x0": ["sampling"],
     "betas_per_step": ["sampling"],
     "schedule": ["ddpm.schedule"],
     "classes": ["dataset"],
     "guidance": ["methods"],
-} | {field: [] for field in ("experiment", "device", "role", "method")}
+} | {field: [] for field in ("experiment", "device", "compile", "role", "method")}
 
 
 def template() -> dict[str, Any]:

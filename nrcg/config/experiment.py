@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from nrcg.config.basics import (
     ROLES,
     BestBy,
+    Compile,
     Count,
     ForwardNoise,
     Name,
@@ -19,6 +20,7 @@ from nrcg.config.basics import (
     Section,
     Seed,
     Start,
+    WeightsType,
     checked_device,
 )
 from nrcg.config.data import DatasetConfig
@@ -129,7 +131,18 @@ class ExperimentConfig(Section):
     target: str = Field(description="The class to generate; one of dataset.classes.")
     device: str = Field(description="auto, cpu, cuda or cuda:N.")
     precision: Precision = Field(
-        description="Autocast of the U-Net and classifiers; auto: bfloat16 where the device gains by it."
+        description="Autocast of the U-Net, and of classifiers in their training; auto: where the device gains by it "
+        "float16 for sampling and forward analysis on a GPU, else bfloat16."
+    )
+    unet_weights: WeightsType | None = Field(
+        default=None,
+        description="Type of the U-Net's weights in sampling and forward analysis, instead of autocast: faster on a "
+        "GPU, half the memory; null: as they are saved.",
+    )
+    compile: Compile = Field(
+        default="auto",
+        description="Compile the networks by torch.compile; auto: on a GPU, where the job is long enough to win by it. "
+        "Changes results by rounding alone.",
     )
     dataset: DatasetConfig
     ddpm: DDPMConfig

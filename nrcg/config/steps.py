@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ValidationError
 
-from nrcg.config.basics import ROLES, Name, Precision, Role, Section, fingerprint
+from nrcg.config.basics import ROLES, Compile, Name, Precision, Role, Section, WeightsType, fingerprint
 from nrcg.config.data import DatasetConfig
 from nrcg.config.experiment import Config, EvaluationConfig, ForwardConfig, SamplingConfig, get_experiment
 from nrcg.config.messages import explain
@@ -27,6 +27,7 @@ class StepSettings(Section):
     """Settings of one step of one experiment."""
 
     experiment: Name
+    TRAINS: ClassVar[bool] = False
     # Where a job runs and in which batches changes no result, so it must not make results stale.
     UNAFFECTING: ClassVar[tuple[str, ...]] = ()
 
@@ -49,8 +50,10 @@ class DatasetStep(StepSettings):
 
 
 class TrainDDPMStep(StepSettings):
+    TRAINS = True
     UNAFFECTING = (
         "device",
+        "compile",
         "ddpm.checkpoint_minutes",
         "ddpm.sample_every",
         "ddpm.micro_batch_size",
@@ -58,6 +61,7 @@ class TrainDDPMStep(StepSettings):
     )
     device: str
     precision: Precision
+    compile: Compile
     ddpm: DDPMConfig
 
     def fingerprint(self) -> str:
@@ -67,9 +71,11 @@ class TrainDDPMStep(StepSettings):
 
 
 class TrainClassifierStep(StepSettings):
-    UNAFFECTING = ("device", "classifier.checkpoint_minutes")
+    TRAINS = True
+    UNAFFECTING = ("device", "compile", "classifier.checkpoint_minutes")
     device: str
     precision: Precision
+    compile: Compile
     role: Role
     classifier: ClassifierConfig
     schedule: ScheduleConfig
@@ -83,9 +89,11 @@ class TrainClassifierStep(StepSettings):
 
 
 class ForwardStep(StepSettings):
-    UNAFFECTING = ("device", "forward.batch_size")
+    UNAFFECTING = ("device", "compile", "forward.batch_size")
     device: str
     precision: Precision
+    unet_weights: WeightsType | None
+    compile: Compile
     target: str
     clip_pred_x0: bool
     betas_per_step: bool
@@ -94,9 +102,11 @@ class ForwardStep(StepSettings):
 
 class SampleStep(StepSettings):
     # num_samples says how many shards there are; a shard that is whole stays whole. The rule passes each shard's size.
-    UNAFFECTING = ("device", "sampling.batch_size", "sampling.num_samples")
+    UNAFFECTING = ("device", "compile", "sampling.batch_size", "sampling.num_samples")
     device: str
     precision: Precision
+    unet_weights: WeightsType | None
+    compile: Compile
     target: str
     method: str
     guidance: MethodConfig
@@ -111,9 +121,11 @@ class ReferenceStep(StepSettings):
 
 
 class EvaluateStep(StepSettings):
-    UNAFFECTING = ("device", "sampling.batch_size", "evaluation.best_by")
+    UNAFFECTING = ("device", "compile", "sampling.batch_size", "evaluation.best_by")
     device: str
     precision: Precision
+    unet_weights: WeightsType | None
+    compile: Compile
     target: str
     method: str
     guidance: MethodConfig

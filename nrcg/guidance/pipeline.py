@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from nrcg.batching import BatchSize, first_batch, in_batches
-from nrcg.config import PRECISIONS, STARTS
+from nrcg.config import PRECISIONS, STARTS, Compile
 from nrcg.data.arrays import to_uint8
 from nrcg.devices import autocast, floating_type, freeze, frozen, resolve_precision
+from nrcg.diffusion.compiling import compiled_unet, forward_flop, wants_compiling
 from nrcg.diffusion.objectives import Prediction, to_eps
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.storage import check_pipeline_files, forget_folder, read_data_mean
@@ -80,6 +81,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
     """
 
     data_mean: Tensor | None = None
+    _compiled: tuple[object, Callable[[Tensor, Tensor], Tensor]] | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> GuidedDDPMPipeline:
@@ -104,6 +106,13 @@ class GuidedDDPMPipeline(DDPMPipeline):
             forget_folder(pipe, pipe.unet)
         pipe.set_progress_bar_config(leave=False)
         return pipe
+
+    def with_weights(self, dtype: torch.dtype | str | None) -> GuidedDDPMPipeline:
+        """The U-Net's weights in another type; None: as they are. For speed instead of autocast, at half the memory."""
+        if dtype is not None:
+            # Past diffusers' own `to`, which warns of it whatever the model.
+            torch.nn.Module.to(self.unet, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return self
 
     def schedule(self) -> Schedule:
         """The scheduler's abar."""
@@ -167,8 +176,12 @@ class GuidedDDPMPipeline(DDPMPipeline):
         # Some spacings round two steps to one.
         return list(dict.fromkeys(int(t) + 1 for t in self.scheduler.timesteps))
 
-    def noise_predictor(self, precision: torch.dtype) -> PredictNoise:
+    def noise_predictor(self, precision: torch.dtype, compiled: bool = False) -> PredictNoise:
         """The U-Net as a function of (x_t, t) with t in 1..T, under autocast, float32 in and out, whatever it predicts.
+
+        Args:
+            precision: autocast.
+            compiled: by torch.compile, at its first call.
 
         Raises:
             ValueError: a prediction type that is not supported.
@@ -176,16 +189,33 @@ class GuidedDDPMPipeline(DDPMPipeline):
         unet, schedule = freeze(self.unet), self.schedule()
         dtype = floating_type(unet)
         kind = self.scheduler.config["prediction_type"]
-        channels = unet.config.in_channels
+        channels, forward = unet.config.in_channels, self._forward(compiled)
         to_eps(torch.zeros(1, 1), torch.zeros(1, 1), 1, schedule, kind)  # an unknown kind is refused here
 
         def predict_noise(x: Tensor, t: int) -> Prediction:
             with autocast(x.device, precision):
-                output = unet(x.to(dtype), torch.full((len(x),), t - 1, device=x.device)).sample.to(x.dtype)
+                output = forward(x.to(dtype), torch.full((len(x),), t - 1, device=x.device)).to(x.dtype)
             share = (output[:, channels:] + 1.0) / 2.0 if output.shape[1] == 2 * channels else None
             return Prediction(to_eps(output[:, :channels], x, t, schedule, kind), share)
 
         return predict_noise
+
+    def wants_compiling(self, choice: str, passes: int) -> bool:
+        """Whether to compile the U-Net, by `auto` for so many forward passes of one image or what costs as much."""
+        return wants_compiling(choice, self.device, lambda: passes * forward_flop(self.unet, self._image_shape()))
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def _forward(self, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """The U-Net on (x_t, timesteps); compiled once, whatever is drawn with it."""
+        if not compiled:
+            return lambda x, timesteps: self.unet(x, timesteps).sample
+        if self._compiled is None or self._compiled[0] is not self.unet:
+            self._compiled = (self.unet, compiled_unet(self.unet))
+        return self._compiled[1]
 
     def __call__(
         self,
@@ -199,6 +229,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         precision: torch.dtype | str = torch.float32,
+        compile: Compile = "off",
         trace: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> GuidedOutput:
@@ -206,7 +237,8 @@ class GuidedDDPMPipeline(DDPMPipeline):
 
         Args:
             num_samples: N.
-            batch_size: samples at once, or `auto`; halved where memory runs out. Changes speed, never the samples.
+            batch_size: samples at once, or `auto`; halved where memory runs out. Changes speed, and in float32 never
+                the samples; in half precision they are the same bytes for the same batch size.
             seed: sample i depends on (seed, first_sample + i) alone.
             guidance: None samples the plain DDPM.
             first_sample: global index of the first sample, to draw a run in parts.
@@ -215,6 +247,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
             eta: for DDIM, share of the ancestral sampler's noise, in [0, 1].
             precision: autocast of the U-Net, a dtype or a name such as `auto`; x_t, the gradient and the stabilizer
                 stay in float32.
+            compile: the U-Net by torch.compile: `on`, or `auto`, on a GPU where so many samples are worth it.
             trace: record gradient norms and cosines, log-probabilities and clipped pixels of each step (`Trace`).
             on_step: called after each step with the number done, of num_samples times the steps; instead of a bar.
 
@@ -231,9 +264,12 @@ class GuidedDDPMPipeline(DDPMPipeline):
         sampler, timesteps = self.sampler(eta), self.timesteps(num_inference_steps)
         data_mean, shape = self._start_mean(start), self._prepare(guidance)
         parts: list[Trace] = []
+        whole = 0  # samples of the last batch that fitted into the memory
 
         def draw(batch: range) -> tuple[Tensor, Tensor]:
-            indices = range(first_sample + batch.start, first_sample + batch.stop)
+            nonlocal whole
+            count = max(len(batch), whole) if one_shape else len(batch)
+            indices = range(first_sample + batch.start, first_sample + batch.start + count)
             recorder = TraceRecorder() if trace else None
             done = itertools.count(batch.start * len(timesteps) + len(batch), len(batch))
             x, nonfinite = guided_sample(
@@ -249,11 +285,16 @@ class GuidedDDPMPipeline(DDPMPipeline):
             )
             if recorder is not None:
                 parts.append(recorder.result(len(batch)))
-            return x.clamp(-1.0, 1.0).cpu(), nonfinite.cpu()
+            whole = count
+            return x[: len(batch)].clamp(-1.0, 1.0).cpu(), nonfinite[: len(batch)].cpu()
 
         began = time.perf_counter()
         with self._running(guidance, on_step, len(timesteps) * num_samples) as report:
-            predict_noise = self.noise_predictor(_dtype_of(precision, self.device))
+            dtype = _dtype_of(precision, self.device)
+            compiled = self.wants_compiling(compile, num_samples * len(timesteps) * _forwards(guidance))
+            predict_noise = self.noise_predictor(dtype, compiled)
+            # Kernels of half precision round by the shape of the batch, compiled ones are made for it.
+            one_shape = compiled or {dtype, floating_type(self.unet)} != {torch.float32}
             size = min(first_batch(batch_size, self.device, shape[1] * shape[2]), num_samples)
             drawn = in_batches(num_samples, size, draw)
         return _output(drawn, time.perf_counter() - began, Trace.join(parts) if trace else None)
@@ -277,9 +318,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
         """Try the classifier on the model's images, and set the U-Net's checkpointing; returns (C, H, W)."""
         if self.unet.config.get("num_class_embeds") or self.unet.config.get("class_embed_type"):
             raise ValueError("the U-Net is conditional on a class; the guidance needs an unconditional one")
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (self.unet.config.in_channels, height, width)
+        shape = self._image_shape()
         if guidance is not None:
             guidance.to(self.device).check(torch.empty(1, *shape, device=self.device))
         if guidance is not None and guidance.grad_mode == "checkpoint":
@@ -295,13 +334,17 @@ class GuidedDDPMPipeline(DDPMPipeline):
             raise ValueError("start: data_mean needs the file data_mean.npy beside the pipeline's model_index.json")
         if start == "standard_normal" or self.data_mean is None:
             return None
-        size = self.unet.config.sample_size
-        shape = (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        shape = self._image_shape()
         if tuple(self.data_mean.shape) != shape:
             raise ValueError(f"data_mean: has the shape {tuple(self.data_mean.shape)}, the model's images {shape}")
         if not bool((self.data_mean.abs() <= 1.0).all()):
             raise ValueError("data_mean: holds values outside [-1, 1]; is it in 0..255?")
         return self.data_mean.float()
+
+
+def _forwards(guidance: ClassifierGuidance | None) -> int:
+    """What a step costs, in forward passes: a gradient through the U-Net is worth two."""
+    return 3 if guidance is not None and guidance.input == "pred_x0" and guidance.grad_mode != "no_jacobian" else 1
 
 
 def _dtype_of(precision: torch.dtype | str, device: torch.device) -> torch.dtype:

@@ -111,10 +111,12 @@ class TraceRecorder:
         return torch.where(sizes > 0, (now * before).sum(dim=1) / sizes, torch.nan).float()
 
     def result(self, num_samples: int) -> Trace:
-        """The trace so far; without a column where no step was guided, such as DDPM's last."""
+        """The trace so far, of the first samples; without a column where no step was guided, such as DDPM's last."""
         if not self._t:
             return Trace(np.empty(0, np.int64), *(np.empty((num_samples, 0), np.float32) for _ in QUANTITIES))
-        arrays = {name: torch.stack(rows, dim=1).float().cpu().numpy() for name, rows in self._rows.items()}
+        arrays = {
+            name: torch.stack(rows, dim=1)[:num_samples].float().cpu().numpy() for name, rows in self._rows.items()
+        }
         return Trace(t=np.array(self._t, np.int64), **arrays)
 
 

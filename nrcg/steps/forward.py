@@ -45,12 +45,13 @@ def analyse_forward(
         The rows of forward.csv.
     """
     config = settings.forward
-    pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device)
+    pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device).with_weights(settings.unet_weights)
     schedule = pipe.schedule()
     models = {role: open_classifier(classifiers / role) for role in ("robust", "non_robust")}
     manifest = checked_data(data)
     images, labels = open_split(data, "val")
     count = min(config.num_images, len(images))
+    passes = count * schedule.num_steps * (2 if config.noise == "per_step" else 1)
     steps = PUBLISHED_STEPS if settings.betas_per_step else schedule.num_steps
     smoothing = {stabilizer_name(entry): stabilizers.from_config(entry, steps) for entry in config.stabilizers}
     with (
@@ -62,7 +63,7 @@ def analyse_forward(
             to_unit(images[:count]).to(device),
             torch.from_numpy(labels[:count]).to(device),
             classifiers={role: model.to(device) for role, model in models.items()},
-            predict_noise=pipe.noise_predictor(precision),
+            predict_noise=pipe.noise_predictor(precision, pipe.wants_compiling(settings.compile, 3 * passes)),
             schedule=schedule,
             stabilizers=smoothing,
             target=class_index(models["non_robust"].classes, settings.target),

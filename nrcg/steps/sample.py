@@ -14,11 +14,11 @@ from PIL import Image
 from nrcg import tracking
 from nrcg.classifiers.logits import class_index
 from nrcg.classifiers.storage import open_classifier
-from nrcg.config import PUBLISHED_STEPS, SampleStep
+from nrcg.config import PUBLISHED_STEPS, Compile, SampleStep
 from nrcg.data.arrays import to_uint8
 from nrcg.data.pictures import sample_grid, save_png
 from nrcg.data.shards import write_shard
-from nrcg.devices import device_name, peak_memory_mib
+from nrcg.devices import device_name, floating_type, peak_memory_mib
 from nrcg.errors import ConfigError
 from nrcg.files import weights_sha256
 from nrcg.guidance.building import build_guidance
@@ -42,6 +42,7 @@ class Drawing:
     seed: int
     start: str
     precision: torch.dtype
+    compile: Compile = "off"
     first_sample: int = 0
     num_inference_steps: int | None = None
     eta: float = 0.0
@@ -93,7 +94,7 @@ def draw(
         **(record or {}),
         **{name: getattr(drawing, name) for name in ("first_sample", "num_samples", "seed", "start")},
         "num_inference_steps": drawing.num_inference_steps,
-        "precision": str(drawing.precision).removeprefix("torch."),
+        "precision": _precision_of(pipe, drawing.precision),
         "device": device_name(device),
         "nonfinite": int(found.nonfinite.sum()),
         "seconds": found.seconds,
@@ -105,6 +106,12 @@ def draw(
             found.trace.save(trace_of(out))
         whole = write_shard(out, images, whole, None if found.trace is None else trace_of(out))
     return Drawn(images, whole, found.trace)
+
+
+def _precision_of(pipe: GuidedDDPMPipeline, autocast: torch.dtype) -> str:
+    weights = floating_type(pipe.unet)
+    name = str(autocast if weights == torch.float32 else weights).removeprefix("torch.")
+    return name if weights == torch.float32 else f"{name} weights"
 
 
 def method_guidance(
@@ -130,6 +137,7 @@ def method_drawing(settings: SampleStep, precision: torch.dtype, **others: Any) 
         seed=sampling.seed,
         start=sampling.start,
         precision=precision,
+        compile=settings.compile,
         num_inference_steps=sampler.steps,
         eta=sampler.eta,
         **others,
@@ -168,6 +176,7 @@ def sample_shard(
     if count < 1:
         raise ConfigError(f"--shard: {shard} is past the last of {config.num_samples} samples")
     pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device).use_sampler(method.sampler.name)
+    pipe.with_weights(settings.unet_weights)
     guidance, weights = None, {"ddpm": weights_sha256(ddpm)}
     if method.classifier is not None:
         if classifier is None:

@@ -69,6 +69,7 @@ def train_classifier(
             device=device,
             precision=precision,
             checkpoint=checkpoint,
+            compile=settings.compile,
             on_step=bar.set,
             on_resume=bar.resume,
             on_epoch=lambda row: log_epoch(run, row),

@@ -86,6 +86,7 @@ def train_ddpm(
             hooks=hooks,
             ranks=ranks,
             unet=start,
+            compile=settings.compile,
         )
         ranks.leave()
         if ranks.main:

@@ -97,6 +97,7 @@ def _search(
     method, best_by = sampled.method, evaluated.evaluation.best_by
     roles = (sampled.guidance.classifier, "judge")
     pipe = GuidedDDPMPipeline.from_pretrained(paths.ddpm).to(device).use_sampler(sampled.guidance.sampler.name)
+    pipe.with_weights(sampled.unet_weights)
     guide, judge = (open_classifier(paths.classifier(role)).to(device) for role in roles)
     manifest = checked_data(data)
     extractors, references = open_references(evaluated, data, manifest, judge, Path(REFERENCE_CACHE), device)

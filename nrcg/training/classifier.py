@@ -10,8 +10,9 @@ from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.architectures import build_module, set_momentum
 from nrcg.classifiers.logits import predicted_class
 from nrcg.classifiers.specs import with_new_head
-from nrcg.config import ClassifierConfig
+from nrcg.config import ClassifierConfig, Compile
 from nrcg.devices import autocast, freeze
+from nrcg.diffusion.compiling import WORTH_STEPS, compile_in_place, wants_compiling
 from nrcg.diffusion.noise import spawn_seed
 from nrcg.diffusion.schedule import Schedule
 from nrcg.training.feed import TrainingImages, batches_from, steps_per_epoch
@@ -38,6 +39,7 @@ def fit_classifier(
     device: torch.device,
     precision: torch.dtype,
     checkpoint: Checkpoint,
+    compile: Compile = "off",
     on_step: OnStep,
     on_epoch: OnEpoch,
     on_resume: OnStep = lambda step: None,
@@ -45,6 +47,7 @@ def fit_classifier(
     """Train a classifier by cross-entropy; a robust one on images noised by eq. 2, each at its own t in 1..T.
 
     Args:
+        compile: the network by torch.compile; auto: on a GPU, where the training has many steps.
         on_resume: called with the number of steps that a checkpoint brings.
 
     Returns:
@@ -55,6 +58,8 @@ def fit_classifier(
     module = classifier.module.to(device, memory_format=torch.channels_last)
     classifier.to(device)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
+    if wants_compiling(compile, device, lambda: per_epoch * config.epochs, WORTH_STEPS):
+        compile_in_place(module)
     trainer = Trainer(module, config.optimizer, per_epoch * config.epochs, device, precision)
     total = torch.zeros((), device=device)
     state = checkpoint.load()

@@ -18,8 +18,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nrcg.config import DDPMConfig
+from nrcg.config import Compile, DDPMConfig
 from nrcg.devices import autocast, freeze
+from nrcg.diffusion.compiling import compile_in_place, forward_flop, wants_compiling
 from nrcg.diffusion.noise import spawn_seed
 from nrcg.diffusion.objectives import to_eps
 from nrcg.diffusion.schedule import Schedule
@@ -117,6 +118,7 @@ def train_unet(
     hooks: Hooks | None = None,
     ranks: Ranks | None = None,
     unet: nn.Module | None = None,
+    compile: Compile = "off",
 ) -> tuple[nn.Module, list[LogRow]]:
     """Train the U-Net of an unconditional DDPM.
 
@@ -132,6 +134,7 @@ def train_unet(
         ranks: The processes that train together, each with this call; None: this one alone. Only the main one writes
             checkpoints.
         unet: What it starts from, changed in place; None: `config.unet` with random weights.
+        compile: The U-Net by torch.compile; auto: on a GPU, where the training is long enough.
 
     Returns:
         The U-Net with the EMA's weights, frozen, and all rows.
@@ -141,6 +144,7 @@ def train_unet(
     """
     run = _Training(config, train, val, image_size, channels, device, precision, checkpoint, ranks or Ranks(), unet)
     hooks = hooks or Hooks()
+    run.compile(compile, (channels, image_size, image_size))
     run.resume(hooks)
     advice = f"{max(part.stop - part.start for part in run.parts)} images at once on {device} are too many: take fewer,"
     with naming_memory("ddpm.micro_batch_size", f"{advice} it changes no result"):
@@ -188,6 +192,12 @@ class _Training:
         self.mine = ranks.share(self.batch_size)
         self.parts = chunks(self.mine.start, self.mine.stop, config.micro_batch_size)
         self.start_epoch()
+
+    def compile(self, choice: Compile, shape: tuple[int, int, int]) -> None:
+        """The U-Net that is trained; its average, which draws grids and validates, stays as it is."""
+        passes = 3 * self.trainer.total_steps * self.batch_size // self.ranks.count  # backward takes as long as two forward passes
+        if wants_compiling(choice, self.device, lambda: passes * forward_flop(self.ema_unet, shape)):
+            compile_in_place(self.unet)
 
     def start_epoch(self) -> None:
         """The sums over an epoch begin anew."""

@@ -38,7 +38,10 @@ class Trainer:
         from diffusers.optimization import get_cosine_schedule_with_warmup
 
         self.optimizer = torch.optim.AdamW(
-            self.module.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+            self.module.parameters(),
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            fused=self.device.type == "cuda",  # one kernel for all parameters
         )
         warmup = min(self.config.warmup_steps, self.total_steps // 2)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.total_steps)

@@ -233,11 +233,15 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, device, count):
 
 
 @pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32)])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_auto_precision_is_bfloat16_where_the_device_computes_in_it(monkeypatch, device, native, expected):
+@pytest.mark.parametrize("device, training", [("cpu", False), ("cpu", True), ("cuda", True)])
+def test_auto_precision_is_bfloat16_where_the_device_computes_in_it(monkeypatch, device, training, native, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
-    assert resolve_precision("auto", torch.device(device)) == expected
+    assert resolve_precision("auto", torch.device(device), training=training) == expected
+
+
+def test_a_gpu_samples_in_float16():
+    assert resolve_precision("auto", torch.device("cuda")) == torch.float16
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
