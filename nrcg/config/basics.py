@@ -46,6 +46,14 @@ def _count_or_auto(value: Any) -> Any:
     return value
 
 
+def _steps_or_share(value: Any) -> Any:
+    if not ((type(value) is int and value >= 1) or (type(value) is float and 0 < value < 1)):
+        raise ValueError(f"{value!r} is not allowed; a whole number >= 1 or a share between 0 and 1 is")
+    return value
+
+
+StepCount = Annotated[int | float, BeforeValidator(_steps_or_share)]
+"""Sampling steps, or a share of T."""
 Count = Annotated[Positive | Literal["auto"], BeforeValidator(_count_or_auto)]
 Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from nrcg.config.basics import Beta, Fraction, GradMode, Input, Positive, SamplerName, Section
+from nrcg.config.basics import Beta, Fraction, GradMode, Input, Positive, SamplerName, Section, StepCount
 
 PUBLISHED_STEPS = 400
 """T of the paper: the number of steps for which `config.yaml` states a stabilizer's betas."""
@@ -101,7 +101,9 @@ class SamplerConfig(Section):
     name: SamplerName = Field(
         default="model", description="model: the scheduler saved with the diffusion model; dpmpp: DPM-Solver++(2M)."
     )
-    steps: Positive | None = Field(default=None, description="Sampling steps; null: all T.")
+    steps: StepCount | None = Field(
+        default=None, description="Sampling steps, or a share of T such as 0.5; null: all T."
+    )
     eta: Fraction = Field(default=0.0, description="ddim: share of the ancestral sampler's noise.")
 
     @model_validator(mode="after")
@@ -110,10 +112,23 @@ class SamplerConfig(Section):
             raise ValueError(f"eta: the sampler {self.name!r} has no such key; ddim has")
         return self
 
+    def count(self, num_steps: int) -> int | None:
+        """Sampling steps of a chain of T = num_steps; None: all."""
+        return max(1, round(self.steps * num_steps)) if isinstance(self.steps, float) else self.steps
+
+
+PRESETS: dict[str, dict[str, Any]] = {"fast": {"sampler": {"name": "ddpm", "steps": 0.5}, "skip_above": 0.9}}
+"""Preset -> what it sets; docs/guidance.md says what it costs."""
+
 
 class MethodConfig(Section):
     """What guides: a classifier, what it sees, how its gradient is taken and smoothed, and the sampler."""
 
+    preset: Literal["fast"] | None = Field(
+        default=None,
+        description="fast: half of the steps, and no gradient for a sample whose p(target) is above 0.9; the method's "
+        "own keys overrule it.",
+    )
     classifier: Literal["robust", "non_robust"] | None = Field(
         default=None, description="Guiding classifier; null samples without guidance."
     )
@@ -136,11 +151,21 @@ class MethodConfig(Section):
     )
     sampler: SamplerConfig = Field(default=SamplerConfig(), description="The way from x_T to x_0.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset") not in PRESETS:
+            return given
+        chosen = PRESETS[given["preset"]]
+        if given.get("classifier") is None:
+            chosen = {"sampler": chosen["sampler"]}
+        return chosen | given
+
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:
         if self.classifier is None:
             for key, field in type(self).model_fields.items():
-                if key not in ("classifier", "sampler") and getattr(self, key) != field.default:
+                if key not in ("preset", "classifier", "sampler") and getattr(self, key) != field.default:
                     raise ValueError(f"{key}: guides nothing without a classifier; give robust or non_robust")
         if self.input == "x_t" and self.grad_mode != "full":
             raise ValueError("grad_mode: is about the U-Net, which the gradient passes only with input pred_x0")

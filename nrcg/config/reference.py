@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from nrcg.config.basics import StepCount
 from nrcg.config.experiment import ExperimentConfig
 from nrcg.config.messages import models_in
 from nrcg.config.methods import MethodConfig
@@ -73,6 +74,8 @@ def _allowed(annotation: Any) -> str:
     """What a value may be, in words."""
     if models_in(annotation):
         return "list of mappings, below" if get_origin(annotation) is list else "mapping, below"
+    if annotation == StepCount:
+        return "whole number ≥ 1 or share below 1"
     if annotation in WORDS:
         return WORDS[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)

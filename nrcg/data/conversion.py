@@ -109,8 +109,7 @@ def convert(
             writers[piece.split].write_piece(listing.splits[piece.split].places[part], decoded.images, known)
             digests[piece.split] |= {piece.start + i: sha256 for i, sha256 in decoded.sha256.items()}
             done += len(piece.files)
-            if on_images is not None:
-                on_images(done)
+            (on_images or _nothing)(done)
         unreadable.check()
         # Files are hashed as they are read: the data set can be told from one made of other files.
         generation["images_sha256"] = _digest(digests)
@@ -118,6 +117,10 @@ def convert(
         generation["unreadable"] = {"count": len(unreadable.rows), "files": [row[1] for row in unreadable.rows]}
         unreadable.write()
     return load_manifest(folder)
+
+
+def _nothing(done: int) -> None:
+    """Nobody asks for the progress."""
 
 
 def _pieces(listing: Listing, size: int) -> Iterator[_Piece]:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,49 @@ class GuidedOutput(BaseOutput):
     nonfinite: Tensor
     seconds: float
     trace: Trace | None = None
+
+
+@dataclass
+class _Batches:
+    """Draws a call's samples, batch by batch."""
+
+    predict_noise: PredictNoise
+    sampler: Sampler
+    timesteps: list[int]
+    guidance: ClassifierGuidance | None
+    seed: int
+    first_sample: int
+    trace: bool
+    report: Callable[[int], None]
+    shape: tuple[int, int, int]
+    device: torch.device
+    data_mean: Tensor | None
+    one_shape: bool  # the last batch is filled up with samples that nobody asked for
+    traces: list[Trace] = field(default_factory=list)
+    whole: int = 0  # samples of the last batch that fitted into the memory
+
+    def __call__(self, batch: range) -> tuple[Tensor, Tensor]:
+        """Samples (B, C, H, W) in [-1, 1], and which are not finite."""
+        count = max(len(batch), self.whole) if self.one_shape else len(batch)
+        indices = range(self.first_sample + batch.start, self.first_sample + batch.start + count)
+        schedule, seed, steps = self.sampler.schedule, self.seed, self.timesteps
+        recorder = TraceRecorder() if self.trace else None
+        done = itertools.count(batch.start * len(steps) + len(batch), len(batch))
+        x, nonfinite = guided_sample(
+            start_samples(schedule, seed, indices, self.shape, self.device, self.data_mean, steps[0]),
+            self.predict_noise,
+            self.sampler,
+            steps,
+            seed=seed,
+            samples=indices,
+            guidance=self.guidance,
+            recorder=recorder,
+            on_step=lambda: self.report(next(done)),
+        )
+        if recorder is not None:
+            self.traces.append(recorder.result(len(batch)))
+        self.whole = count
+        return x[: len(batch)].clamp(-1.0, 1.0).cpu(), nonfinite[: len(batch)].cpu()
 
 
 class GuidedDDPMPipeline(DDPMPipeline):
@@ -263,41 +306,28 @@ class GuidedDDPMPipeline(DDPMPipeline):
             raise ValueError("trace: needs guidance with a scale above 0")
         sampler, timesteps = self.sampler(eta), self.timesteps(num_inference_steps)
         data_mean, shape = self._start_mean(start), self._prepare(guidance)
-        parts: list[Trace] = []
-        whole = 0  # samples of the last batch that fitted into the memory
-
-        def draw(batch: range) -> tuple[Tensor, Tensor]:
-            nonlocal whole
-            count = max(len(batch), whole) if one_shape else len(batch)
-            indices = range(first_sample + batch.start, first_sample + batch.start + count)
-            recorder = TraceRecorder() if trace else None
-            done = itertools.count(batch.start * len(timesteps) + len(batch), len(batch))
-            x, nonfinite = guided_sample(
-                start_samples(sampler.schedule, seed, indices, shape, self.device, data_mean, timesteps[0]),
-                predict_noise,
-                sampler,
-                timesteps,
-                seed=seed,
-                samples=indices,
-                guidance=guidance,
-                recorder=recorder,
-                on_step=lambda: report(next(done)),
-            )
-            if recorder is not None:
-                parts.append(recorder.result(len(batch)))
-            whole = count
-            return x[: len(batch)].clamp(-1.0, 1.0).cpu(), nonfinite[: len(batch)].cpu()
-
         began = time.perf_counter()
         with self._running(guidance, on_step, len(timesteps) * num_samples) as report:
             dtype = _dtype_of(precision, self.device)
             compiled = self.wants_compiling(compile, num_samples * len(timesteps) * _forwards(guidance))
-            predict_noise = self.noise_predictor(dtype, compiled)
-            # Kernels of half precision round by the shape of the batch, compiled ones are made for it.
-            one_shape = compiled or {dtype, floating_type(self.unet)} != {torch.float32}
+            batches = _Batches(
+                self.noise_predictor(dtype, compiled),
+                sampler,
+                timesteps,
+                guidance,
+                seed,
+                first_sample,
+                trace,
+                report,
+                shape,
+                self.device,
+                data_mean,
+                # Kernels of half precision round by the shape of the batch, compiled ones are made for it.
+                one_shape=compiled or {dtype, floating_type(self.unet)} != {torch.float32},
+            )
             size = min(first_batch(batch_size, self.device, shape[1] * shape[2]), num_samples)
-            drawn = in_batches(num_samples, size, draw)
-        return _output(drawn, time.perf_counter() - began, Trace.join(parts) if trace else None)
+            drawn = in_batches(num_samples, size, batches)
+        return _output(drawn, time.perf_counter() - began, Trace.join(batches.traces) if trace else None)
 
     @contextlib.contextmanager
     def _running(

@@ -9,7 +9,7 @@ much.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -44,14 +44,11 @@ class _Curves:
     def empty(cls, methods: Sequence[str], num_images: int, num_steps: int) -> _Curves:
         return cls(*({name: np.full((num_images, num_steps + 1), np.nan) for name in methods} for _ in range(3)))
 
-    def grade(self, rows: slice, t: int, now: Seen, labels: Tensor) -> None:
-        for name, (_, logits) in now.items():
-            self.right[name][rows, t] = (predicted_class(logits) == labels[rows]).cpu()
-
-    def compare(self, rows: slice, t: int, now: Seen, before: Seen, distance: Tensor) -> None:
-        """Sensitivities between t and t - 1."""
+    def add(self, rows: slice, t: int, now: Seen, before: Seen, distance: Tensor, labels: Tensor) -> None:
+        """What is seen of some images at t, and how it differs from t - 1."""
         for name, (grad, logits) in now.items():
             grad_before, logits_before = before[name]
+            self.right[name][rows, t] = (predicted_class(logits) == labels[rows]).cpu()
             self.logit[name][rows, t] = sensitivity(logits, logits_before, distance).cpu()
             self.gradient[name][rows, t] = sensitivity(grad, grad_before, distance).cpu()
 
@@ -116,7 +113,7 @@ def forward_analysis(
         batch_size: images at once, changes no result; `auto` takes as many as fit.
         clip_pred_x0: clip x0hat to [-1, 1], as in sampling.
         noise: per_image or per_step; see the module's docstring.
-        on_step: called after each step with the number done, of images times (T + 1).
+        on_step: called after each step with the number done, of images times T.
 
     Returns:
         Rows of forward.csv: mean and standard deviation over the images for each method and t.
@@ -130,42 +127,46 @@ def forward_analysis(
     num_steps, curves = schedule.num_steps, _Curves.empty(methods, len(images), schedule.num_steps)
     observe = _Observer(classifiers, predict_noise, schedule, target, clip_pred_x0)
 
-    def told(batch: range, t: int) -> None:
-        if on_step is not None:
-            on_step(batch.start * (num_steps + 1) + len(batch) * (num_steps + 1 - t))
+    pairs = _along_one_noise if noise == "per_image" else _at_new_noises
 
-    def walk(batch: range) -> None:
+    def work(batch: range) -> None:
         rows = slice(batch.start, batch.stop)
-        x0 = images[rows]
-        eps = sample_noise(seed, batch, 0, x0.shape[1:], x0.device)
-        _reset(stabilizers)
-        later: Seen = {}
-        x_later = x0
-        for t in range(num_steps, -1, -1):
-            x_t = schedule.q_sample(x0, t, eps)
-            now = observe(x_t, t, stabilizers)
-            curves.grade(rows, t, now, labels)
-            if later:
-                curves.compare(rows, t + 1, later, now, (x_later - x_t).flatten(1).norm(dim=1))
-            later, x_later = now, x_t
-            told(batch, t)
+        for t, now, before, distance in pairs(images[rows], batch, seed, observe, stabilizers):
+            curves.add(rows, t, now, before, distance, labels)
+            if on_step is not None:
+                on_step(batch.start * num_steps + len(batch) * (num_steps + 1 - t))
 
-    def jump(batch: range) -> None:
-        rows = slice(batch.start, batch.stop)
-        x0 = images[rows]
-        _reset(stabilizers)
-        before = deepcopy(dict(stabilizers))
-        for t in range(num_steps, 0, -1):
-            eps = sample_noise(seed, batch, t, x0.shape[1:], x0.device)
-            x_t, x_before = schedule.q_sample(x0, t, eps), schedule.q_sample(x0, t - 1, eps)
-            now = observe(x_t, t, stabilizers)
-            curves.grade(rows, t, now, labels)
-            curves.compare(rows, t, now, observe(x_before, t - 1, before), (x_t - x_before).flatten(1).norm(dim=1))
-            told(batch, t - 1)
-
-    size = first_batch(batch_size, images.device, images[0, 0].numel())
-    in_batches(len(images), size, walk if noise == "per_image" else jump)
+    in_batches(len(images), first_batch(batch_size, images.device, images[0, 0].numel()), work)
     return [row for name in methods for row in _rows(name, curves)]
+
+
+def _along_one_noise(
+    x0: Tensor, samples: range, seed: int, observe: _Observer, stabilizers: Mapping[str, Stabilizer]
+) -> Iterator[tuple[int, Seen, Seen, Tensor]]:
+    """t = T..1, what is seen at t and at t - 1, and norm2(x_t - x_{t-1}) (B,); on one trajectory."""
+    eps = sample_noise(seed, samples, 0, x0.shape[1:], x0.device)
+    _reset(stabilizers)
+    later: Seen = {}
+    x_later = x0
+    for t in range(observe.schedule.num_steps, -1, -1):
+        x_t = observe.schedule.q_sample(x0, t, eps)
+        now = observe(x_t, t, stabilizers)
+        if later:
+            yield t + 1, later, now, (x_later - x_t).flatten(1).norm(dim=1)
+        later, x_later = now, x_t
+
+
+def _at_new_noises(
+    x0: Tensor, samples: range, seed: int, observe: _Observer, stabilizers: Mapping[str, Stabilizer]
+) -> Iterator[tuple[int, Seen, Seen, Tensor]]:
+    """The same, with a noise of its own for each t and stabilizers of their own for t - 1."""
+    _reset(stabilizers)
+    stabilizers_before = deepcopy(dict(stabilizers))
+    for t in range(observe.schedule.num_steps, 0, -1):
+        eps = sample_noise(seed, samples, t, x0.shape[1:], x0.device)
+        x_t, x_before = (observe.schedule.q_sample(x0, step, eps) for step in (t, t - 1))
+        now, before = observe(x_t, t, stabilizers), observe(x_before, t - 1, stabilizers_before)
+        yield t, now, before, (x_t - x_before).flatten(1).norm(dim=1)
 
 
 def _reset(stabilizers: Mapping[str, Stabilizer]) -> None:

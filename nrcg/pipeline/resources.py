@@ -81,7 +81,8 @@ class JobResources:
 
     def sample_minutes(self, method: str) -> int:
         """Of a shard."""
-        steps = self.config.methods[method].sampler.steps or self.settings.ddpm.schedule.num_train_timesteps
+        num_steps = self.settings.ddpm.schedule.num_train_timesteps
+        steps = self.config.methods[method].sampler.count(num_steps) or num_steps
         return self._minutes(self.settings.sampling.shard_size * steps)
 
     def forward_minutes(self) -> int:

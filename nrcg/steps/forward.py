@@ -56,7 +56,7 @@ def analyse_forward(
     smoothing = {stabilizer_name(entry): stabilizers.from_config(entry, steps) for entry in config.stabilizers}
     with (
         tracking.run(settings.experiment, "forward", kind="forward", params=settings.model_dump()) as run,
-        Progress("forward", count * (schedule.num_steps + 1), "step") as bar,
+        Progress("forward", count * schedule.num_steps, "step") as bar,
     ):
         log_dataset(run, manifest, data, "val", "forward analysis")
         rows = forward_analysis(

@@ -118,7 +118,8 @@ def method_guidance(
     settings: SampleStep, classifier: Any, scale: float, pipe: GuidedDDPMPipeline
 ) -> ClassifierGuidance:
     """Guidance as a method of the configuration asks for it, for a pipeline that uses the method's sampler."""
-    method, steps = settings.guidance, len(pipe.timesteps(settings.guidance.sampler.steps))
+    method = settings.guidance
+    steps = len(pipe.timesteps(method.sampler.count(pipe.schedule().num_steps)))
     return build_guidance(
         method,
         classifier,
@@ -129,8 +130,8 @@ def method_guidance(
     )
 
 
-def method_drawing(settings: SampleStep, precision: torch.dtype, **others: Any) -> Drawing:
-    """How a method's samples are drawn; `others` are further fields of Drawing."""
+def method_drawing(settings: SampleStep, pipe: GuidedDDPMPipeline, precision: torch.dtype, **others: Any) -> Drawing:
+    """How a method's samples are drawn by a model; `others` are further fields of Drawing."""
     sampling, sampler = settings.sampling, settings.guidance.sampler
     return Drawing(
         batch_size=sampling.batch_size,
@@ -138,7 +139,7 @@ def method_drawing(settings: SampleStep, precision: torch.dtype, **others: Any) 
         start=sampling.start,
         precision=precision,
         compile=settings.compile,
-        num_inference_steps=sampler.steps,
+        num_inference_steps=sampler.count(pipe.schedule().num_steps),
         eta=sampler.eta,
         **others,
     )
@@ -196,7 +197,7 @@ def sample_shard(
         drawn = draw(
             pipe,
             guidance,
-            method_drawing(settings, precision, num_samples=count, first_sample=first, trace=trace),
+            method_drawing(settings, pipe, precision, num_samples=count, first_sample=first, trace=trace),
             label=label,
             out=out,
             record={

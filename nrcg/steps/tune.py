@@ -102,7 +102,7 @@ def _search(
     manifest = checked_data(data)
     extractors, references = open_references(evaluated, data, manifest, judge, Path(REFERENCE_CACHE), device)
     target = class_index(judge.classes, sampled.target)
-    drawing = method_drawing(sampled, precision, num_samples=sampled.sampling.num_samples)
+    drawing = method_drawing(sampled, pipe, precision, num_samples=sampled.sampling.num_samples)
     key = {
         "sample": sampled.fingerprint(),
         "evaluate": evaluated.fingerprint(),

@@ -195,7 +195,8 @@ class _Training:
 
     def compile(self, choice: Compile, shape: tuple[int, int, int]) -> None:
         """The U-Net that is trained; its average, which draws grids and validates, stays as it is."""
-        passes = 3 * self.trainer.total_steps * self.batch_size // self.ranks.count  # backward takes as long as two forward passes
+        # Backward takes as long as two forward passes.
+        passes = 3 * self.trainer.total_steps * self.batch_size // self.ranks.count
         if wants_compiling(choice, self.device, lambda: passes * forward_flop(self.ema_unet, shape)):
             compile_in_place(self.unet)
 

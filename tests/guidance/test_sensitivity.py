@@ -252,7 +252,7 @@ def test_a_noise_of_its_own_at_every_step():
     assert_columns(curves["non_robust"], "logit_sensitivity", np.array(logit_changes))
     assert_columns(curves["non_robust_x0_ema"], "gradient_sensitivity", np.array(ema_changes))
     np.testing.assert_allclose(curves["non_robust"]["accuracy"], right)
-    assert steps[-1] == len(x0) * (SCHEDULE.num_steps + 1)
+    assert steps[-1] == len(x0) * SCHEDULE.num_steps
     parts = analyse(
         x0,
         classifiers={"non_robust": LinearClassifier(w)},
@@ -310,8 +310,8 @@ def test_one_gradient_a_step_and_classifier():
     assert (robust.forwards, robust.backwards) == (batches * per_batch,) * 2
     assert (non_robust.forwards, non_robust.backwards) == (2 * batches * per_batch,) * 2
     assert asked == batches * list(range(SCHEDULE.num_steps, 0, -1))
-    assert len(steps) == batches * per_batch
-    assert np.diff([0, *steps]).tolist() == [3] * per_batch + [2] * per_batch  # images advanced by a step
+    # Images advanced by a step.
+    assert np.diff([0, *steps]).tolist() == [3] * SCHEDULE.num_steps + [2] * SCHEDULE.num_steps
 
 
 def test_rows():
