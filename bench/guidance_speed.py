@@ -17,7 +17,10 @@ import statistics
 import time
 from pathlib import Path
 
-VARIANTS = ("plain", "full", "checkpoint", "no_jacobian", "every_4")
+VARIANTS = (
+    *("plain", "full", "checkpoint", "no_jacobian", "every_4"),
+    *("compiled", "half_weights", "compiled_half_weights"),
+)
 PUBLISHED = {
     "block_out_channels": [64, 128, 192, 256],
     "attention": [False, True, True, True],
@@ -26,10 +29,12 @@ PUBLISHED = {
     "norm_num_groups": 32,
     "dropout": 0.0,
 }
+TOY = {"block_out_channels": [8, 16], "attention": [False, True], "attention_head_dim": 4, "norm_num_groups": 4}
+TOY |= {"layers_per_block": 1}
 
 
-def models(size: int):
-    """The paper's U-Net and classifier with random weights."""
+def models(size: int, toy: bool = False):
+    """The paper's U-Net, or a tiny one, and classifier with random weights."""
     import torch
 
     from nrcg.classifiers.architectures import build_module
@@ -37,7 +42,9 @@ def models(size: int):
     from nrcg.diffusion.unet import build_unet
 
     torch.manual_seed(0)
-    return build_unet(UNetConfig(**PUBLISHED), size, 3), build_module("mobilenet_v3_small", 3, 0.1).eval()
+    return build_unet(UNetConfig(**PUBLISHED | (TOY if toy else {})), size, 3), build_module(
+        "mobilenet_v3_small", 3, 0.1
+    ).eval()
 
 
 def plain_steps(unet, classifier, batch_size: int, size: int, steps: int, device) -> float:
@@ -90,7 +97,10 @@ def our_steps(unet, classifier, variant: str, batch_size: int, size: int, steps:
     ).to(device)
     if variant == "checkpoint":
         unet.enable_gradient_checkpointing()
-    sampler, predict = pipe.sampler(), pipe.noise_predictor(precision)
+    if "half_weights" in variant:
+        pipe.with_weights(precision)
+        precision = torch.float32  # instead of autocast
+    sampler, predict = pipe.sampler(), pipe.noise_predictor(precision, variant.startswith("compiled"))
     samples = range(batch_size)
     x = start_samples(sampler.schedule, 0, samples, (3, size, size), device)
 
@@ -133,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = resolve_device(arguments.device)
-    unet, classifier = models(arguments.size)
+    unet, classifier = models(arguments.size, arguments.toy)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if arguments.variant == "plain":
         seconds = plain_steps(unet, classifier, arguments.batch_size, arguments.size, arguments.steps, device)
@@ -160,18 +170,18 @@ def measure(arguments: argparse.Namespace) -> dict:
         "peak_mib": peak,
         "noise_share": noise,
     }
-    if arguments.variant == "full":
-        used = arguments.batch_size * arguments.steps / seconds * step_flops(arguments.size)
+    if arguments.variant != "plain" and arguments.variant not in ("no_jacobian", "every_4"):
+        used = arguments.batch_size * arguments.steps / seconds * step_flops(arguments.size, arguments.toy)
         found |= {"tflops": used / 1e12, "share_of_peak": used / peak_flops(device, precision)}
     return found
 
 
-def step_flops(size: int) -> int:
+def step_flops(size: int, toy: bool) -> int:
     """Operations of one image in one guided step: the U-Net, the classifier, and the gradient through both."""
     import torch
     from flops import count_flops
 
-    unet, classifier = (module.requires_grad_(False) for module in models(size))
+    unet, classifier = (module.requires_grad_(False) for module in models(size, toy))
     x = torch.zeros(1, 3, size, size, requires_grad=True)
     return count_flops(lambda: torch.log_softmax(classifier(unet(x, 1).sample), dim=1)[:, 0].sum().backward())
 
@@ -185,6 +195,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--toy", action="store_true", help="a tiny U-Net, to try the benchmark itself")
     parser.add_argument("--variant", choices=VARIANTS, help="measure this one alone and print JSON")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
@@ -196,7 +207,7 @@ def main() -> None:
 
     flags = {
         name: getattr(arguments, name.replace("-", "_"))
-        for name in ("batch-size", "size", "steps", "device", "precision", "threads")
+        for name in ("batch-size", "size", "steps", "device", "precision", "threads", "toy")
     }
     found = measure_in_turn(__file__, arguments.variants, arguments.repeats, flags)
     print("| variant | images/s (median) | times plain (min to max) | peak MiB | share of plain | noise's share |")

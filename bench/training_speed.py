@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("plain", "plain_workers", "ours")
+VARIANTS = ("plain", "plain_workers", "ours", "compiled")
 TOY_UNET = {
     "block_out_channels": [8, 16],
     "attention": [False, True],
@@ -117,7 +117,7 @@ class _Enough(Exception):
     """The clock has run out."""
 
 
-def our_loop(config, images, device, precision, seconds: float) -> tuple[int, float]:
+def our_loop(config, images, device, precision, seconds: float, compiled: bool = False) -> tuple[int, float]:
     """The same of the package's training."""
     import numpy as np
     from flops import now
@@ -149,6 +149,7 @@ def our_loop(config, images, device, precision, seconds: float) -> tuple[int, fl
             precision=precision,
             checkpoint=trainer.Checkpoint(Path(folder) / "checkpoint.pt", "", config.checkpoint_minutes),
             hooks=ddpm.Hooks(on_step),
+            compile="on" if compiled else "off",
         )
     return result
 
@@ -177,11 +178,11 @@ def measure(arguments: argparse.Namespace) -> dict:
     device = resolve_device(arguments.device)
     config = ddpm_config(arguments.batch_size, arguments.toy)
     images = draw_images(arguments.size, BATCHES * arguments.batch_size)
-    if arguments.variant == "ours":
-        precision = resolve_precision("auto", device)
+    if arguments.variant in ("ours", "compiled"):
+        precision = resolve_precision("auto", device, training=True)
         if device.type == "cuda":  # an epoch's end costs ours a validation: nearly as rare as with 80,000 images
             images = np.tile(images, (8, 1, 1, 1))
-        steps, seconds = our_loop(config, images, device, precision, arguments.seconds)
+        steps, seconds = our_loop(config, images, device, precision, arguments.seconds, arguments.variant == "compiled")
     else:
         precision = torch.float16 if device.type == "cuda" else torch.float32
         workers = 4 if arguments.variant == "plain_workers" else 0
@@ -193,7 +194,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     )
     found = {"images_per_second": speed, "steps": steps, "peak_mib": peak, "precision": str(precision)[6:]}
-    if arguments.variant == "ours":
+    if arguments.variant in ("ours", "compiled"):
         used = speed * step_flops(config, arguments.size)
         found |= {"tflops": used / 1e12, "share_of_peak": used / peak_flops(device, precision)}
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
