@@ -11,6 +11,8 @@ from nrcg.config.basics import (
     ROLES,
     SAMPLERS,
     STARTS,
+    TARGETS,
+    WEIGHTINGS,
     WEIGHTS_TYPES,
     Compile,
     GradMode,
@@ -30,7 +32,14 @@ from nrcg.config.methods import (
     scaled_beta,
     stabilizer_name,
 )
-from nrcg.config.models import ClassifierConfig, DDPMConfig, OptimizerConfig, ScheduleConfig, UNetConfig
+from nrcg.config.models import (
+    ClassifierConfig,
+    DDPMConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    UNetConfig,
+)
 from nrcg.config.reading import load, merge, parse, read_yaml
 from nrcg.config.reference import config_reference
 from nrcg.config.schema import json_schema

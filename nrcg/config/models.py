@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nrcg.config.basics import Count, Fraction, Positive, Section, Seed
+from nrcg.config.basics import Count, Fraction, Positive, Section, Seed, Target, Weighting
 
 
 class UNetConfig(Section):
@@ -59,6 +59,40 @@ class ScheduleConfig(Section):
         return self
 
 
+class ObjectiveConfig(Section):
+    """What the U-Net is trained to predict, and how its squared error is weighted over t (docs/training.md)."""
+
+    predicts: Target = Field(
+        default="epsilon",
+        description="epsilon, the noise; sample, x_0; v_prediction; score and mean, read from the U-Net's noise and "
+        "its x_0.",
+    )
+    weighting: Weighting = Field(
+        default="simple",
+        description="simple: the target's own error; vlb: the variational bound; snr; min_snr; p2; truncated_snr.",
+    )
+    gamma: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="min_snr: the largest SNR (5); p2: the exponent (1)."
+    )
+    k: Annotated[float, Field(gt=0)] | None = Field(default=None, description="p2: added to the SNR (1).")
+    timesteps: Literal["uniform", "importance"] = Field(
+        default="uniform",
+        description="Which t are drawn; importance: in proportion to the root of each one's mean squared loss (iDDPM).",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        for key, users in (("gamma", ("min_snr", "p2")), ("k", ("p2",))):
+            if getattr(self, key) is not None and self.weighting not in users:
+                raise ValueError(f"{key}: the weighting {self.weighting!r} has no such key; {', '.join(users)} has")
+        return self
+
+    @property
+    def bound(self) -> tuple[float, float]:
+        """(gamma, k), with the published values where none are given."""
+        return (5.0 if self.weighting == "min_snr" else 1.0) if self.gamma is None else self.gamma, self.k or 1.0
+
+
 class DDPMConfig(Section):
     """The unconditional diffusion model: trained from scratch, or a pretrained one."""
 
@@ -73,6 +107,7 @@ class DDPMConfig(Section):
         "for few images or few epochs. `unet` is not used then; the schedule is this one. null: random weights.",
     )
     schedule: ScheduleConfig
+    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="What is learned.")
     unet: UNetConfig
     epochs: Positive = Field(description="Passes over the training images.")
     batch_size: Positive = Field(description="Images per optimiser step, over all processes.")

@@ -38,8 +38,12 @@ def build_unet(config: UNetConfig, image_size: int, channels: int) -> UNet2DMode
     )
 
 
-def build_scheduler(config: ScheduleConfig) -> DDPMScheduler:
-    """diffusers' DDPMScheduler: eps-prediction, Sigma_t = posterior variance, x0hat clipped."""
+def build_scheduler(config: ScheduleConfig, prediction_type: str = "epsilon") -> DDPMScheduler:
+    """diffusers' DDPMScheduler: Sigma_t = posterior variance, x0hat clipped.
+
+    Args:
+        prediction_type: What the U-Net puts out (`nrcg.diffusion.objectives.PREDICTION_TYPES`).
+    """
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
@@ -48,6 +52,6 @@ def build_scheduler(config: ScheduleConfig) -> DDPMScheduler:
         beta_end=config.beta_end,
         beta_schedule=config.beta_schedule,
         variance_type="fixed_small",
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
         clip_sample=True,
     )

@@ -245,9 +245,10 @@ class GuidedDDPMPipeline(DDPMPipeline):
 
     def wants_compiling(self, choice: str, passes: int) -> bool:
         """Whether to compile the U-Net, by `auto` for so many forward passes of one image or what costs as much."""
-        return wants_compiling(choice, self.device, lambda: passes * forward_flop(self.unet, self._image_shape()))
+        return wants_compiling(choice, self.device, lambda: passes * forward_flop(self.unet, self.image_shape()))
 
-    def _image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the model's images."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
@@ -348,7 +349,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
         """Try the classifier on the model's images, and set the U-Net's checkpointing; returns (C, H, W)."""
         if self.unet.config.get("num_class_embeds") or self.unet.config.get("class_embed_type"):
             raise ValueError("the U-Net is conditional on a class; the guidance needs an unconditional one")
-        shape = self._image_shape()
+        shape = self.image_shape()
         if guidance is not None:
             guidance.to(self.device).check(torch.empty(1, *shape, device=self.device))
         if guidance is not None and guidance.grad_mode == "checkpoint":
@@ -364,7 +365,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
             raise ValueError("start: data_mean needs the file data_mean.npy beside the pipeline's model_index.json")
         if start == "standard_normal" or self.data_mean is None:
             return None
-        shape = self._image_shape()
+        shape = self.image_shape()
         if tuple(self.data_mean.shape) != shape:
             raise ValueError(f"data_mean: has the shape {tuple(self.data_mean.shape)}, the model's images {shape}")
         if not bool((self.data_mean.abs() <= 1.0).all()):

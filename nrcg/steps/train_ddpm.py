@@ -14,6 +14,7 @@ from torch import nn
 from nrcg import tracking
 from nrcg.config import TrainDDPMStep
 from nrcg.data.arrays import mean_image, open_split
+from nrcg.diffusion.objectives import NATIVE
 from nrcg.diffusion.storage import save_pipeline
 from nrcg.diffusion.unet import build_scheduler
 from nrcg.pipeline.progress import Progress
@@ -59,12 +60,14 @@ def train_ddpm(
     checkpoint = Checkpoint(
         out.with_name(f"{out.name}.checkpoint.pt"), identity(settings, manifest), config.checkpoint_minutes
     )
-    mean, scheduler = mean_image(data), build_scheduler(config.schedule)
+    mean, scheduler = mean_image(data), build_scheduler(config.schedule, NATIVE[config.objective.predicts])
     grids = Grids(scheduler, config, mean, precision)
     size, channels = manifest["image_size"], manifest["channels"]
     start, origin = None, None
     if config.init is not None:
-        start, origin = pretrained.open_init(config.init, image_size=size, channels=channels)
+        start, origin = pretrained.open_init(
+            config.init, image_size=size, channels=channels, predicts=NATIVE[config.objective.predicts]
+        )
     with contextlib.ExitStack() as stack:
         hooks = Hooks()
         if ranks.main:

@@ -22,13 +22,21 @@ from nrcg.config import Compile, DDPMConfig
 from nrcg.devices import autocast, freeze
 from nrcg.diffusion.compiling import compile_in_place, forward_flop, wants_compiling
 from nrcg.diffusion.noise import spawn_seed
-from nrcg.diffusion.objectives import to_eps
+from nrcg.diffusion.objectives import Objective, to_eps
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.unet import build_unet
 from nrcg.errors import ConfigError
 from nrcg.training.distributed import Ranks
 from nrcg.training.feed import TrainingImages, batches_from, steps_per_epoch
+from nrcg.training.timesteps import ImportanceTimesteps
 from nrcg.training.trainer import Checkpoint, LogRow, OnEpoch, OnStep, Trainer, chunks, naming_memory, step_noise
+
+
+def unet_output(unet: nn.Module, x_t: Tensor, t: Tensor, precision: torch.dtype) -> Tensor:
+    """What the U-Net puts out for x_t at the steps t (B,), 1..T, in float32; of a learned variance nothing."""
+    with autocast(x_t.device, precision):
+        output = unet(x_t, t - 1).sample
+    return output.float()[:, : x_t.shape[1]]
 
 
 def ddpm_loss(
@@ -49,9 +57,7 @@ def ddpm_loss(
         prediction_type: what the U-Net predicts (`nrcg.diffusion.objectives.to_eps`).
     """
     x_t = schedule.q_sample(x0, t, noise)
-    with autocast(x0.device, precision):
-        output = unet(x_t, t - 1).sample
-    eps = to_eps(output.float()[:, : x0.shape[1]], x_t, t, schedule, prediction_type)
+    eps = to_eps(unet_output(unet, x_t, t, precision), x_t, t, schedule, prediction_type)
     return F.mse_loss(eps, noise)
 
 
@@ -188,6 +194,10 @@ class _Training:
         self.dropout = any(layer.p > 0 for layer in self.unet.modules() if isinstance(layer, nn.Dropout))
         self.per_epoch = steps_per_epoch(len(train), config.batch_size)
         self.trainer = Trainer(self.unet, config.optimizer, self.per_epoch * config.epochs, device, precision)
+        self.objective = Objective(config.objective, self.schedule)
+        self.importance = None
+        if config.objective.timesteps == "importance":
+            self.importance = ImportanceTimesteps(self.schedule.num_steps, config.seed, device)
         self.ema = EMAModel(self.unet.parameters(), decay=config.ema_decay, foreach=True)
         self.mine = ranks.share(self.batch_size)
         self.parts = chunks(self.mine.start, self.mine.stop, config.micro_batch_size)
@@ -215,6 +225,8 @@ class _Training:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.device)
             self.epoch_loss = state["epoch_loss"].to(self.device)
+            if self.importance is not None:
+                self.importance.load_state_dict(state["timesteps"])
             hooks.on_resume(self.trainer.step)
         self.unet.train()
         self.replicas = self.ranks.wrap(self.unet)
@@ -233,6 +245,7 @@ class _Training:
             hooks.on_step(self.trainer.step)
             if self.ranks.main and self.checkpoint.due():
                 state = {"trainer": self.trainer.state_dict(), "ema": self.ema.state_dict()}
+                state |= {} if self.importance is None else {"timesteps": self.importance.state_dict()}
                 self.checkpoint.save(state | {"epoch_loss": self.epoch_loss.cpu()})
         self.ema.copy_to(self.ema_unet.parameters())
         seconds = time.perf_counter() - self.epoch_began
@@ -247,6 +260,7 @@ class _Training:
                 self.config.num_val_images,
                 self.config.batch_size,
                 self.precision,
+                prediction_type=self.objective.native,
                 micro_batch_size=self.config.micro_batch_size,
                 ranks=self.ranks,
             ),
@@ -260,15 +274,29 @@ class _Training:
         """Add up the gradients of this process's images; returns their part of the step's loss."""
         config, shape = self.config, (self.batch_size, *x0.shape[1:])
         t, noise = step_noise(config.seed, self.trainer.step, shape, self.schedule.num_steps, self.device)
-        total = torch.zeros((), device=self.device)
+        factors = None
+        if self.importance is not None:
+            t, factors = self.importance.draw(self.trainer.step, len(t))
+        total, seen = torch.zeros((), device=self.device), []
         for part in self.parts:
             if self.dropout:
                 torch.manual_seed(spawn_seed(config.seed, self.trainer.step, 4, part.start))
             # The processes meet at the last part alone.
             with contextlib.nullcontext() if part is self.parts[-1] else self.ranks.no_sync(self.replicas):
                 images = x0[part.start - self.mine.start : part.stop - self.mine.start]
-                loss = ddpm_loss(self.replicas, self.schedule, images, t[part], noise[part], self.precision)
+                loss, losses = self.loss(images, t[part], noise[part], None if factors is None else factors[part])
                 share = loss * (len(images) / self.batch_size)
                 self.trainer.backward(share * self.ranks.count)  # the gradients are averaged, not summed
+            seen.append(losses)
             total += share.detach()
+        if self.importance is not None:
+            self.importance.update(self.ranks.sum(self.importance.sums(t[self.mine], torch.cat(seen))))
         return total
+
+    def loss(self, x0: Tensor, t: Tensor, noise: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The loss of some images, and where t is drawn by importance those of each (B,), before their factors."""
+        output = unet_output(self.replicas, self.schedule.q_sample(x0, t, noise), t, self.precision)
+        if factors is None:
+            return self.objective.loss(output, x0, noise, t), None
+        losses = self.objective.losses(output, x0, noise, t)
+        return (losses * factors).mean(), losses.detach()

@@ -132,13 +132,16 @@ def check_pretrained(
         raise ConfigError(f"ddpm.schedule: differs from that of {source} ({KEY}); {_schedule_to_write(pipe)}")
 
 
-def open_init(source: str, *, image_size: int, channels: int) -> tuple[UNet2DModel, dict[str, str | None]]:
+def open_init(
+    source: str, *, image_size: int, channels: int, predicts: str = "epsilon"
+) -> tuple[UNet2DModel, dict[str, str | None]]:
     """The U-Net that a training starts from (`ddpm.init`), for images of the data set's size.
 
     Args:
         source: See `open_pretrained`.
         image_size: Height and width of the data set's images; the U-Net may have been trained on others.
         channels: C of the data set's images.
+        predicts: What the training's U-Net puts out, which this one must do too.
 
     Returns:
         The U-Net, and what it is as `open_pretrained` says.
@@ -152,8 +155,8 @@ def open_init(source: str, *, image_size: int, channels: int) -> tuple[UNet2DMod
     _check_unet(unet, channels, where)
     if unet.config.out_channels != channels:
         raise ConfigError(f"{where}: predicts a variance too, which nrcg does not train")
-    if (kind := pipe.scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
-        raise ConfigError(f"{where}: predicts {kind}, the training's objective is epsilon")
+    if (kind := pipe.scheduler.config.get("prediction_type", "epsilon")) != predicts:
+        raise ConfigError(f"{where}: predicts {kind}, ddpm.objective.predicts needs {predicts}")
     halvings = len(unet.config.block_out_channels) - 1
     if image_size % 2**halvings:
         raise ConfigError(f"{where}: halves images {halvings} times, dataset.image_size: {image_size} cannot be")
