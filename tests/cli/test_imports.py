@@ -39,8 +39,8 @@ build_module("mobilenet_v3_small", 3, 0.1)"""
 def test_verbs_that_compute_nothing_load_no_torch():
     steps = {verb.function.partition(".")[0] for verb in VERBS.values() if not verb.compute} | {"collect", "compare"}
     assert len(steps) == 5
-    for step in sorted(steps):
-        assert loaded(f"from nrcg.cli.imports import import_step; import_step({step!r}, False)") == set(), step
+    code = "".join(f"import_step({step!r}, False); " for step in sorted(steps))
+    assert loaded(f"from nrcg.cli.imports import import_step; {code}") == set()
 
 
 @pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
@@ -67,11 +67,10 @@ boxes = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
 assert torchvision.ops.roi_align(torch.ones(1, 1, 8, 8), boxes, output_size=2).unique().tolist() == [1.0]
 assert torchvision.ops.roi_align.__module__ and torchvision.ops.roi_align.__globals__["is_compile_supported"]("cpu")
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
-small = dict(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
-blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
-unet = UNet2DModel(**small, **blocks).eval()
+small = dict(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
+unet = UNet2DModel(**small, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)).eval()
 x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 5])
-compiled = torch.compile(unet, backend="aot_eager")
+compiled = torch.compile(unet, backend="eager")
 with torch.no_grad():
     torch.testing.assert_close(compiled(x, t).sample, unet(x, t).sample)
 """

@@ -136,8 +136,8 @@ def test_only_the_last_layer_is_new(spec, num_classes):
 def test_a_classifier_is_trained_on_and_saved(tmp_path, spec, monkeypatch):
     """Its body moves little in a few steps at a small rate, and the folder gives the classifier again."""
     monkeypatch.setenv("NRCG_TRACKING", "off")
-    images, checkpoint = bright_or_dark(40), Checkpoint(tmp_path / "checkpoint.pt", "a", minutes=60)
-    settings = CLASSIFIER | {"init": spec, "epochs": 6, "optimizer": OPTIMIZER | {"learning_rate": 1e-3}}
+    images, checkpoint = bright_or_dark(20), Checkpoint(tmp_path / "checkpoint.pt", "a", minutes=60)
+    settings = CLASSIFIER | {"init": spec, "epochs": 4, "optimizer": OPTIMIZER | {"learning_rate": 1e-3}}
     quiet = {"on_step": lambda done: None, "on_epoch": lambda row: None}
     trained, log = fit_classifier(
         ClassifierConfig(**settings),

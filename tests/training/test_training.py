@@ -87,8 +87,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "step",
-    [1, STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2, 3 * STEPS_PER_EPOCH],
-    ids=["first", "before an epoch's end", "an epoch's end", "in the second epoch", "last"],
+    [1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2, 3 * STEPS_PER_EPOCH],
+    ids=["first", "an epoch's end", "in the second epoch", "last"],
 )
 def test_a_killed_training_resumes_as_if_nothing_had_happened(tmp_path, undisturbed, step):
     """Exactly: every random choice depends on (seed, step), and a checkpoint holds all state in full precision."""
@@ -191,7 +191,7 @@ def test_another_number_of_processes_takes_a_training_up(tmp_path, uninterrupted
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 8, 100])
+@pytest.mark.parametrize("micro_batch_size", [3, 100])
 def test_micro_batches_change_the_result_by_rounding_alone(tmp_path, undisturbed, micro_batch_size):
     """Tolerances as for several processes; sizes that do not divide the batch count each image once."""
     config = DDPM | {"micro_batch_size": micro_batch_size}
@@ -424,8 +424,9 @@ def test_classifiers_are_a_function_of_their_seed():
     assert not torch.equal(first.module.head.weight, other.module.head.weight)
 
 
-@pytest.mark.parametrize("architecture", ["small_cnn", "mobilenet_v3_small"])
-@pytest.mark.parametrize("step", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("architecture", "step"), [("small_cnn", 6), ("mobilenet_v3_small", 1), ("mobilenet_v3_small", 4)]
+)
 def test_a_killed_classifiers_training_resumes_as_if_nothing_had_happened(tmp_path, architecture, step):
     """Exactly. An epoch has four steps; MobileNetV3 has dropout and running statistics."""
     changes = {"architecture": architecture, "noised": True, "epochs": 2}
