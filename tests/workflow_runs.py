@@ -33,24 +33,24 @@ def command(*arguments: str) -> list[str]:
 SNAKEMAKE = Forks(
     "from snakemake import api, cli\nfrom nrcg.evaluation import features\n"
     "from nrcg.pipeline import resources, startup, targets",
-    NRCG_TRACKING="off",
     HF_HUB_OFFLINE="1",
 )
 
 
-def run_snakemake(tree: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Snakemake's command line in a folder, untracked; stdout holds stderr too."""
-    (run,) = SNAKEMAKE.run(tree, "import sys; from snakemake import cli; sys.exit(cli.main(sys.argv[1:]))", arguments)
+def run_snakemake(tree: Path, *arguments: str, tracking: str = "off") -> subprocess.CompletedProcess:
+    """Snakemake's command line in a folder, where it is tracked in mlflow.db there; stdout holds stderr too."""
+    code = f"import os, sys; from snakemake import cli; os.environ['NRCG_TRACKING'] = {tracking!r}; "
+    (run,) = SNAKEMAKE.run(tree, code + "sys.exit(cli.main(sys.argv[1:]))", arguments)
     return run
 
 
 def snakemake(
-    tree: Path, *arguments: str, toy: dict | None = None, methods: dict | None = None
+    tree: Path, *arguments: str, toy: dict | None = None, methods: dict | None = None, tracking: str = "off"
 ) -> subprocess.CompletedProcess:
     """The same with changes laid over the toy experiment and over the methods."""
     change = {"experiments": {"toy": toy or {}}} | ({"methods": methods} if methods else {})
     (tree / "change.json").write_text(json.dumps(change))
-    return run_snakemake(tree, *arguments, "--configfile", "toy.yaml", "change.json")
+    return run_snakemake(tree, *arguments, "--configfile", "toy.yaml", "change.json", tracking=tracking)
 
 
 def planned(output: str) -> dict[str, int]:

@@ -93,8 +93,10 @@ def test_no_code_of_the_folder_is_run(tmp_path, monkeypatch, part, library):
     assert open_pretrained(str(folder))[0].scheduler.config.num_train_timesteps == 6
 
 
-@pytest.mark.parametrize(("num_logits", "channels", "bias"), [(1, 3, False), (4, 3, True), (2, 1, True)])
-@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize(
+    ("num_logits", "channels", "bias", "ending"),
+    [(1, 3, False, "safetensors"), (4, 3, True, "pth"), (2, 1, True, "safetensors")],
+)
 def test_a_released_classifier_gives_the_logits_of_the_original(tmp_path, num_logits, channels, bias, ending):
     module = network(num_logits, channels, bias)
     classifier = load_classifier(write_classifier(tmp_path / f"golden-leaf-103.{ending}", module))

@@ -245,6 +245,14 @@ def sample(tiny: Path, out: Path, *more: object) -> np.ndarray:
     return np.load(out / "samples.npy")
 
 
+@pytest.fixture(scope="module")
+def drawn(tiny, tmp_path_factory) -> np.ndarray:
+    """The samples of these settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NRCG_TRACKING", "off")
+        return sample(tiny, tmp_path_factory.mktemp("drawn"))
+
+
 def test_a_classifier_by_spec_and_a_trace(tiny, tmp_path, monkeypatch):
     """A classifier without names, from one's own module, on the denoised image; every flag of the guidance at once."""
     (tmp_path / "mine.py").write_text(
@@ -293,12 +301,10 @@ def test_sampling_with_anybodys_models_writes_pictures_and_what_made_them(tiny, 
     assert capsys.readouterr().out.startswith(f"5 samples in {tmp_path / 'out'}: samples.npy")
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_the_batch_size_does_not_change_the_samples(tiny, tmp_path, batch_size):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_batch_size_does_not_change_the_samples(tiny, drawn, tmp_path, batch_size):
     """Float32 sums may differ in the last bit between batch sizes, so one of 256 levels is allowed, seldom."""
-    whole = sample(tiny, tmp_path / "whole")
-    parts = sample(tiny, tmp_path / "parts", "--batch-size", batch_size)
-    difference = np.abs(whole.astype(int) - parts)
+    difference = np.abs(drawn.astype(int) - sample(tiny, tmp_path / "parts", "--batch-size", batch_size))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
 
@@ -315,8 +321,8 @@ def test_the_batch_size_does_not_change_the_samples(tiny, tmp_path, batch_size):
     ],
     ids=lambda change: " ".join(map(str, change)),
 )
-def test_each_setting_reaches_the_sampler(tiny, tmp_path, change):
-    assert not np.array_equal(sample(tiny, tmp_path / "a"), sample(tiny, tmp_path / "b", *change))
+def test_each_setting_reaches_the_sampler(tiny, drawn, tmp_path, change):
+    assert not np.array_equal(drawn, sample(tiny, tmp_path / "b", *change))
 
 
 def test_without_a_classifier_nothing_guides(tiny, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from toys import TINY_SIZE, write_tiny_pipeline
+from toys import TINY_SIZE, track_without_a_store, write_tiny_pipeline
 
 from nrcg import config
 from nrcg.classifiers.architectures import SmallCNN
@@ -282,15 +282,11 @@ def test_a_mistake_is_one_line(toy_experiment, capsys, flags, remove, text):
 
 
 def test_one_tracked_run_has_a_step_for_each_scale(toy_experiment, monkeypatch):
-    monkeypatch.delenv("NRCG_TRACKING")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{toy_experiment / 'mlflow.db'}")
+    track_without_a_store(monkeypatch, toy_experiment)
     assert main([*TUNE, "--budget", "2"]) == 0
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{toy_experiment / 'mlflow.db'}")
-    (found,) = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
-    assert found.info.run_name == "tune non_robust_x0_ema99"
-    assert found.data.tags["nrcg.kind"] == "tune"
-    history = client.get_metric_history(found.info.run_id, "scale")
-    assert [(one.step, one.value) for one in history] == [(0, 0.1), (1, 25.0)]
-    assert len(client.get_metric_history(found.info.run_id, "cfd_judge")) == 2
+    (path,) = Path(".nrcg/tracking").glob("*.jsonl")
+    start, *entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (start["experiment"], start["name"]) == ("toy", "tune non_robust_x0_ema99")
+    assert start["tags"]["nrcg.kind"] == "tune"
+    steps = [(entry["step"], entry["values"]) for entry in entries if "cfd_judge" in entry.get("values", {})]
+    assert [(step, values["scale"]) for step, values in steps] == [(0, 0.1), (1, 25.0)]

@@ -18,7 +18,6 @@ from workflow_runs import CONFIG, ROOT, command, copy_tree, planned, processes_i
 
 from nrcg import config
 from nrcg.cli import main
-from nrcg.pipeline import startup
 from nrcg.pipeline.plan import make_plan
 from nrcg.report.columns import FORWARD_COLUMNS, METRICS_COLUMNS
 from nrcg.tracking.journal import Journal
@@ -226,25 +225,15 @@ def test_data_and_models_are_used_by_hand_too(finished, monkeypatch):
     np.testing.assert_array_equal(np.load("by_hand.npy"), by_rule)
 
 
-def test_what_a_dead_process_left_is_sent_at_the_next_start(finished, tmp_path, monkeypatch, capfd):
-    """A server that is down costs a line."""
+def test_what_a_dead_process_left_is_sent_at_the_next_start(finished, tmp_path):
     tree = Path(shutil.copytree(finished, tmp_path / "tree", symlinks=True))
-    monkeypatch.chdir(tree)
-    monkeypatch.delenv("NRCG_TRACKING", raising=False)
     left = Journal.create(tree / ".nrcg/tracking")
     names = {"uri": "", "experiment": "left", "name": "one", "parent": "", "invocation": ""}
     left.append("start", time=1, params={}, tags={"nrcg.git_branch": "main", "nrcg.uid": left.uid}, **names)
     left.close()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    startup.send_leftovers()
-    (said,) = capfd.readouterr().err.splitlines()
-    assert said.startswith("nrcg: ") and "cannot be reached" in said and left.path.exists()
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tree / 'mlflow.db'}")
     (tree / "results/toy/summary.json").unlink()
-    words = command("results/toy/summary.json", "--cores", "1", "--configfile", "toy.yaml")
-    run = subprocess.run(words, capture_output=True, text=True)
-    assert run.returncode == 0 and "nrcg:" not in run.stderr, run.stderr
+    run = snakemake(tree, "results/toy/summary.json", "--cores", "1", tracking="")
+    assert run.returncode == 0 and "nrcg:" not in run.stdout, run.stdout
     assert list((tree / ".nrcg/tracking").iterdir()) == []
     with sqlite3.connect(tree / "mlflow.db") as store:
         assert store.execute("SELECT name, status FROM runs").fetchall() == [("one", "KILLED")]
