@@ -213,28 +213,6 @@ def test_a_saturated_pixel_is_moved_along_the_gradient(clip, eta):
     torch.testing.assert_close(guided - plain, factor * shift, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_no_sampler_leaves_guidance_out(name):
-    schedule = vp_schedule(50)
-    data = TwoGaussians(schedule, 0.6, 0.2)
-    x = start_samples(schedule, 0, range(50), (1, 1, 1), CPU)
-
-    def draw(guidance):
-        chain = guided_sample(
-            x,
-            data.predict_noise,
-            SAMPLERS[name](schedule),
-            range(50, 0, -1),
-            seed=0,
-            samples=range(50),
-            guidance=guidance,
-        )
-        return chain[0].mean()
-
-    assert draw(ExactGuide(data)) > draw(None) + 0.1
-    assert draw(ExactGuide(data, scale=0.0)) == draw(None)
-
-
 def test_multistep_state_starts_anew():
     schedule = Schedule.linear(STEPS, 1e-3, 0.2)
     sampler, x = DPMSolverPP(schedule, False), sample_noise(0, range(2), 0, (1, 2, 2))

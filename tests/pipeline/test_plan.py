@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import write_tiny_pipeline
+from toys import toy_settings, write_tiny_pipeline
 
 from nrcg.cli import main
 from nrcg.config import Config, MethodConfig, load, merge, parse, read_yaml
@@ -23,8 +23,7 @@ def method(**keys) -> MethodConfig:
 
 def toy(**changes) -> Config:
     """config.yaml with tests/data/toy.yaml and further changes of the experiment `toy` laid over it."""
-    raw = merge(read_yaml(CONFIG), read_yaml(ROOT / "tests/data/toy.yaml"))
-    return parse(merge(raw, {"experiments": {"toy": changes}}))
+    return parse(toy_settings(**changes))
 
 
 def rows(config: Config, experiment: str, root: Path, counts: Counts | None = None) -> dict[str, Step]:
@@ -341,7 +340,7 @@ def test_verb_without_measuring_only_counts(monkeypatch, tmp_path, capsys):
 
 def test_verb_with_measuring(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "toy.yaml").write_text(json.dumps(merge(read_yaml(CONFIG), read_yaml(ROOT / "tests/data/toy.yaml"))))
+    (tmp_path / "toy.yaml").write_text(json.dumps(toy_settings()))
     assert main(["plan", "toy", "--config", "toy.yaml", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split()[-2:] == ["hours", "disk"]

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from toys import toy_settings
 
 from nrcg import config
 from nrcg.errors import DataError
@@ -17,9 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def whole():
-    return config.parse(
-        config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
-    )
+    return config.parse(toy_settings())
 
 
 def test_targets_name_every_file_of_the_toy_experiment(whole):

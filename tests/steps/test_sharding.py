@@ -8,19 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from toys import write_tiny_pipeline
-from workflow_runs import ROOT, rows_of
+from toys import toy_settings, write_balls, write_tiny_models
+from workflow_runs import rows_of
 
-from nrcg import config
-from nrcg.classifiers.architectures import SmallCNN
-from nrcg.classifiers.storage import save_classifier
 from nrcg.cli import main
-from nrcg.data.sportballs import write_sportballs
 
 NUM_SAMPLES = 49
 METHOD, SCALE = "non_robust_x0_ema99", "2"
-CLASSES = ["baseball", "basketball", "soccer"]
 OWN = ("images_per_second", "peak_memory_mib", "mlflow_run_id")  # of a run
 
 
@@ -28,45 +22,27 @@ OWN = ("images_per_second", "peak_memory_mib", "mlflow_run_id")  # of a run
 def models(tmp_path_factory) -> Path:
     """A folder with `ddpm`, `classifiers` and `data`: 8 x 8 pixels, six steps, nothing trained."""
     folder = tmp_path_factory.mktemp("models")
-    write_tiny_pipeline(folder / "ddpm")
-    for seed, role in enumerate(config.ROLES):
-        torch.manual_seed(seed)
-        about = {"architecture": "small_cnn", "classes": CLASSES, "image_size": 8}
-        save_classifier(folder / "classifiers" / role, SmallCNN(len(CLASSES)), about)
-    write_sportballs(
-        folder / "data", image_size=16, classes=CLASSES, num_train=60, num_val=4, diameter=(0.5, 0.9), seed=0, workers=1
-    )
+    write_tiny_models(folder)
+    write_balls(folder / "data", 60, 4)
     return folder
 
 
 def sampled(models: Path, folder: Path, shard_size: int, num_shards: int) -> tuple[np.ndarray, dict]:
     """The samples of all shards, drawn and evaluated by the verbs, and their row of metrics."""
-    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
     sampling = {"num_samples": NUM_SAMPLES, "shard_size": shard_size, "batch_size": 16, "start": "standard_normal"}
-    raw = config.merge(raw, {"experiments": {"toy": {"sampling": sampling}}})
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "config.json").write_text(json.dumps(toy_settings(sampling=sampling)))
     asked = ["--config", str(folder / "config.json"), "--experiment", "toy", "--method", METHOD]
     setting = folder / f"samples/{METHOD}/scale{SCALE}"
     paths = [setting / f"shard{shard:04d}.npy" for shard in range(num_shards)]
     for shard, path in enumerate(paths):
         words = ["--ddpm", str(models / "ddpm"), "--classifier", str(models / "classifiers/non_robust")]
         assert main(["sample", *asked, "--scale", SCALE, "--shard", str(shard), *words, "--out", str(path)]) == 0
-    made = [
-        "--config",
-        asked[1],
-        "--experiment",
-        "toy",
-        "--data",
-        str(models / "data"),
-        "--cache",
-        str(folder / "cache"),
-    ]
-    made += ["--classifiers", str(models / "classifiers"), "--out", str(folder / "reference.json")]
-    assert main(["reference", *made]) == 0
-    words = ["--samples", str(folder / "samples"), "--data", str(models / "data"), "--cache", str(folder / "cache")]
-    words += ["--reference", str(folder / "reference.json")]
-    words += ["--classifiers", str(models / "classifiers"), "--out", str(folder / "metrics.csv")]
+    inputs = ["--data", str(models / "data"), "--classifiers", str(models / "classifiers")]
+    inputs += ["--cache", str(folder / "cache")]
+    assert main(["reference", *asked[:4], *inputs, "--out", str(folder / "reference.json")]) == 0
+    words = [*inputs, "--samples", str(folder / "samples"), "--reference", str(folder / "reference.json")]
+    words += ["--out", str(folder / "metrics.csv")]
     assert main(["evaluate", *asked, "--scales", SCALE, *words]) == 0
     (row,) = rows_of(folder / "metrics.csv")
     assert all(row.pop(name) is not None for name in OWN)
