@@ -166,24 +166,20 @@ def test_a_model_that_is_nowhere_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_id_is_opened_with_its_commit(tmp_path):
+def test_a_hub_id_is_opened_with_its_commit(tmp_path, monkeypatch):
     """From the hub's cache, without a network: what `huggingface_hub` leaves after a download."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--somebody--faces"
     as_old_layout(write_tiny_pipeline(tmp_path / "new"), repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    code = """
-import sys
-from nrcg.training.pretrained import open_pretrained
-for source in sys.argv[1:]:
-    pipe, origin = open_pretrained(source)
-    print(pipe.unet.config.sample_size, origin["source"], origin["revision"])
-"""
-    sources = ["somebody/faces", f"somebody/faces@{commit}"]
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}
-    found = subprocess.run([sys.executable, "-c", code, *sources], env=environment, capture_output=True, text=True)
-    assert found.stdout.splitlines() == [f"{TINY_SIZE} somebody/faces {commit}"] * 2, found.stderr
+    # Read from the environment when the library is loaded.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source in ("somebody/faces", f"somebody/faces@{commit}"):
+        pipe, origin = open_pretrained(source)
+        assert pipe.unet.config.sample_size == TINY_SIZE
+        assert origin == {"source": "somebody/faces", "revision": commit}
 
 
 # --- What fits --------------------------------------------------------------------------------------------------
