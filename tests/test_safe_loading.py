@@ -31,9 +31,8 @@ def unsafe_lines(source: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_unguarded_load(path):
-    assert unsafe_lines(path.read_text()) == []
+def test_no_unguarded_load():
+    assert {str(path): lines for path in SOURCES if (lines := unsafe_lines(path.read_text()))} == {}
 
 
 @pytest.mark.parametrize(

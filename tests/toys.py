@@ -10,14 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nrcg import config
+from nrcg.classifiers.architectures import SmallCNN
 from nrcg.classifiers.logits import class_log_prob
+from nrcg.classifiers.storage import save_classifier
+from nrcg.data.sportballs import write_sportballs
 from nrcg.diffusion.schedule import Schedule
 from nrcg.guidance.guidance import ClassifierGuidance, GuidedStep, PredictNoise
 from nrcg.guidance.samplers import DDPM
 from nrcg.guidance.sampling import guided_sample
 
+ROOT = Path(__file__).parents[1]
 TINY_STEPS = 6
 TINY_SIZE = 8
+BALLS = ["baseball", "basketball", "soccer"]
 
 
 def vp_schedule(num_steps: int) -> Schedule:
@@ -168,3 +174,31 @@ def write_tiny_pipeline(folder: str | Path, channels: int = 3, seed: int = 0, **
     settings = {"num_train_timesteps": TINY_STEPS, "beta_start": 0.02, "beta_end": 0.8} | scheduler
     DDPMPipeline(unet, DDPMScheduler(**settings)).save_pretrained(folder)
     return Path(folder)
+
+
+def write_tiny_classifier(folder: str | Path, seed: int = 0) -> Path:
+    """A folder of an untrained classifier of balls, for images of 8 x 8 pixels."""
+    torch.manual_seed(seed)
+    about = {"architecture": "small_cnn", "classes": BALLS, "image_size": TINY_SIZE}
+    save_classifier(folder, SmallCNN(len(BALLS)), about)
+    return Path(folder)
+
+
+def write_tiny_models(folder: Path) -> None:
+    """`ddpm` and `classifiers/ROLE` in a folder, nothing trained."""
+    write_tiny_pipeline(folder / "ddpm")
+    for seed, role in enumerate(config.ROLES):
+        write_tiny_classifier(folder / "classifiers" / role, seed)
+
+
+def write_balls(folder: str | Path, num_train: int, num_val: int, image_size: int = 16, **changes: object) -> Path:
+    """A small data set of balls."""
+    settings = {"classes": BALLS, "diameter": (0.5, 0.9), "seed": 0, "workers": 1} | changes
+    write_sportballs(folder, image_size=image_size, num_train=num_train, num_val=num_val, **settings)
+    return Path(folder)
+
+
+def toy_settings(**changes: object) -> dict:
+    """config.yaml with tests/data/toy.yaml, and changes of its experiment `toy`, laid over it."""
+    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
+    return config.merge(raw, {"experiments": {"toy": changes}})

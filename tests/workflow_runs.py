@@ -3,12 +3,13 @@
 import contextlib
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from forks import Forks
 
 from nrcg import config
 
@@ -29,20 +30,27 @@ def command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).parent / "snakemake"), *arguments]
 
 
+SNAKEMAKE = Forks(
+    "from snakemake import api, cli\nfrom nrcg.evaluation import features\n"
+    "from nrcg.pipeline import resources, startup, targets",
+    HF_HUB_OFFLINE="1",
+)
+
+
+def run_snakemake(tree: Path, *arguments: str, tracking: str = "off") -> subprocess.CompletedProcess:
+    """Snakemake's command line in a folder, where it is tracked in mlflow.db there; stdout holds stderr too."""
+    code = f"import os, sys; from snakemake import cli; os.environ['NRCG_TRACKING'] = {tracking!r}; "
+    (run,) = SNAKEMAKE.run(tree, code + "sys.exit(cli.main(sys.argv[1:]))", arguments)
+    return run
+
+
 def snakemake(
-    tree: Path, *arguments: str, toy: dict | None = None, methods: dict | None = None
+    tree: Path, *arguments: str, toy: dict | None = None, methods: dict | None = None, tracking: str = "off"
 ) -> subprocess.CompletedProcess:
-    """Run Snakemake untracked, with changes laid over the toy experiment and over the methods."""
+    """The same with changes laid over the toy experiment and over the methods."""
     change = {"experiments": {"toy": toy or {}}} | ({"methods": methods} if methods else {})
     (tree / "change.json").write_text(json.dumps(change))
-    return subprocess.run(
-        command(*arguments, "--configfile", "toy.yaml", "change.json"),
-        cwd=tree,
-        env=os.environ | {"NRCG_TRACKING": "off"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return run_snakemake(tree, *arguments, "--configfile", "toy.yaml", "change.json", tracking=tracking)
 
 
 def planned(output: str) -> dict[str, int]:

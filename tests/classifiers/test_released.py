@@ -11,11 +11,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import mobilenet_v3_small
-from toys import write_tiny_pipeline
+from toys import toy_settings, write_balls, write_tiny_pipeline
 
 from nrcg import cli, config, load_classifier
 from nrcg.classifiers.storage import open_classifier, save_classifier
-from nrcg.data.sportballs import write_sportballs
 from nrcg.errors import ConfigError, DataError
 from nrcg.files import read_record
 from nrcg.training.pretrained import open_pretrained
@@ -93,8 +92,10 @@ def test_no_code_of_the_folder_is_run(tmp_path, monkeypatch, part, library):
     assert open_pretrained(str(folder))[0].scheduler.config.num_train_timesteps == 6
 
 
-@pytest.mark.parametrize(("num_logits", "channels", "bias"), [(1, 3, False), (4, 3, True), (2, 1, True)])
-@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize(
+    ("num_logits", "channels", "bias", "ending"),
+    [(1, 3, False, "safetensors"), (4, 3, True, "pth"), (2, 1, True, "safetensors")],
+)
 def test_a_released_classifier_gives_the_logits_of_the_original(tmp_path, num_logits, channels, bias, ending):
     module = network(num_logits, channels, bias)
     classifier = load_classifier(write_classifier(tmp_path / f"golden-leaf-103.{ending}", module))
@@ -107,17 +108,14 @@ def test_a_released_classifier_gives_the_logits_of_the_original(tmp_path, num_lo
 def test_the_workflow_takes_released_files_in_the_place_of_trainings(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NRCG_TRACKING", "off")
-    drawing = {"classes": BALLS, "num_train": 12, "num_val": 8, "diameter": (0.5, 0.9), "seed": 0, "workers": 1}
-    write_sportballs("data/balls", image_size=8, **drawing)
+    write_balls("data/balls", 12, 8, 8, classes=BALLS)
     write_ddpm(Path("released"))
     module = network(4, bias=True)
     spec = write_classifier(Path("released/light-dew-109.safetensors"), module) + "&classes=" + ",".join(BALLS)
-    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
-    toy = raw["experiments"]["toy"]
-    toy["dataset"] |= {"name": "balls", "classes": BALLS, "image_size": 8}
     schedule = {"num_train_timesteps": 6, "beta_start": 0.02, "beta_end": 0.8}
-    toy["ddpm"] |= {"pretrained": "released", "schedule": schedule}
-    toy["classifiers"]["non_robust"] = {"pretrained": spec}
+    dataset = {"name": "balls", "classes": BALLS, "image_size": 8}
+    raw = toy_settings(dataset=dataset, ddpm={"pretrained": "released", "schedule": schedule})
+    raw["experiments"]["toy"]["classifiers"]["non_robust"] = {"pretrained": spec}
     Path("config.yaml").write_text(json.dumps(raw))
     run = ["--config", "config.yaml", "--experiment", "toy", "--data", "data/balls"]
     assert cli.main(["train-ddpm", *run, "--out", "ddpm"]) == 0, capsys.readouterr().err

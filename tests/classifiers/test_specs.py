@@ -1,6 +1,8 @@
 """Classifiers by SPEC: the real libraries, with random weights written to files as users have them."""
 
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,16 +27,14 @@ def normalised(x, size, mean, std):
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
-@pytest.fixture
-def torchvision_weights(tmp_path):
+@pytest.fixture(scope="module")
+def torchvision_weights(tmp_path_factory):
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
-    module = resnet18(num_classes=5).eval()
-    torch.save(
-        {"state_dict": {f"module.{key}": value for key, value in module.state_dict().items()}}, tmp_path / "w.pth"
-    )
-    return tmp_path / "w.pth", module
+    path, module = tmp_path_factory.mktemp("torchvision") / "w.pth", resnet18(num_classes=5).eval()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in module.state_dict().items()}}, path)
+    return path, module
 
 
 def test_torchvision_with_ones_own_weights(torchvision_weights):
@@ -167,7 +167,7 @@ def test_class_map_by_name_number_and_list(transformers_folder):
 def test_what_a_spec_gave_is_saved_and_needs_its_source_no_more(
     tmp_path, torchvision_weights, transformers_folder, own_module
 ):
-    path, _ = torchvision_weights
+    path = Path(shutil.copy(torchvision_weights[0], tmp_path))
     specs = {
         f"torchvision:resnet18?weights={path}&size=32": {"up": [0, 1], "down": 4},
         f"transformers:{transformers_folder[0]}": {"pet": ["cat", "dog"], "cattle": "cow"},

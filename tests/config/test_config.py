@@ -3,8 +3,6 @@
 import copy
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -682,10 +680,3 @@ def test_format_scale(scale, text):
     assert format_scale(scale) == text
     assert float(text) == scale
     assert re.fullmatch(r"[0-9.e+-]+", text)  # the workflow's wildcard
-
-
-def test_importing_the_configuration_imports_no_torch():
-    """The Snakefile imports it at every call."""
-    code = "import sys, nrcg.config, nrcg.devices, nrcg.cli; print({'torch', 'numpy', 'mlflow'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"

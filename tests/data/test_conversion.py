@@ -2,9 +2,8 @@
 
 import csv
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -337,17 +336,17 @@ def test_a_killed_command_is_made_anew(tmp_path):
     for i, path in enumerate(sorted(raw.rglob("*.png"))):  # Pillow looks at the content; there is time to kill
         path.write_bytes(slow[i % 5])
     path = write_config(tmp_path, path=str(raw), source="folder", classes=["a", "b"], image_size=512)
-    words = [sys.executable, "-m", "nrcg.cli", *command(path, out)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = multiprocessing.get_context("fork").Process(target=cli.main, args=(command(path, out),))
+    process.start()
     deadline = time.monotonic() + 60
     while not list(out.glob("train/.images.npy.*.tmp")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.join()
     assert not (out / "dataset.json").exists() and not (out / "train/images.npy").exists()
     remove_leftovers(out)  # as a run of the workflow does at its start
     assert files(out) == []
-    assert subprocess.run(words, stdout=subprocess.DEVNULL).returncode == 0
+    assert cli.main(command(path, out)) == 0
     assert files(out) == WHOLE
     arrays.verify(out)

@@ -49,12 +49,12 @@ def test_the_manifest_tells_what_the_data_are(folder):
     assert sportballs.write_sportballs(folder.with_name("again"), **again) == manifest
 
 
-def test_files_depend_neither_on_workers_nor_on_pieces(tmp_path):
-    """At 512 pixels a piece is 30 images, so 70 images are several."""
-    big = {"image_size": 512, "num_train": 64, "num_val": 6}
+def test_files_depend_neither_on_workers_nor_on_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(sportballs, "PIECE_BYTES", 30 * 3 * 16 * 16)  # 70 images are several pieces
     seen = []
-    one = make(tmp_path / "one", **big, progress=lambda done, total: seen.append((done, total)))
-    two = make(tmp_path / "two", **big, workers=3)
+    one = make(tmp_path / "one", progress=lambda done, total: seen.append((done, total)))
+    monkeypatch.setattr(sportballs, "PIECE_BYTES", 7 * 3 * 16 * 16)
+    two = make(tmp_path / "two", workers=3)
     assert one == two
     assert len(seen) > 2 and seen[-1] == (70, 70) and seen == sorted(seen)
 

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -28,13 +25,13 @@ def test_philox_gives_the_known_answers_of_random123(word, expected):
 
 @SETTINGS
 def test_an_image_depends_on_seed_and_index_alone(setting):
-    images, labels = sportballs.render(5, np.arange(300), **setting)
-    order = np.random.default_rng(0).permutation(300)
-    for piece in (order, order[:7], [299], [3, 3, 0], np.arange(100, 231)):
+    images, labels = sportballs.render(5, np.arange(60), **setting)
+    order = np.random.default_rng(0).permutation(60)
+    for piece in (order, order[:7], [59], [3, 3, 0], np.arange(20, 47)):
         some, some_labels = sportballs.render(5, piece, **setting)
         np.testing.assert_array_equal(some, images[piece])
         np.testing.assert_array_equal(some_labels, labels[piece])
-    other, _ = sportballs.render(6, np.arange(300), **setting)
+    other, _ = sportballs.render(6, np.arange(60), **setting)
     assert (other != images).any(axis=(1, 2, 3)).all()
 
 
@@ -42,10 +39,10 @@ def test_an_image_does_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one, _ = sportballs.render(0, np.arange(200), **LARGE)
+        one, _ = sportballs.render(0, np.arange(40), **LARGE)
         ball_textures.texture.cache_clear()  # textures too must not depend on it
         torch.set_num_threads(3)
-        three, _ = sportballs.render(0, np.arange(200), **LARGE)
+        three, _ = sportballs.render(0, np.arange(40), **LARGE)
     finally:
         torch.set_num_threads(before)
     np.testing.assert_array_equal(one, three)
@@ -213,9 +210,3 @@ def test_arguments_out_of_range_are_named(change, named):
 def test_a_ball_may_fill_the_canvas():
     images, _ = sportballs.render(0, np.arange(8), **{**SMALL, "diameter": (1.0, 1.0)})
     assert (images[:, 0, 0] > 240).all() and (images[:, 12, 0] < 250).any(axis=1).all()
-
-
-def test_importing_the_modules_is_light():
-    """The workflow imports them for every job; torch takes seconds."""
-    code = "import sys, nrcg.data.sportballs, nrcg.data.arrays; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -167,7 +167,7 @@ class LinearLogProb(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("num_steps", [50, 200, 400])
+@pytest.mark.parametrize("num_steps", [50, 200])
 def test_guidance_through_the_denoised_image_is_exact_for_a_gaussian(name, num_steps):
     """Data N(0, std^2), log p(y | x_0) = w x_0 + const: p(x_0 | y) is N(w std^2, std^2). x0hat is E[x_0 | x_t] and the
     posterior's variance does not depend on x_t, so grad log p(y | x_t) = w dx0hat/dx_t: eq. 6 is exact."""
@@ -211,28 +211,6 @@ def test_a_saturated_pixel_is_moved_along_the_gradient(clip, eta):
     factor = abar_prev**0.5 * (1 - abar) / abar**0.5 - (1 - abar_prev - variance) ** 0.5 * (1 - abar) ** 0.5
     assert factor > 0
     torch.testing.assert_close(guided - plain, factor * shift, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_no_sampler_leaves_guidance_out(name):
-    schedule = vp_schedule(50)
-    data = TwoGaussians(schedule, 0.6, 0.2)
-    x = start_samples(schedule, 0, range(50), (1, 1, 1), CPU)
-
-    def draw(guidance):
-        chain = guided_sample(
-            x,
-            data.predict_noise,
-            SAMPLERS[name](schedule),
-            range(50, 0, -1),
-            seed=0,
-            samples=range(50),
-            guidance=guidance,
-        )
-        return chain[0].mean()
-
-    assert draw(ExactGuide(data)) > draw(None) + 0.1
-    assert draw(ExactGuide(data, scale=0.0)) == draw(None)
 
 
 def test_multistep_state_starts_anew():

@@ -105,7 +105,7 @@ class OneGaussian(TwoGaussians):
         return math.sqrt(1.0 - float(self.schedule.abar[t])) * (x - centre) / variance
 
 
-@pytest.mark.parametrize("num_steps", [25, 100, 400])
+@pytest.mark.parametrize("num_steps", [25, 400])
 def test_a_gaussian_is_sampled_with_its_mean_and_variance(num_steps):
     schedule = vp_schedule(num_steps)
     data = OneGaussian(schedule, centre=0.3, std=0.4)
@@ -145,7 +145,7 @@ def exact_guide(target: int, scale: float = 1.0):
     return lambda data: TimeAwareGuidance(ClassOfTwoGaussians(data), target, scale=scale, input="x_t")
 
 
-@pytest.mark.parametrize("num_steps", [50, 100, 200])
+@pytest.mark.parametrize("num_steps", [50, 200])
 def test_two_gaussians_are_sampled_in_equal_shares(num_steps):
     x = sample_two_gaussians(num_steps)
     # Four standard errors of 4000 coins.
@@ -155,7 +155,7 @@ def test_two_gaussians_are_sampled_in_equal_shares(num_steps):
 
 
 @pytest.mark.parametrize("target, sign", [(0, -1), (1, 1)])
-@pytest.mark.parametrize("num_steps", [50, 100, 200])
+@pytest.mark.parametrize("num_steps", [50, 200])
 def test_guidance_by_the_exact_classifier_samples_the_class(num_steps, target, sign):
     """eq. 1 at s = 1: the posterior p(x_0 | y) is one of the two Gaussians, N(+-0.6, 0.2^2)."""
     x = sign * sample_two_gaussians(num_steps, exact_guide(target))
@@ -209,23 +209,17 @@ GUIDED = {
 
 
 @pytest.mark.parametrize("guide", GUIDED.values(), ids=GUIDED)
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_samples_do_not_depend_on_the_batch_size(pipe, guide, batch_size):
+def test_samples_depend_neither_on_the_batch_size_nor_on_the_runs_parts(pipe, guide):
     guidance = guide()
     whole = draw(pipe, 5, batch_size=5, seed=3, guidance=guidance).samples
-    parts = draw(pipe, 5, batch_size=batch_size, seed=3, guidance=guidance).samples
     # Convolutions of another batch size may sum in another order: float32 rounding over six steps, times 7 by
     # 1 / sqrt(abar_T) and the scale. A neighbour's noise or gradient would change samples by 0.1 and more.
-    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("guide", GUIDED.values(), ids=GUIDED)
-def test_a_run_drawn_in_parts_is_the_same_run(pipe, guide):
-    guidance = guide()
-    whole = draw(pipe, 5, batch_size=2, seed=3, guidance=guidance).samples
+    for batch_size in (1, 2):
+        parts = draw(pipe, 5, batch_size=batch_size, seed=3, guidance=guidance).samples
+        torch.testing.assert_close(parts, whole, rtol=0, atol=2e-4)
     last = draw(pipe, 3, batch_size=3, seed=3, first_sample=2, guidance=guidance).samples
     first = draw(pipe, 2, batch_size=3, seed=3, guidance=guidance).samples  # drawn after the last: no order
-    torch.testing.assert_close(torch.cat([first, last]), whole, rtol=0, atol=2e-4)  # float32 rounding, as above
+    torch.testing.assert_close(torch.cat([first, last]), whole, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("stabilizer", [Identity(), EMA(0.9), Adam(0.9, 0.999, 1e-4)], ids=repr)

@@ -8,21 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from toys import TINY_SIZE, write_tiny_pipeline
+from toys import toy_settings, track_without_a_store, write_balls, write_tiny_models
 
 from nrcg import config
-from nrcg.classifiers.architectures import SmallCNN
-from nrcg.classifiers.storage import save_classifier
 from nrcg.cli import main
 from nrcg.csv_files import read_csv
-from nrcg.data.sportballs import write_sportballs
 from nrcg.errors import ConfigError, DataError
 from nrcg.pipeline import tune
 
 ROOT = Path(__file__).parents[2]
-CLASSES = ["baseball", "basketball", "soccer"]
 
 
 class Toy:
@@ -190,26 +185,11 @@ def test_the_block_is_valid_where_it_is_pasted(best):
 @pytest.fixture
 def toy_experiment(tmp_path) -> Path:
     """config.yaml, data/ and models/ of the experiment `toy`, nothing trained."""
-    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
+    raw = toy_settings(sampling={"start": "standard_normal"})
     raw["experiments"] = {"toy": raw["experiments"]["toy"]}
-    raw["experiments"]["toy"]["sampling"]["start"] = "standard_normal"
     (tmp_path / "config.yaml").write_text(json.dumps(raw))
-    models = tmp_path / "models" / "toy"
-    write_tiny_pipeline(models / "ddpm")
-    for seed, role in enumerate(("robust", "non_robust", "judge")):
-        torch.manual_seed(seed)
-        record = {"architecture": "small_cnn", "classes": CLASSES, "image_size": TINY_SIZE}
-        save_classifier(models / "classifiers" / role, SmallCNN(len(CLASSES)), record)
-    write_sportballs(
-        tmp_path / "data" / "toyballs",
-        image_size=16,
-        classes=CLASSES,
-        num_train=48,
-        num_val=16,
-        diameter=(0.5, 0.9),
-        seed=0,
-        workers=1,
-    )
+    write_tiny_models(tmp_path / "models" / "toy")
+    write_balls(tmp_path / "data" / "toyballs", 48, 16)
     return tmp_path
 
 
@@ -282,15 +262,11 @@ def test_a_mistake_is_one_line(toy_experiment, capsys, flags, remove, text):
 
 
 def test_one_tracked_run_has_a_step_for_each_scale(toy_experiment, monkeypatch):
-    monkeypatch.delenv("NRCG_TRACKING")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{toy_experiment / 'mlflow.db'}")
+    track_without_a_store(monkeypatch, toy_experiment)
     assert main([*TUNE, "--budget", "2"]) == 0
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{toy_experiment / 'mlflow.db'}")
-    (found,) = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
-    assert found.info.run_name == "tune non_robust_x0_ema99"
-    assert found.data.tags["nrcg.kind"] == "tune"
-    history = client.get_metric_history(found.info.run_id, "scale")
-    assert [(one.step, one.value) for one in history] == [(0, 0.1), (1, 25.0)]
-    assert len(client.get_metric_history(found.info.run_id, "cfd_judge")) == 2
+    (path,) = Path(".nrcg/tracking").glob("*.jsonl")
+    start, *entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (start["experiment"], start["name"]) == ("toy", "tune non_robust_x0_ema99")
+    assert start["tags"]["nrcg.kind"] == "tune"
+    steps = [(entry["step"], entry["values"]) for entry in entries if "cfd_judge" in entry.get("values", {})]
+    assert [(step, values["scale"]) for step, values in steps] == [(0, 0.1), (1, 25.0)]

@@ -1,8 +1,10 @@
 """What the rules ask: files of an experiment, resources of its jobs, and what reading the workflow may do."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
+from toys import toy_settings
 
 from nrcg import config
 from nrcg.errors import DataError
@@ -16,9 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def whole():
-    return config.parse(
-        config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
-    )
+    return config.parse(toy_settings())
 
 
 def test_targets_name_every_file_of_the_toy_experiment(whole):
@@ -107,6 +107,21 @@ def test_damaged_data_stop_a_run_and_a_look(whole, tmp_path, monkeypatch, only_l
     (tmp_path / "data/toyballs/dataset.json").write_text("{")
     with pytest.raises(DataError, match=r"data/toyballs/dataset\.json: damaged"):
         startup.prepare(whole, only_looks=only_looks)
+
+
+def test_no_trouble_of_the_tracking_store_stops_the_workflow(monkeypatch, capsys):
+    """Neither one that cannot be reached, of which `nrcg track` says a line, nor one that takes too long."""
+
+    def late(command: list[str], **how: object) -> None:
+        assert how["check"] is False and command[-2:] == ["track", "--sync"]
+        raise subprocess.TimeoutExpired(command, how["timeout"])
+
+    monkeypatch.setattr(startup.tracking, "is_left_behind", lambda: True)
+    monkeypatch.setattr(startup.subprocess, "run", late)
+    startup.send_leftovers()
+    assert capsys.readouterr().err == (
+        "nrcg: warning: runs of before are not all sent yet; send them by: nrcg track --sync\n"
+    )
 
 
 def test_jobs_find_nrcg_of_this_environment_unless_software_is_deployed():

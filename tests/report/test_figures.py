@@ -1,5 +1,6 @@
 """The figures: they are drawn, deterministic, alike in colour, and survive awkward numbers."""
 
+import functools
 import io
 import re
 
@@ -114,6 +115,8 @@ def test_axis_names_the_metric_and_unconditional_is_a_level():
 
 def test_awkward_numbers_and_names_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "DPI", 40)
+    once = functools.cache(functools.partial(figures.render, kind="png"))
+    monkeypatch.setattr(figures, "render", lambda draw, kind: once(draw))  # its SVG is drawn by the same function
     rows = [row | {"cfd_judge": NAN, "fd_judge": NAN, "accuracy_judge": NAN} for row in metric_rows()]
     rows[-1]["method"] = "my_$_method"
     write_csv(tmp_path / "m.csv", rows, COLUMNS)

@@ -2,26 +2,19 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from toys import write_tiny_pipeline
-from workflow_runs import ROOT, copy_tree, rows_of, snakemake
+from toys import toy_settings, write_balls, write_tiny_models
+from workflow_runs import rows_of
 
-from nrcg import config
-from nrcg.classifiers.architectures import SmallCNN
-from nrcg.classifiers.storage import save_classifier
 from nrcg.cli import main
-from nrcg.data.sportballs import write_sportballs
 
 NUM_SAMPLES = 49
 METHOD, SCALE = "non_robust_x0_ema99", "2"
-CLASSES = ["baseball", "basketball", "soccer"]
 OWN = ("images_per_second", "peak_memory_mib", "mlflow_run_id")  # of a run
 
 
@@ -29,45 +22,27 @@ OWN = ("images_per_second", "peak_memory_mib", "mlflow_run_id")  # of a run
 def models(tmp_path_factory) -> Path:
     """A folder with `ddpm`, `classifiers` and `data`: 8 x 8 pixels, six steps, nothing trained."""
     folder = tmp_path_factory.mktemp("models")
-    write_tiny_pipeline(folder / "ddpm")
-    for seed, role in enumerate(config.ROLES):
-        torch.manual_seed(seed)
-        about = {"architecture": "small_cnn", "classes": CLASSES, "image_size": 8}
-        save_classifier(folder / "classifiers" / role, SmallCNN(len(CLASSES)), about)
-    write_sportballs(
-        folder / "data", image_size=16, classes=CLASSES, num_train=60, num_val=4, diameter=(0.5, 0.9), seed=0, workers=1
-    )
+    write_tiny_models(folder)
+    write_balls(folder / "data", 60, 4)
     return folder
 
 
 def sampled(models: Path, folder: Path, shard_size: int, num_shards: int) -> tuple[np.ndarray, dict]:
     """The samples of all shards, drawn and evaluated by the verbs, and their row of metrics."""
-    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
     sampling = {"num_samples": NUM_SAMPLES, "shard_size": shard_size, "batch_size": 16, "start": "standard_normal"}
-    raw = config.merge(raw, {"experiments": {"toy": {"sampling": sampling}}})
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "config.json").write_text(json.dumps(toy_settings(sampling=sampling)))
     asked = ["--config", str(folder / "config.json"), "--experiment", "toy", "--method", METHOD]
     setting = folder / f"samples/{METHOD}/scale{SCALE}"
     paths = [setting / f"shard{shard:04d}.npy" for shard in range(num_shards)]
     for shard, path in enumerate(paths):
         words = ["--ddpm", str(models / "ddpm"), "--classifier", str(models / "classifiers/non_robust")]
         assert main(["sample", *asked, "--scale", SCALE, "--shard", str(shard), *words, "--out", str(path)]) == 0
-    made = [
-        "--config",
-        asked[1],
-        "--experiment",
-        "toy",
-        "--data",
-        str(models / "data"),
-        "--cache",
-        str(folder / "cache"),
-    ]
-    made += ["--classifiers", str(models / "classifiers"), "--out", str(folder / "reference.json")]
-    assert main(["reference", *made]) == 0
-    words = ["--samples", str(folder / "samples"), "--data", str(models / "data"), "--cache", str(folder / "cache")]
-    words += ["--reference", str(folder / "reference.json")]
-    words += ["--classifiers", str(models / "classifiers"), "--out", str(folder / "metrics.csv")]
+    inputs = ["--data", str(models / "data"), "--classifiers", str(models / "classifiers")]
+    inputs += ["--cache", str(folder / "cache")]
+    assert main(["reference", *asked[:4], *inputs, "--out", str(folder / "reference.json")]) == 0
+    words = [*inputs, "--samples", str(folder / "samples"), "--reference", str(folder / "reference.json")]
+    words += ["--out", str(folder / "metrics.csv")]
     assert main(["evaluate", *asked, "--scales", SCALE, *words]) == 0
     (row,) = rows_of(folder / "metrics.csv")
     assert all(row.pop(name) is not None for name in OWN)
@@ -102,56 +77,41 @@ def test_shards_change_neither_images_nor_metrics(models, in_one_shard, tmp_path
             assert float(row[name]) == pytest.approx(number, rel=1e-2, abs=1e-3, nan_ok=True), name
 
 
-# `nrcg sample`, which says at its start how many threads torch computes with, and how many the process then has.
+# `nrcg sample`, which says how many threads torch computes with, and how many more the process then has.
 COUNT = """
 import re, sys
 from pathlib import Path
-import nrcg.guidance.pipeline
 from nrcg.cli import main
+from nrcg.cli.imports import lean_imports
+with lean_imports():
+    import nrcg.guidance.pipeline
 
 def counted(self, *arguments, **keywords):
     import torch
     def threads():
         return int(re.search(r'Threads:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
     before = threads()
-    torch.ones(2000, 2000) @ torch.ones(2000, 2000)
-    torch.randn(4_000_000).sin()
+    torch.ones(500, 500) @ torch.ones(500, 500)
+    torch.randn(400_000).sin()
     print('counted', torch.get_num_threads(), threads() - before, flush=True)
     return drawn(self, *arguments, **keywords)
 
 drawn = nrcg.guidance.pipeline.GuidedDDPMPipeline.__call__
 nrcg.guidance.pipeline.GuidedDDPMPipeline.__call__ = counted
-sys.exit(main(sys.argv[1:]))
+for threads in ('1', '3'):
+    assert main([*sys.argv[1:], '--out', 'out' + threads, '--threads', threads]) == 0
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in Linux's /proc")
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_job_computes_with_the_threads_that_it_is_given(models, tmp_path, threads):
-    words = ["sample", "--ddpm", str(models / "ddpm"), "--num-samples", "1", "--out", str(tmp_path / "out")]
+def test_a_job_computes_with_the_threads_that_it_is_given(models, tmp_path):
+    words = ["sample", "--ddpm", str(models / "ddpm"), "--num-samples", "1", "--device", "cpu"]
     run = subprocess.run(
-        [sys.executable, "-c", COUNT, *words, "--device", "cpu", "--threads", str(threads)],
+        [sys.executable, "-c", COUNT, *words],
+        cwd=tmp_path,
         env={key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert f"counted {threads} {threads - 1}" in run.stdout
-
-
-@pytest.mark.parametrize("cores", [1, 4])
-def test_the_threads_of_a_jobs_verb_are_those_that_snakemake_counts(tmp_path, cores):
-    tree = copy_tree(tmp_path)
-    run = snakemake(tree, "--dry-run", "toy", "--cores", str(cores))
-    jobs = re.findall(
-        r"^ *(?:local)?rule (\w+):\n(.+?)^Shell command: nrcg (.+?)$", run.stdout, re.MULTILINE | re.DOTALL
-    )
-    assert {name for name, *_ in jobs} == set(config.RULES) - {"all"}
-    for name, about, shell in jobs:
-        counted = int((re.search(r"^ +threads: (\d+)$", about, re.MULTILINE) or [0, 1])[1])
-        assert counted <= cores
-        told = re.search(r" --threads (\d+)", shell)
-        if name in ("collect", "figures", "report"):  # write tables and pictures
-            assert (told, counted) == (None, 1)
-        else:
-            assert int(told[1]) == counted
+    assert [line for line in run.stdout.splitlines() if line.startswith("counted")] == ["counted 1 0", "counted 3 2"]

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from synthetic import metric_rows
 from toys import track_without_a_store
 
@@ -40,22 +41,21 @@ print(run.id)
 """
 
 
-def start_job(name: str, folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", JOB, name], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+MLFLOW = Forks(
+    "import mlflow.tracking, mlflow.store.db.utils, mlflow.store.tracking.sqlalchemy_store, alembic.command\n"
+    "from nrcg import cli, tracking",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    **dict.fromkeys(VARIABLES, ""),
+)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     """A folder whose fresh mlflow.db several processes opened at once, one of which was killed."""
     folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in VARIABLES:
-            patch.delenv(name, raising=False)
-        jobs = [start_job(name, folder) for name in NAMES]
-        assert [job.communicate(timeout=120)[1] for job in jobs] == [""] * len(jobs)
+    jobs = MLFLOW.run(folder, JOB, *([name] for name in NAMES))
     assert [job.returncode for job in jobs] == [0, 0, 0, -9]
+    assert [len(job.stdout.split()) for job in jobs] == [1, 1, 1, 0], jobs  # the run's id, and nothing on stderr
     return folder
 
 
@@ -588,8 +588,7 @@ def test_what_was_begun_in_one_store_goes_whole_to_another(tmp_path, monkeypatch
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(tmp_path)
-    killed = start_job("killed", tmp_path)
-    killed.communicate(timeout=120)
+    MLFLOW.run(tmp_path, JOB, ["killed"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     assert tracking.sync() == tracking.Sync(1)
     (stored,) = runs(MlflowClient(f"sqlite:///{tmp_path / 'other.db'}"), "crowd")
@@ -698,8 +697,10 @@ def test_a_damaged_database_is_to_be_moved_away(store, tmp_path, monkeypatch, ca
     assert len(told) == 2
     assert all("move mlflow.db, which is damaged, away, then: nrcg track --sync" in line for line in told)
     (tmp_path / "mlflow.db").rename(tmp_path / "old.db")
-    sync = [sys.executable, "-m", "nrcg.cli", "track", "--sync"]  # MLflow keeps a file that it has opened
-    assert subprocess.run(sync, check=True, capture_output=True, text=True).stdout == "1 run sent\n"
+    (sync,) = MLFLOW.run(
+        tmp_path, "from nrcg.cli import main; main(['track', '--sync'])", []
+    )  # MLflow keeps a file open
+    assert sync.stdout == "1 run sent\n"
 
 
 def test_params_are_flattened_and_keys_that_mlflow_refuses_changed():

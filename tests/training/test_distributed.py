@@ -1,20 +1,19 @@
 """Processes that train together: they start and end together, and share each batch."""
 
+import os
+import random
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from training_job import CLASSIFIER, CPU, DDPM, FORKS, Job, assert_almost_same_weights, wait_until
 
 from nrcg.errors import ConfigError
 from nrcg.training import distributed
 from nrcg.training.distributed import Ranks, launch, num_processes
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +32,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-def wait_until(condition, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -127,15 +119,13 @@ def test_where_one_fails_all_end_and_its_words_are_shown(tmp_path, capfd, ill):
 
 @pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "kill"])
 def test_the_processes_end_with_the_one_that_started_them(tmp_path, which):
-    code = (
-        "import sys, torch; from nrcg.training.distributed import launch; launch(sys.argv[1:], 3, torch.device('cpu'))"
-    )
-    launcher = subprocess.Popen([sys.executable, *script(code), *script(WORKER), str(tmp_path), "none"])
-    wait_until(lambda: all((tmp_path / rank).exists() for rank in "012"), 60)
+    launcher = FORKS.Process(target=launch, args=([*script(WORKER), str(tmp_path), "none"], 3, CPU))
+    launcher.start()
+    wait_until(lambda: all((tmp_path / rank).exists() for rank in "012"))
     pids = [int((tmp_path / rank).read_text()) for rank in "012"]
     assert all(alive(pid) for pid in pids)
-    launcher.send_signal(which)
-    launcher.wait(30)
+    os.kill(launcher.pid, which)
+    launcher.join(30)
     wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
@@ -143,3 +133,77 @@ def test_a_process_that_a_signal_ends_is_named(capfd):
     code = "import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)"
     assert launch(script(code), 2, CPU) == 137
     assert "one of 2 processes was ended by signal 9" in capfd.readouterr().err
+
+
+# --- Killed trainings ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Weights and log of a training in one process and in two, in processes of their own."""
+    jobs = {}
+    for num_ranks in (1, 2):
+        jobs[num_ranks] = Job(tmp_path_factory.mktemp("job"), DDPM | {"epochs": 5}, num_ranks, checkpoint_minutes=60)
+        jobs[num_ranks].start()
+        jobs[num_ranks].wait()
+    return {num_ranks: job.result() for num_ranks, job in jobs.items()}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_kill_9_at_any_moment_changes_nothing(tmp_path, uninterrupted, num_ranks):
+    """Three kills at random moments, also in the middle of a step or of writing a checkpoint, which comes after every
+    step. Bit for bit: the sum of two processes' gradients does not depend on their order."""
+    rng = random.Random(num_ranks)
+    job = Job(tmp_path / "job", DDPM | {"epochs": 5}, num_ranks)
+    reached = []
+    for _ in range(3):
+        job.start()
+        wait_until(lambda: job.steps.value > max(reached, default=0))
+        time.sleep(rng.uniform(0, 0.15))
+        job.kill()
+        reached.append(job.steps.value)
+        assert not (job.folder / "weights.pt").exists()
+    assert reached == sorted(reached)  # each went on from where the last was
+    job.start()
+    job.wait()
+    weights, log = job.result()
+    assert log == uninterrupted[num_ranks][1]
+    assert all(torch.equal(value, uninterrupted[num_ranks][0][name]) for name, value in weights.items())
+
+
+def test_two_processes_train_what_one_does(uninterrupted):
+    """Each image has the noise of its place in the whole batch; the losses may differ by float32's rounding alone."""
+    (one, log_of_one), (two, log_of_two) = uninterrupted[1], uninterrupted[2]
+    assert [row["epoch"] for row in log_of_two] == list(range(1, 6))
+    for ours, theirs in zip(log_of_one, log_of_two, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert_almost_same_weights(two, one)
+
+
+def test_another_number_of_processes_takes_a_training_up(tmp_path, uninterrupted):
+    first = Job(tmp_path / "job", DDPM | {"epochs": 5}, 2)
+    first.start()
+    wait_until(lambda: first.steps.value >= 3)
+    first.kill()
+    second = Job(tmp_path / "job", DDPM | {"epochs": 5}, 1, checkpoint_minutes=60)
+    second.start()
+    second.wait()
+    for ours, theirs in zip(second.result()[1], uninterrupted[1][1], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_kill_9_of_a_classifiers_training_changes_nothing(tmp_path):
+    config = CLASSIFIER | {"epochs": 30}
+    whole = Job(tmp_path / "whole", config, checkpoint_minutes=60)
+    whole.start()
+    whole.wait()
+    job = Job(tmp_path / "killed", config)
+    job.start()
+    wait_until(lambda: job.steps.value >= 40)
+    job.kill()
+    assert not (job.folder / "weights.pt").exists()
+    job.start()
+    job.wait()
+    (weights, log), (expected, expected_log) = job.result(), whole.result()
+    assert log == expected_log
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())

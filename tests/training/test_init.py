@@ -8,15 +8,13 @@ import torch
 import torchvision
 import yaml
 from diffusers import UNet2DModel
-from toys import TINY_SIZE, TINY_STEPS, write_tiny_pipeline
+from toys import TINY_SIZE, TINY_STEPS, toy_settings, write_balls, write_tiny_pipeline
 from training_job import CLASSIFIER, CPU, DDPM, OPTIMIZER, SCHEDULE, bright_or_dark
 
-from nrcg import config
 from nrcg.classifiers.specs import load_classifier, with_new_head
 from nrcg.classifiers.storage import save_classifier
 from nrcg.cli import main
 from nrcg.config import ClassifierConfig, DDPMConfig
-from nrcg.data.sportballs import write_sportballs
 from nrcg.errors import ConfigError
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training import ddpm
@@ -44,14 +42,11 @@ def source(tmp_path) -> Path:
 def test_the_verb_trains_on_at_another_resolution(tmp_path, source, monkeypatch):
     """With a learning rate of nearly nothing the result is what it started from, for images of the new size."""
     monkeypatch.setenv("NRCG_TRACKING", "off")
-    data = tmp_path / "data"
-    drawn = {"classes": ["baseball", "basketball", "soccer"], "diameter": (0.5, 0.9), "seed": 0, "workers": 1}
-    write_sportballs(data, image_size=LARGER, num_train=12, num_val=6, **drawn)
-    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
-    toy = raw["experiments"]["toy"]
-    toy["dataset"] |= {"image_size": LARGER, "name": "balls"}
-    toy["ddpm"] |= {"init": str(source), "schedule": {"num_train_timesteps": 9, "beta_start": 0.02, "beta_end": 0.7}}
-    toy["ddpm"]["optimizer"] = {"learning_rate": 1e-9, "warmup_steps": 0}
+    data = write_balls(tmp_path / "data", 12, 6, LARGER)
+    schedule = {"num_train_timesteps": 9, "beta_start": 0.02, "beta_end": 0.7}
+    optimizer = {"learning_rate": 1e-9, "warmup_steps": 0}
+    settings = {"init": str(source), "schedule": schedule, "optimizer": optimizer}
+    raw = toy_settings(dataset={"image_size": LARGER, "name": "balls"}, ddpm=settings)
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw))
     step = ("--config", str(tmp_path / "toy.yaml"), "--experiment", "toy", "--data", str(data))
     assert main(["train-ddpm", *step, "--out", str(tmp_path / "ours"), "--threads", "1"]) == 0
@@ -90,7 +85,7 @@ def test_a_killed_training_goes_on(tmp_path, source):
     [
         ({}, {}, {"channels": 1}, "has 3 channels, the data set 1"),
         ({}, {}, {"image_size": 9}, "halves images 1 times, dataset.image_size: 9 cannot be"),
-        ({"prediction_type": "v_prediction"}, {}, {}, "predicts v_prediction, the training's objective is epsilon"),
+        ({"prediction_type": "v_prediction"}, {}, {}, "predicts v_prediction, ddpm.objective.predicts needs epsilon"),
         ({}, {"num_class_embeds": 3}, {}, "is conditional on a class"),
         ({}, {"out_channels": 6}, {}, "predicts a variance too"),
     ],
@@ -136,8 +131,8 @@ def test_only_the_last_layer_is_new(spec, num_classes):
 def test_a_classifier_is_trained_on_and_saved(tmp_path, spec, monkeypatch):
     """Its body moves little in a few steps at a small rate, and the folder gives the classifier again."""
     monkeypatch.setenv("NRCG_TRACKING", "off")
-    images, checkpoint = bright_or_dark(40), Checkpoint(tmp_path / "checkpoint.pt", "a", minutes=60)
-    settings = CLASSIFIER | {"init": spec, "epochs": 6, "optimizer": OPTIMIZER | {"learning_rate": 1e-3}}
+    images, checkpoint = bright_or_dark(20), Checkpoint(tmp_path / "checkpoint.pt", "a", minutes=60)
+    settings = CLASSIFIER | {"init": spec, "epochs": 4, "optimizer": OPTIMIZER | {"learning_rate": 1e-3}}
     quiet = {"on_step": lambda done: None, "on_epoch": lambda row: None}
     trained, log = fit_classifier(
         ClassifierConfig(**settings),

@@ -10,13 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import TINY_SIZE, TINY_STEPS, logged_inputs, track_without_a_store, write_tiny_pipeline
+from toys import (
+    BALLS,
+    TINY_SIZE,
+    TINY_STEPS,
+    logged_inputs,
+    toy_settings,
+    track_without_a_store,
+    write_balls,
+    write_tiny_pipeline,
+)
 
-from nrcg import config
 from nrcg.cli import main
 from nrcg.config import ScheduleConfig
 from nrcg.csv_files import read_csv
-from nrcg.data.sportballs import write_sportballs
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.unet import build_scheduler
 from nrcg.errors import ConfigError, DataError
@@ -25,7 +32,6 @@ from nrcg.training.pretrained import check_pretrained, open_pretrained
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = {"num_train_timesteps": TINY_STEPS, "beta_start": 0.02, "beta_end": 0.8}
-CLASSES = ["baseball", "basketball", "soccer"]
 
 # The U-Net of google/ddpm-celebahq-256, as its config.json has it.
 CELEBAHQ_UNET = {
@@ -71,10 +77,7 @@ def _offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "data"
-    settings = {"classes": CLASSES, "diameter": (0.5, 0.9), "seed": 0, "workers": 1}
-    write_sportballs(folder, image_size=TINY_SIZE, num_train=12, num_val=6, **settings)
-    return folder
+    return write_balls(tmp_path_factory.mktemp("data") / "data", 12, 6, TINY_SIZE)
 
 
 def old_attention_names(weights: dict) -> dict:
@@ -111,10 +114,8 @@ def as_old_layout(folder: Path, new: Path) -> None:
 
 def config_file(tmp_path: Path, pretrained: str, **schedule: object) -> Path:
     """toy.yaml with a pretrained model."""
-    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
-    toy = raw["experiments"]["toy"]
-    toy["dataset"] |= {"image_size": TINY_SIZE, "name": "tinyballs"}
-    toy["ddpm"] |= {"pretrained": pretrained, "schedule": SCHEDULE | schedule}
+    dataset = {"image_size": TINY_SIZE, "name": "tinyballs"}
+    raw = toy_settings(dataset=dataset, ddpm={"pretrained": pretrained, "schedule": SCHEDULE | schedule})
     path = tmp_path / "toy.yaml"
     path.write_text(json.dumps(raw))
     return path
@@ -165,24 +166,20 @@ def test_a_model_that_is_nowhere_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_id_is_opened_with_its_commit(tmp_path):
+def test_a_hub_id_is_opened_with_its_commit(tmp_path, monkeypatch):
     """From the hub's cache, without a network: what `huggingface_hub` leaves after a download."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--somebody--faces"
     as_old_layout(write_tiny_pipeline(tmp_path / "new"), repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    code = """
-import sys
-from nrcg.training.pretrained import open_pretrained
-for source in sys.argv[1:]:
-    pipe, origin = open_pretrained(source)
-    print(pipe.unet.config.sample_size, origin["source"], origin["revision"])
-"""
-    sources = ["somebody/faces", f"somebody/faces@{commit}"]
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}
-    found = subprocess.run([sys.executable, "-c", code, *sources], env=environment, capture_output=True, text=True)
-    assert found.stdout.splitlines() == [f"{TINY_SIZE} somebody/faces {commit}"] * 2, found.stderr
+    # Read from the environment when the library is loaded.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source in ("somebody/faces", f"somebody/faces@{commit}"):
+        pipe, origin = open_pretrained(source)
+        assert pipe.unet.config.sample_size == TINY_SIZE
+        assert origin == {"source": "somebody/faces", "revision": commit}
 
 
 # --- What fits --------------------------------------------------------------------------------------------------
@@ -351,21 +348,16 @@ def test_the_published_256_pixel_model_goes_through_sampling_and_evaluation(tmp_
     assert sum(parameter.numel() for parameter in unet.parameters()) == 113_673_219
     write_old_layout(tmp_path / "celebahq", unet, CELEBAHQ_UNET, CELEBAHQ_SCHEDULER)
     del unet
-    settings = {"classes": CLASSES, "diameter": (0.3, 0.7), "seed": 0, "workers": 1}
-    write_sportballs(tmp_path / "data", image_size=256, num_train=24, num_val=1, **settings)
+    write_balls(tmp_path / "data", 24, 1, 256, diameter=(0.3, 0.7))
     for role in ("judge", "non_robust"):
         save_classifier(
             tmp_path / "classifiers" / role,
             SmallCNN(3),
-            {"architecture": "small_cnn", "classes": CLASSES, "image_size": 256, "batch_norm_momentum": 0.1},
+            {"architecture": "small_cnn", "classes": BALLS, "image_size": 256, "batch_norm_momentum": 0.1},
         )
-    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
-    toy = raw["experiments"]["toy"]
-    toy["dataset"] |= {"image_size": 256, "name": "balls256"}
-    toy["ddpm"] |= {
-        "pretrained": "celebahq",
-        "schedule": {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
-    }
+    schedule = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    dataset = {"image_size": 256, "name": "balls256"}
+    raw = toy_settings(dataset=dataset, ddpm={"pretrained": "celebahq", "schedule": schedule})
     (tmp_path / "toy.yaml").write_text(json.dumps(raw))
     step = ("--config", "toy.yaml", "--experiment", "toy", "--data", "data")
     peaks = [peak_memory_gib("train-ddpm", *step, "--out", "ddpm")]

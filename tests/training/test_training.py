@@ -2,15 +2,23 @@
 
 import copy
 import json
-import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from training_job import CLASSIFIER, CPU, DDPM, NUM_IMAGES, SCHEDULE, SIZE, TRAIN, VAL, Job
+from training_job import (
+    CLASSIFIER,
+    CPU,
+    DDPM,
+    NUM_IMAGES,
+    SCHEDULE,
+    SIZE,
+    TRAIN,
+    VAL,
+    assert_almost_same_weights,
+)
 
 from nrcg.config import ClassifierConfig, DDPMConfig
 from nrcg.diffusion import storage
@@ -27,13 +35,6 @@ STEPS_PER_EPOCH = NUM_IMAGES // DDPM["batch_size"]
 
 class Killed(Exception):
     pass
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def killer(step: int) -> Callable[[int], None]:
@@ -69,13 +70,6 @@ def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
         assert torch.equal(value, b.state_dict()[name]), name
 
 
-def assert_almost_same_weights(a: dict, b: dict) -> None:
-    """Together, not one by one: Adam divides a gradient that is nothing but rounding by its own size. Seen: 6e-4; with
-    one wrong image in one batch 7e-3."""
-    x, y = (torch.cat([value.flatten() for value in weights.values()]) for weights in (a, b))
-    assert (x - y).norm() < 3e-3 * y.norm()
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "ddpm.checkpoint.pt"
@@ -87,8 +81,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "step",
-    [1, STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2, 3 * STEPS_PER_EPOCH],
-    ids=["first", "before an epoch's end", "an epoch's end", "in the second epoch", "last"],
+    [1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2, 3 * STEPS_PER_EPOCH],
+    ids=["first", "an epoch's end", "in the second epoch", "last"],
 )
 def test_a_killed_training_resumes_as_if_nothing_had_happened(tmp_path, undisturbed, step):
     """Exactly: every random choice depends on (seed, step), and a checkpoint holds all state in full precision."""
@@ -137,61 +131,7 @@ def test_lower_precision_resumes_too(tmp_path, precision):
     assert comparable(log) == comparable(again)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Weights and log of a training in one process and in two, in processes of their own."""
-    jobs = {}
-    for num_ranks in (1, 2):
-        jobs[num_ranks] = Job(tmp_path_factory.mktemp("job"), DDPM | {"epochs": 5}, num_ranks, checkpoint_minutes=60)
-        jobs[num_ranks].start()
-        jobs[num_ranks].wait()
-    return {num_ranks: job.result() for num_ranks, job in jobs.items()}
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_kill_9_at_any_moment_changes_nothing(tmp_path, uninterrupted, num_ranks):
-    """Three kills at random moments, also in the middle of a step or of writing a checkpoint, which comes after every
-    step. Bit for bit: the sum of two processes' gradients does not depend on their order."""
-    rng = random.Random(num_ranks)
-    job = Job(tmp_path / "job", DDPM | {"epochs": 5}, num_ranks)
-    reached = []
-    for _ in range(3):
-        job.start()
-        wait_until(lambda: job.steps.value > max(reached, default=0))
-        time.sleep(rng.uniform(0, 0.15))
-        job.kill()
-        reached.append(job.steps.value)
-        assert not (job.folder / "weights.pt").exists()
-    assert reached == sorted(reached)  # each went on from where the last was
-    job.start()
-    job.wait()
-    weights, log = job.result()
-    assert log == uninterrupted[num_ranks][1]
-    assert all(torch.equal(value, uninterrupted[num_ranks][0][name]) for name, value in weights.items())
-
-
-def test_two_processes_train_what_one_does(uninterrupted):
-    """Each image has the noise of its place in the whole batch; the losses may differ by float32's rounding alone."""
-    (one, log_of_one), (two, log_of_two) = uninterrupted[1], uninterrupted[2]
-    assert [row["epoch"] for row in log_of_two] == list(range(1, 6))
-    for ours, theirs in zip(log_of_one, log_of_two, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    assert_almost_same_weights(two, one)
-
-
-def test_another_number_of_processes_takes_a_training_up(tmp_path, uninterrupted):
-    first = Job(tmp_path / "job", DDPM | {"epochs": 5}, 2)
-    first.start()
-    wait_until(lambda: first.steps.value >= 3)
-    first.kill()
-    second = Job(tmp_path / "job", DDPM | {"epochs": 5}, 1, checkpoint_minutes=60)
-    second.start()
-    second.wait()
-    for ours, theirs in zip(second.result()[1], uninterrupted[1][1], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 8, 100])
+@pytest.mark.parametrize("micro_batch_size", [3, 100])
 def test_micro_batches_change_the_result_by_rounding_alone(tmp_path, undisturbed, micro_batch_size):
     """Tolerances as for several processes; sizes that do not divide the batch count each image once."""
     config = DDPM | {"micro_batch_size": micro_batch_size}
@@ -203,13 +143,13 @@ def test_micro_batches_change_the_result_by_rounding_alone(tmp_path, undisturbed
 
 def test_no_more_images_than_a_micro_batch_go_through_the_unet(tmp_path, monkeypatch):
     seen = []
-    loss = ddpm.ddpm_loss
+    output = ddpm.unet_output
 
-    def spy(unet, schedule, x0, *rest):
-        seen.append(len(x0))
-        return loss(unet, schedule, x0, *rest)
+    def spy(unet, x_t, *rest):
+        seen.append(len(x_t))
+        return output(unet, x_t, *rest)
 
-    monkeypatch.setattr(ddpm, "ddpm_loss", spy)
+    monkeypatch.setattr(ddpm, "unet_output", spy)
     train_ddpm(Checkpoint(tmp_path / "c.pt", "a", minutes=60), DDPM | {"micro_batch_size": 3, "epochs": 1})
     assert seen == [3, 3, 2] * STEPS_PER_EPOCH + [3, 3, 2, 3, 1]  # of 12 validation images
 
@@ -223,7 +163,7 @@ def test_out_of_memory_names_the_key(tmp_path, monkeypatch, error):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(ddpm, "ddpm_loss", fail)
+    monkeypatch.setattr(ddpm, "unet_output", fail)
     expected, text = (RuntimeError, "something else") if error == "another" else (DataError, "ddpm.micro_batch_size: ")
     with pytest.raises(expected, match=text) as caught:
         train_ddpm(Checkpoint(tmp_path / "c.pt", "a", minutes=60), DDPM | {"micro_batch_size": 5})
@@ -280,8 +220,8 @@ def test_a_checkpoint_is_written_as_a_whole(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_loss_falls(tmp_path, precision):
-    """Direction of effect on a tiny data set: both losses fall by a tenth at least (seen: more than a third)."""
-    _, log = train_ddpm(Checkpoint(tmp_path / "c.pt", "a", minutes=60), DDPM | {"epochs": 12}, precision)
+    """Direction of effect on a tiny data set: both losses fall by a tenth at least."""
+    _, log = train_ddpm(Checkpoint(tmp_path / "c.pt", "a", minutes=60), DDPM | {"epochs": 7}, precision)
     for loss in ("train_loss", "val_loss"):
         assert log[-1][loss] < 0.9 * log[0][loss]
 
@@ -424,8 +364,9 @@ def test_classifiers_are_a_function_of_their_seed():
     assert not torch.equal(first.module.head.weight, other.module.head.weight)
 
 
-@pytest.mark.parametrize("architecture", ["small_cnn", "mobilenet_v3_small"])
-@pytest.mark.parametrize("step", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("architecture", "step"), [("small_cnn", 6), ("mobilenet_v3_small", 1), ("mobilenet_v3_small", 4)]
+)
 def test_a_killed_classifiers_training_resumes_as_if_nothing_had_happened(tmp_path, architecture, step):
     """Exactly. An epoch has four steps; MobileNetV3 has dropout and running statistics."""
     changes = {"architecture": architecture, "noised": True, "epochs": 2}
@@ -438,23 +379,6 @@ def test_a_killed_classifiers_training_resumes_as_if_nothing_had_happened(tmp_pa
     assert done == list(range(step + 1, 9))
     assert again == log
     assert_same_weights(whole, resumed)
-
-
-def test_kill_9_of_a_classifiers_training_changes_nothing(tmp_path):
-    config = CLASSIFIER | {"epochs": 30}
-    whole = Job(tmp_path / "whole", config, checkpoint_minutes=60)
-    whole.start()
-    whole.wait()
-    job = Job(tmp_path / "killed", config)
-    job.start()
-    wait_until(lambda: job.steps.value >= 40)
-    job.kill()
-    assert not (job.folder / "weights.pt").exists()
-    job.start()
-    job.wait()
-    (weights, log), (expected, expected_log) = job.result(), whole.result()
-    assert log == expected_log
-    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
 
 
 @pytest.mark.parametrize("noised", [False, True])

@@ -1,44 +1,25 @@
 """The experiments celeba and celebahq through Snakemake, on small data in the formats of the large ones."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from diffusers import DDPMPipeline
 from raw_images import write_celeba, write_celebahq
+from workflow_runs import CONFIG, ROOT, copy_tree, planned, run_snakemake
 
 from nrcg import config
 from nrcg.data import arrays
 from nrcg.guidance.trace import Trace
 
-ROOT = Path(__file__).parents[2]
 TOY = config.read_yaml(ROOT / "tests/data/toy.yaml")["experiments"]["toy"]
 EXPERIMENTS = {"celeba": "celeba64", "celebahq": "celebahq256"}
 
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
-    (tmp_path / "profiles").symlink_to("workflow/profiles")
-    for name in ("Snakefile", "config.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
-    return tmp_path
-
-
-def snakemake(tree: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [str(Path(sys.executable).parent / "snakemake"), *arguments],
-        cwd=tree,
-        env=os.environ | {"NRCG_TRACKING": "off", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return copy_tree(tmp_path)
 
 
 def put_in_place(tree: Path, name: str, num_train: int, num_val: int) -> None:
@@ -47,31 +28,31 @@ def put_in_place(tree: Path, name: str, num_train: int, num_val: int) -> None:
     write(tree / "raw" / name, num_train, num_val)
 
 
-def test_what_is_missing_is_said_in_one_line_and_nothing_is_left(tree):
-    for name, data in EXPERIMENTS.items():
-        run = snakemake(tree, f"data/{data}/dataset.json", "--cores", "1")
-        assert run.returncode != 0
-        said = [line.strip() for line in run.stdout.splitlines() if "nrcg: raw/" in line]
-        assert len(said) == 1 and f"into {tree / 'raw' / name}" in said[0] and "GB" in said[0]
-        assert not (tree / "data" / data / "dataset.json").exists()
-        assert list((tree / "data").rglob("*.npy*")) == []
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_data_set_is_made_by_the_settings_that_ship(tree, name):
-    put_in_place(tree, name, 12, 6)
+def made(tree: Path, name: str) -> dict[str, int]:
+    """Training images of each class of a data set made of 12 and 6 raw images."""
     data = tree / "data" / EXPERIMENTS[name]
-    run = snakemake(tree, f"data/{data.name}/dataset.json", "--cores", "1")
-    assert run.returncode == 0, run.stdout[-3000:]
     arrays.verify(data)
-    size = config.load(ROOT / "config.yaml").experiments[name].dataset.image_size
+    size = CONFIG.experiments[name].dataset.image_size
     assert np.load(data / "train/images.npy", mmap_mode="r").shape == (12, size, size, 3)
     manifest = arrays.load_manifest(data)
     assert manifest["classes"] == ["female", "male"]
-    assert manifest["splits"]["train"]["class_counts"] == (
-        {"female": 8, "male": 4} if name == "celeba" else {"female": 6, "male": 6}
-    )
-    assert "Nothing to be done" in snakemake(tree, "-n", f"data/{data.name}/dataset.json").stdout
+    return manifest["splits"]["train"]["class_counts"]
+
+
+def test_the_data_sets_are_made_by_the_settings_that_ship_and_what_is_missing_is_said_in_one_line(tree):
+    both = [f"data/{data}/dataset.json" for data in EXPERIMENTS.values()]
+    put_in_place(tree, "celeba", 12, 6)
+    run = run_snakemake(tree, *both, "--cores", "1", "--keep-going")
+    assert run.returncode != 0
+    (said,) = [line.strip() for line in run.stdout.splitlines() if "nrcg: raw/" in line]
+    assert f"into {tree / 'raw/celebahq'}" in said and "GB" in said
+    assert made(tree, "celeba") == {"female": 8, "male": 4}
+    assert [path.name for path in (tree / "data/celebahq256").rglob("*") if path.is_file()] == []
+    put_in_place(tree, "celebahq", 12, 6)
+    run = run_snakemake(tree, *both, "--cores", "1")
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert planned(run.stdout) == {"dataset": 1}  # what was made is made
+    assert made(tree, "celebahq") == {"female": 6, "male": 6}
 
 
 def pretrained_models(tree: Path, toy: dict) -> dict:
@@ -82,7 +63,7 @@ def pretrained_models(tree: Path, toy: dict) -> dict:
     from nrcg.diffusion.unet import build_scheduler, build_unet
 
     torch.manual_seed(0)
-    defaults = config.load(ROOT / "config.yaml").experiments["sportballs"].ddpm
+    defaults = CONFIG.experiments["sportballs"].ddpm
     settings = config.DDPMConfig.model_validate(config.merge(defaults.model_dump(), toy["ddpm"]))
     DDPMPipeline(build_unet(settings.unet, 16, 3), build_scheduler(settings.schedule)).save_pretrained(tree / "theirs")
     torch.save(resnet18(num_classes=3).state_dict(), tree / "theirs.pth")
@@ -107,7 +88,7 @@ def test_the_whole_chain_at_toy_size(tree, name):
     toy["sampling"] = TOY["sampling"] | {"trace": True}
     toy["sweep"] = TOY["sweep"] | {"non_robust_x0_ema99": [1]}
     (tree / "toy.json").write_text(json.dumps({"experiments": {name: toy}}))
-    run = snakemake(tree, name, "--cores", "2", "--configfile", "toy.json")
+    run = run_snakemake(tree, name, "--cores", "2", "--configfile", "toy.json")
     assert run.returncode == 0, run.stdout[-5000:]
     if name == "celebahq":
         saved = json.loads((tree / "models/celebahq/classifiers/non_robust/config.json").read_text())
@@ -123,4 +104,4 @@ def test_the_whole_chain_at_toy_size(tree, name):
     assert (results / "metrics/non_robust_x0_ema99/trace_scale1.png").exists()
     assert all(path.name.startswith("shard") for path in setting.iterdir()), "DVC hashed it before the evaluation"
     assert shard.shape == (8, 16, 16, 3)
-    assert "Nothing to be done" in snakemake(tree, name, "-n", "--configfile", "toy.json").stdout
+    assert "Nothing to be done" in run_snakemake(tree, name, "-n", "--configfile", "toy.json").stdout

@@ -8,18 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from toys import TINY_SIZE, write_tiny_pipeline
+from toys import toy_settings, write_balls, write_tiny_models
 
-from nrcg import config
-from nrcg.classifiers.architectures import SmallCNN
-from nrcg.classifiers.storage import save_classifier
 from nrcg.cli import main
-from nrcg.config import ROLES
-from nrcg.data.sportballs import write_sportballs
 
 ROOT = Path(__file__).parents[2]
-CLASSES = ["baseball", "basketball", "soccer"]
 CHANGES = {
     "ddpm": {"sample_every": 0},
     "classifiers": {"judge": {"checkpoint_minutes": 0.0001}},
@@ -42,16 +35,9 @@ def disk(tmp_path_factory):
 def inputs(tmp_path_factory) -> Path:
     """Data and untrained models of 16 x 16 and 8 x 8 pixels, on a disk with room."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_tiny_pipeline(folder / "ddpm")
-    torch.manual_seed(0)
-    settings = {"architecture": "small_cnn", "classes": CLASSES, "image_size": TINY_SIZE}
-    for role in ROLES:
-        save_classifier(folder / "classifiers" / role, SmallCNN(len(CLASSES)), settings)
-    drawn = {"num_train": 40, "num_val": 20, "diameter": (0.5, 0.9), "seed": 0, "workers": 1}
-    write_sportballs(folder / "data", image_size=16, classes=CLASSES, **drawn)
-    raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
-    raw = config.merge(raw, {"experiments": {"toy": CHANGES}})
-    (folder / "toy.json").write_text(json.dumps(raw))
+    write_tiny_models(folder)
+    write_balls(folder / "data", 40, 20)
+    (folder / "toy.json").write_text(json.dumps(toy_settings(**CHANGES)))
     return folder
 
 

@@ -1,10 +1,12 @@
 """The workflow as its users run it: dry runs of what ships, and one toy experiment from data to report."""
 
+import collections
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from workflow_runs import CONFIG, ROOT, command, copy_tree, planned, processes_in, rows_of, snakemake
+from workflow_runs import CONFIG, ROOT, command, copy_tree, planned, processes_in, rows_of, run_snakemake, snakemake
 
 from nrcg import config
+from nrcg.cli import main
+from nrcg.pipeline.plan import make_plan
 from nrcg.report.columns import FORWARD_COLUMNS, METRICS_COLUMNS
 from nrcg.tracking.journal import Journal
 
@@ -32,19 +36,33 @@ def tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tree) -> Path:
     """The tree after the toy experiment."""
-    run = snakemake(tree, "toy", "--cores", "2")
-    assert run.returncode == 0, run.stdout[-5000:]
+    environment = os.environ | {"NRCG_TRACKING": "off"}
+    words = command("toy", "--cores", "2", "--configfile", "toy.yaml")
+    run = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-5000:]
     return tree
 
 
 # --- Before anything runs ---------------------------------------------------------------------------------------
 
 
-def test_features_beside_a_gpu_get_threads_to_resize_with(tree):
-    """As many as there are cores where no other GPU shares them, 8 at most."""
-    output = snakemake(tree, "--dry-run", "toy", "--cores", "16", toy={"device": "cuda"}).stdout
-    blocks = re.findall(r"^rule (?:evaluate|reference):\n((?: +.+\n)+)", output, re.MULTILINE)
-    assert [re.findall(r"threads: (\d+)", block) for block in blocks] == [["8"]] * 3, output
+@pytest.mark.parametrize(("cores", "toy"), [(1, {}), (16, {"device": "cuda"})])
+def test_the_threads_of_a_jobs_verb_are_those_that_snakemake_counts(tree, cores, toy):
+    """Features beside a GPU are resized with as many as there are cores where no other GPU shares them, 8 at most."""
+    output = snakemake(tree, "--dry-run", "toy", "--cores", str(cores), toy=toy).stdout
+    job = r"^ *(?:local)?rule (\w+):\n(.+?)^Shell command: nrcg (.+?)$"
+    jobs = re.findall(job, output, re.MULTILINE | re.DOTALL)
+    assert {name for name, *_ in jobs} == set(config.RULES) - {"all"}
+    for name, about, shell in jobs:
+        counted = int((re.search(r"^ +threads: (\d+)$", about, re.MULTILINE) or [0, 1])[1])
+        assert counted <= cores
+        told = re.search(r" --threads (\d+)", shell)
+        if name in ("collect", "figures", "report"):  # write tables and pictures
+            assert (told, counted) == (None, 1)
+        else:
+            assert int(told[1]) == counted
+        if name in ("evaluate", "reference") and toy:
+            assert counted == 8
 
 
 def some_slow(values, fast):
@@ -52,12 +70,15 @@ def some_slow(values, fast):
     return [pytest.param(value, marks=[] if value in fast else pytest.mark.slow) for value in values]
 
 
-@pytest.mark.parametrize("name", some_slow(CONFIG.experiments, ("quickstart", "celebahq")))
-def test_every_experiment_plans_the_whole_chain(tree, name):
+@pytest.mark.parametrize("target", some_slow((None, *CONFIG.experiments), (None, "celebahq")))
+def test_every_experiment_plans_the_whole_chain(tree, tmp_path, target):
+    """As many jobs of each rule as `nrcg plan` says. The default target is the quickstart."""
+    name = target or "quickstart"
     experiment = CONFIG.experiments[name]
-    run = snakemake(tree, "--dry-run", name, "--quiet", "rules")
+    run = run_snakemake(tree, "--dry-run", *([target] if target else []), "--quiet", "rules")
     assert run.returncode == 0, run.stdout
-    assert planned(run.stdout) == {
+    found = planned(run.stdout)
+    assert found == {
         "dataset": 1,
         "train_ddpm": 1,
         "train_classifier": 3,
@@ -69,41 +90,33 @@ def test_every_experiment_plans_the_whole_chain(tree, name):
         "figures": 1,
         "report": 1,
     }
-
-
-def test_the_default_target_is_the_quickstart(tree):
-    assert planned(snakemake(tree, "--dry-run").stdout) == planned(snakemake(tree, "--dry-run", "quickstart").stdout)
+    told = collections.Counter()
+    for step in make_plan(CONFIG, name, tmp_path):
+        told[step.rule] += step.jobs
+    assert told.pop("report") == 3  # with collect and figures
+    assert told == {rule: found[rule] for rule in told}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("experiments: {toy: {ddpm: {epoch: 3}}}", "experiments.toy.ddpm.epoch: unknown key; allowed here: "),
-        ("experiments: {toy: {ddpm: {epochs: 1e3}}}", "experiments.toy.ddpm.epochs: input should be a valid integer"),
-        ("experiments: {toy: {sweep: {nope: [1]}}}", "experiments.toy.sweep.nope: unknown method; allowed: "),
         ("experiments: {toy: {target: a, target: soccer}}", "no valid YAML: the key 'target' stands twice"),
     ],
 )
 def test_a_mistake_is_refused_before_any_job_in_one_line(tree, text, message):
     (tree / "mistake.yaml").write_text(text)
-    run = subprocess.run(
-        command("toy", "--cores", "1", "--configfile", "toy.yaml", "mistake.yaml"),
-        cwd=tree,
-        capture_output=True,
-        text=True,
-    )
+    run = run_snakemake(tree, "toy", "--cores", "1", "--configfile", "toy.yaml", "mistake.yaml")
     assert run.returncode != 0
-    said = [line for line in (run.stdout + run.stderr).splitlines() if message in line]
-    assert len(said) == 1
-    assert said[0].startswith("nrcg: ")
-    assert "Traceback" not in run.stderr
-    assert "Job stats" not in run.stdout + run.stderr
+    (said,) = [line for line in run.stdout.splitlines() if message in line]
+    assert said.startswith("nrcg: ")
+    assert "Traceback" not in run.stdout and "Job stats" not in run.stdout
 
 
 def test_lint_is_clean(tree):
-    run = subprocess.run(command("--lint"), cwd=tree, capture_output=True, text=True)
+    run = run_snakemake(tree, "--lint")
     assert run.returncode == 0
-    assert "Congratulations" in run.stdout + run.stderr
+    assert "Congratulations" in run.stdout
 
 
 def test_the_reserved_names_are_the_rules():
@@ -111,36 +124,6 @@ def test_the_reserved_names_are_the_rules():
     texts = [path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]]
     rules = {name for text in texts for name in re.findall(r"^rule (\w+):", text, re.MULTILINE)}
     assert rules == set(config.RULES)
-
-
-def test_what_a_dead_process_left_is_sent_at_the_next_start(tmp_path):
-    """A server that is down costs a line."""
-    tree = copy_tree(tmp_path)
-    left = Journal.create(tree / ".nrcg/tracking")
-    names = {"uri": "", "experiment": "left", "name": "one", "parent": "", "invocation": ""}
-    left.append("start", time=1, params={}, tags={"nrcg.git_branch": "main", "nrcg.uid": left.uid}, **names)
-    left.close()
-    environment = {key: value for key, value in os.environ.items() if key != "NRCG_TRACKING"}
-
-    def start(uri: str) -> subprocess.CompletedProcess:
-        words = command(
-            "data/toyballs/dataset.json", "--forcerun", "dataset", "--cores", "1", "--configfile", "toy.yaml"
-        )
-        started = environment | {"MLFLOW_TRACKING_URI": uri}
-        run = subprocess.run(words, cwd=tree, env=started, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        return run
-
-    store = f"sqlite:///{tree / 'mlflow.db'}"
-    said = {line for line in start("http://127.0.0.1:1").stderr.splitlines() if line.startswith("nrcg: ")}
-    assert said and all("cannot be reached" in line for line in said) and left.path.exists()
-    assert "nrcg:" not in start(store).stderr
-    assert list((tree / ".nrcg/tracking").iterdir()) == []
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(store)
-    (run,) = client.search_runs([client.get_experiment_by_name("left").experiment_id])
-    assert (run.info.run_name, run.info.status) == ("one", "KILLED")
 
 
 # --- The toy experiment -----------------------------------------------------------------------------------------
@@ -229,16 +212,31 @@ def test_a_finished_experiment_leaves_nothing_to_do(finished):
     assert planned(run.stdout) == {}
 
 
-def test_data_and_models_are_used_by_hand_too(finished):
+def test_data_and_models_are_used_by_hand_too(finished, monkeypatch):
     """Each step runs without Snakemake, from config.yaml: the same samples come out."""
-    raw = config.merge(config.read_yaml(finished / "config.yaml"), config.read_yaml(finished / "toy.yaml"))
-    (finished / "whole.json").write_text(json.dumps(raw))
+    monkeypatch.chdir(finished)
+    monkeypatch.setenv("NRCG_TRACKING", "off")
+    raw = config.merge(config.read_yaml("config.yaml"), config.read_yaml("toy.yaml"))
+    Path("whole.json").write_text(json.dumps(raw))
     flags = "--config whole.json --experiment toy --method non_robust_x0_ema99 --scale 1 --shard 1 --threads 1"
     models = "--ddpm models/toy/ddpm --classifier models/toy/classifiers/non_robust --out by_hand.npy"
-    nrcg = [str(Path(sys.executable).parent / "nrcg"), "sample", *flags.split(), *models.split()]
-    subprocess.run(nrcg, cwd=finished, check=True, capture_output=True)
-    by_rule = np.load(finished / "results/toy/samples/non_robust_x0_ema99/scale1/shard0001.npy")
-    np.testing.assert_array_equal(np.load(finished / "by_hand.npy"), by_rule)
+    assert main(["sample", *flags.split(), *models.split()]) == 0
+    by_rule = np.load("results/toy/samples/non_robust_x0_ema99/scale1/shard0001.npy")
+    np.testing.assert_array_equal(np.load("by_hand.npy"), by_rule)
+
+
+def test_what_a_dead_process_left_is_sent_at_the_next_start(finished, tmp_path):
+    tree = Path(shutil.copytree(finished, tmp_path / "tree", symlinks=True))
+    left = Journal.create(tree / ".nrcg/tracking")
+    names = {"uri": "", "experiment": "left", "name": "one", "parent": "", "invocation": ""}
+    left.append("start", time=1, params={}, tags={"nrcg.git_branch": "main", "nrcg.uid": left.uid}, **names)
+    left.close()
+    (tree / "results/toy/summary.json").unlink()
+    run = snakemake(tree, "results/toy/summary.json", "--cores", "1", tracking="")
+    assert run.returncode == 0 and "nrcg:" not in run.stdout, run.stdout
+    assert list((tree / ".nrcg/tracking").iterdir()) == []
+    with sqlite3.connect(tree / "mlflow.db") as store:
+        assert store.execute("SELECT name, status FROM runs").fetchall() == [("one", "KILLED")]
 
 
 # What a change reruns. `END` is cheap and follows every change of results.
@@ -264,6 +262,10 @@ CHANGES = {
     "a method more": ({"sweep": {"robust": [1]}}, {"sample": 2, "evaluate": 1} | END),
     # The last shard of each of the three settings was not full.
     "more samples": ({"sampling": {"num_samples": 16}}, {"sample": 3, "evaluate": 2} | END),
+    "scale and samples": (
+        {"sweep": {"non_robust_x0_ema99": [1, 2.5, 4]}, "sampling": {"num_samples": 16}},
+        {"sample": 5, "evaluate": 2} | END,  # two new ones, and three that were not full
+    ),
     "a shard more": ({"sampling": {"num_samples": 20}}, {"sample": 6, "evaluate": 2} | END),
     "fewer samples": ({"sampling": {"num_samples": 8}}, {"evaluate": 2} | END),
     "forward": ({"forward": {"num_images": 6}}, {"forward": 1, "figures": 1, "report": 1}),
@@ -279,7 +281,7 @@ DDPM_ANEW = {"train_ddpm": 1, "forward": 1, "sample": 6, "evaluate": 2} | END
 """What is made anew where a file of the diffusion model is lost."""
 
 
-@pytest.mark.parametrize("change", some_slow(CHANGES, ("batch size", "a scale more", "more samples", "judge", "ddpm")))
+@pytest.mark.parametrize("change", some_slow(CHANGES, ("scale and samples", "judge", "ddpm")))
 def test_a_change_reruns_only_what_depends_on_it(finished, change):
     toy, expected = CHANGES[change]
     run = snakemake(finished, "--dry-run", "toy", "--quiet", "rules", toy=toy)
@@ -287,41 +289,37 @@ def test_a_change_reruns_only_what_depends_on_it(finished, change):
     assert planned(run.stdout) == expected
 
 
-def test_a_methods_change_reruns_that_methods_jobs(finished):
-    run = snakemake(finished, "--dry-run", "toy", "--quiet", "rules", methods={"non_robust_x0_ema99": EMA})
+def test_a_methods_change_reruns_that_methods_jobs_and_what_gives_the_same_samples_none(finished):
+    toy, methods = {"device": "auto", "sampling": {"batch_size": 3}}, {"non_robust_x0_ema99": EMA}
+    run = snakemake(finished, "--dry-run", "toy", "--quiet", "rules", toy=toy, methods=methods)
     assert planned(run.stdout) == {"sample": 4, "evaluate": 1} | END
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("figures/stabilizers.svg", {"figures": 1, "report": 1}),
-        pytest.param("forward.csv", {"forward": 1, "figures": 1, "report": 1}, marks=pytest.mark.slow),
-        pytest.param("summary.json", END, marks=pytest.mark.slow),
-        pytest.param("metrics/unconditional.csv", {"evaluate": 1} | END, marks=pytest.mark.slow),
-        ("samples/unconditional/scale0/shard0001.npy", {"sample": 1, "evaluate": 1} | END),
-        pytest.param("reference.json", {"reference": 1, "evaluate": 2} | END, marks=pytest.mark.slow),
-        (
-            "../../models/toy/classifiers/judge/model.safetensors",
-            {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
-        ),
-        *(
-            pytest.param(f"../../models/toy/{name}", expected, marks=pytest.mark.slow)
-            for name, expected in {
-                "classifiers/judge/accuracy_over_t.csv": {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
-                "ddpm/data_mean.npy": DDPM_ANEW,
-                "ddpm/model_index.json": DDPM_ANEW,
-                "ddpm/unet/config.json": DDPM_ANEW,
-                "ddpm/scheduler/scheduler_config.json": DDPM_ANEW,
-            }.items()
-        ),
-    ],
-)
-def test_a_lost_result_is_made_anew(finished, name, expected):
+JUDGE_ANEW = {"train_classifier": 1, "reference": 1, "evaluate": 2} | END
+LOST = {
+    "figures/stabilizers.svg": {"figures": 1, "report": 1},
+    "forward.csv": {"forward": 1, "figures": 1, "report": 1},
+    "summary.json": END,
+    "metrics/unconditional.csv": {"evaluate": 1} | END,
+    "samples/unconditional/scale0/shard0001.npy": {"sample": 1, "evaluate": 1} | END,
+    "reference.json": {"reference": 1, "evaluate": 2} | END,
+    "../../models/toy/classifiers/judge/model.safetensors": JUDGE_ANEW,
+    "../../models/toy/classifiers/judge/accuracy_over_t.csv": JUDGE_ANEW,
+    "../../models/toy/ddpm/data_mean.npy": DDPM_ANEW,
+    "../../models/toy/ddpm/model_index.json": DDPM_ANEW,
+    "../../models/toy/ddpm/unet/config.json": DDPM_ANEW,
+    "../../models/toy/ddpm/scheduler/scheduler_config.json": DDPM_ANEW,
+}
+"""What is made anew where a file of results/toy is lost."""
+FAST = ("samples/unconditional/scale0/shard0001.npy", "../../models/toy/classifiers/judge/model.safetensors")
+
+
+@pytest.mark.parametrize("name", some_slow(LOST, FAST))
+def test_a_lost_result_is_made_anew(finished, name):
     lost, kept = finished / "results/toy" / name, finished / "kept"
     lost.rename(kept)
     try:
-        assert planned(snakemake(finished, "--dry-run", "toy", "--quiet", "rules").stdout) == expected
+        assert planned(snakemake(finished, "--dry-run", "toy", "--quiet", "rules").stdout) == LOST[name]
     finally:
         kept.rename(lost)
 
