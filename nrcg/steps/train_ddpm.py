@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nrcg import tracking
-from nrcg.config import TrainDDPMStep
+from nrcg.config import DDPMConfig, TrainDDPMStep
 from nrcg.data.arrays import mean_image, open_split
 from nrcg.diffusion.objectives import NATIVE
 from nrcg.diffusion.storage import save_pipeline
@@ -63,11 +63,7 @@ def train_ddpm(
     mean, scheduler = mean_image(data), build_scheduler(config.schedule, NATIVE[config.objective.predicts])
     grids = Grids(scheduler, config, mean, precision)
     size, channels = manifest["image_size"], manifest["channels"]
-    start, origin = None, None
-    if config.init is not None:
-        start, origin = pretrained.open_init(
-            config.init, image_size=size, channels=channels, predicts=NATIVE[config.objective.predicts]
-        )
+    start, origin = _start(config, size, channels)
     with contextlib.ExitStack() as stack:
         hooks = Hooks()
         if ranks.main:
@@ -99,6 +95,14 @@ def train_ddpm(
             _finish(run, unet, grids, out)
             checkpoint.remove()
     return log
+
+
+def _start(config: DDPMConfig, size: int, channels: int) -> tuple[nn.Module | None, dict | None]:
+    """The U-Net that the training starts from, and what it is; None: random weights."""
+    if config.init is None:
+        return None, None
+    predicts = NATIVE[config.objective.predicts]
+    return pretrained.open_init(config.init, image_size=size, channels=channels, predicts=predicts)
 
 
 def _tracked(settings: TrainDDPMStep, params: dict, manifest: dict, data: Path, *, training: str) -> Any:
