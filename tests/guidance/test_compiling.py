@@ -44,15 +44,17 @@ def pipe(trained):
 
 
 @pytest.fixture
-def compiler(monkeypatch):
-    """Traces forward and backward as the GPU's compiler does, and runs what it traced; counts how often."""
+def compiler(monkeypatch, request):
+    """Traces the network as the GPU's compiler does, in slow tests its backward pass too, and runs what it traced;
+    holds what was traced."""
     from torch._dynamo.backends.debugging import aot_eager
 
     graphs = []
 
     def backend(module, inputs, **settings):
         graphs.append(module)
-        return aot_eager(module, inputs, **settings)
+        slow = request.node.get_closest_marker("slow") is not None
+        return aot_eager(module, inputs, **settings) if slow else module.forward
 
     torch._dynamo.reset()
     monkeypatch.setattr(compiling, "BACKEND", backend)
