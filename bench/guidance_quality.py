@@ -203,7 +203,7 @@ def picture(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="models/quickstart")
-    parser.add_argument("--data", default="data/sportballs24")
+    parser.add_argument("--data", default="data/sportballs20")
     parser.add_argument("--target", default="baseball")
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--num-reference", type=int, default=4000)
