@@ -38,7 +38,7 @@ def train_ddpm(path, compile, on_step=lambda step: None):
         channels=3,
         device=CPU,
         precision=torch.float32,
-        checkpoint=Checkpoint(path, "a", minutes=1e-9),
+        checkpoint=Checkpoint(path, "a", minutes=1e-9 if "killed" in path.name else 60),
         hooks=Hooks(on_step=on_step),
         compile=compile,
     )[0].state_dict()
@@ -53,7 +53,7 @@ def train_classifier(path, compile, on_step=lambda step: None):
         num_classes=2,
         device=CPU,
         precision=torch.float32,
-        checkpoint=Checkpoint(path, "a", minutes=1e-9),
+        checkpoint=Checkpoint(path, "a", minutes=1e-9 if "killed" in path.name else 60),
         compile=compile,
         on_step=on_step,
         on_epoch=lambda row: None,

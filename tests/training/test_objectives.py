@@ -19,7 +19,7 @@ class Killed(Exception):
     pass
 
 
-def train(path, objective, on_step=lambda step: None, epochs=3):
+def train(path, objective, on_step=lambda step: None, epochs=3, minutes=1e-9):
     return train_unet(
         DDPMConfig(**DDPM | {"objective": objective, "epochs": epochs}),
         TRAIN,
@@ -28,14 +28,14 @@ def train(path, objective, on_step=lambda step: None, epochs=3):
         channels=3,
         device=CPU,
         precision=torch.float32,
-        checkpoint=Checkpoint(path, "a", minutes=1e-9),
+        checkpoint=Checkpoint(path, "a", minutes=minutes),
         hooks=Hooks(on_step=on_step),
     )
 
 
 @pytest.mark.parametrize("predicts", TARGETS)
 def test_each_target_is_learned_and_opens_in_diffusers(tmp_path, predicts):
-    unet, log = train(tmp_path / "a.pt", {"predicts": predicts, "weighting": "snr"}, epochs=8)
+    unet, log = train(tmp_path / "a.pt", {"predicts": predicts, "weighting": "snr"}, epochs=8, minutes=60)
     assert log[-1]["val_loss"] < log[0]["val_loss"]  # of the noise, at the same t and noise
     scheduler = build_scheduler(DDPMConfig(**DDPM).schedule, NATIVE[predicts])
     ours = GuidedDDPMPipeline(unet, scheduler)
@@ -51,11 +51,10 @@ def test_each_target_is_learned_and_opens_in_diffusers(tmp_path, predicts):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("weighting", ["vlb", "min_snr", "p2"])
-def test_importance_draws_resume_as_if_nothing_had_happened(tmp_path, monkeypatch, weighting):
+def test_importance_draws_resume_as_if_nothing_had_happened(tmp_path, monkeypatch):
     monkeypatch.setattr("nrcg.training.timesteps.ENOUGH", 1)
-    objective = {"weighting": weighting, "timesteps": "importance"}
-    whole, log = train(tmp_path / "whole.pt", objective)
+    objective = {"weighting": "vlb", "timesteps": "importance"}
+    whole, log = train(tmp_path / "whole.pt", objective, minutes=60)
 
     def killed(step):
         if step == 9:
