@@ -30,7 +30,9 @@ FIGURES = [
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
-    return copy_tree(tmp_path_factory.mktemp("tree"))
+    folder = tmp_path_factory.mktemp("tree") / "zu Hause, 'über' uns"  # as people's folders are called
+    folder.mkdir()
+    return copy_tree(folder)
 
 
 @pytest.fixture(scope="session")
