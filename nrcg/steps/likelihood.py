@@ -133,7 +133,7 @@ def _measure_part(
 def _read_part(path: Path, known: str, count: int) -> dict[str, np.ndarray] | None:
     """A part that an earlier run of the same measurement wrote; None: there is none that is whole."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["known"]) != known or len(arrays["nats"]) != count:
                 return None
             return {name: arrays[name] for name in ARRAYS if name in arrays}
