@@ -81,14 +81,18 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def resolve_precision(precision: str, device: torch.device, *, training: bool = False) -> torch.dtype:
-    """`auto` is a half precision where the device computes in it, else float32.
+def resolve_precision(
+    precision: str, device: torch.device, *, training: bool = False, unet_weights: str | None = None
+) -> torch.dtype:
+    """The autocast: `auto` is a half precision where the device computes in it, else float32; none beside half weights.
 
     On a GPU float16, whose guidance gradient is ten times as close to float32's as that of bfloat16 at the same speed
-    (docs/scaling.md); bfloat16 for training, which needs no scaling of the loss by it, and on a CPU.
+    (docs/performance.md); bfloat16 for training, which needs no scaling of the loss by it, and on a CPU.
     """
     import torch
 
+    if unet_weights is not None:
+        return torch.float32
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":

@@ -92,6 +92,21 @@ def atomic_save_array(path: str | Path, array) -> None:
     atomic_write(path, content.getvalue())
 
 
+def atomic_save_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Write numpy arrays by name as a .npz file as a whole; makes its folder. They may be large: nothing is copied."""
+    import numpy as np
+
+    temporary = temporary_name(path)
+    with naming(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 SEAL = "record_sha256"
 """Key of a JSON record's own checksum: of all its other keys."""
 

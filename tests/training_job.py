@@ -80,6 +80,52 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["training_job", "diffusers.training_utils", "diffusers.optimization", "accelerate"])
 
 
+class Killed(Exception):
+    """What ends a training of a test."""
+
+
+def train_ddpm(
+    checkpoint: trainer.Checkpoint,
+    config: dict = DDPM,
+    precision=torch.float32,
+    ranks=None,
+    device=CPU,
+    compile="off",
+    **hooks,
+):
+    return ddpm.train_unet(
+        DDPMConfig(**config),
+        TRAIN,
+        VAL,
+        image_size=SIZE,
+        channels=3,
+        device=device,
+        precision=precision,
+        checkpoint=checkpoint,
+        hooks=ddpm.Hooks(**hooks),
+        ranks=ranks,
+        compile=compile,
+    )
+
+
+def train_classifier(
+    checkpoint: trainer.Checkpoint | None = None, on_step=lambda done: None, device=CPU, compile="off", **changes
+):
+    return classifier.fit_classifier(
+        ClassifierConfig(**CLASSIFIER | changes),
+        SCHEDULE,
+        TRAIN,
+        VAL,
+        num_classes=2,
+        device=device,
+        precision=torch.float32,
+        checkpoint=checkpoint or trainer.Checkpoint(Path("never") / "written.pt", "a", minutes=60),
+        compile=compile,
+        on_step=on_step,
+        on_epoch=lambda row: None,
+    )
+
+
 def _work(folder: Path, config: dict, checkpoint_minutes: float, environment: dict, steps) -> None:
     """One rank: train, and let the first one write what came out."""
     os.environ |= environment
@@ -91,31 +137,9 @@ def _work(folder: Path, config: dict, checkpoint_minutes: float, environment: di
         steps.value = done
 
     if "architecture" in config:
-        model, log = classifier.fit_classifier(
-            ClassifierConfig(**config),
-            SCHEDULE,
-            TRAIN,
-            VAL,
-            num_classes=2,
-            device=device,
-            precision=torch.float32,
-            checkpoint=checkpoint,
-            on_step=on_step,
-            on_epoch=lambda row: None,
-        )
+        model, log = train_classifier(checkpoint, on_step, device, **config)
     else:
-        model, log = ddpm.train_unet(
-            DDPMConfig(**config),
-            TRAIN,
-            VAL,
-            image_size=SIZE,
-            channels=3,
-            device=device,
-            precision=torch.float32,
-            checkpoint=checkpoint,
-            hooks=ddpm.Hooks(on_step),
-            ranks=ranks,
-        )
+        model, log = train_ddpm(checkpoint, config, ranks=ranks, device=device, on_step=on_step)
     ranks.leave()
     if ranks.main:
         torch.save(model.state_dict(), folder / "weights.pt")

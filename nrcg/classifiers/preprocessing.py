@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def of_timm(seen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_processor(processor: Any, channels: int | None) -> dict[str, Any]:
-    """Settings of the adapter that do what an image processor of transformers does; `compare` shows whether they do.
+    """Settings of the adapter that do what an image processor of transformers does; `check_like` shows whether they do.
 
     Raises:
         DataError: It asks for what the adapter cannot do, which is named.
@@ -152,9 +152,9 @@ def _side(size: Any, kind: str) -> int:
 
 def _resizing(
     size: int | tuple[int, int], crop: int | None, interpolation: str, *, crop_rounds: bool = True
-) -> dict[str, Any]:
+) -> Resizing:
     try:
-        return asdict(Resizing(size, crop, interpolation, crop_rounds))
+        return Resizing(size, crop, interpolation, crop_rounds)
     except ValueError as error:
         raise DataError(f"its own preprocessing cannot be done: {error}") from error
 

@@ -126,9 +126,9 @@ def choose_device(arguments: argparse.Namespace, settings: StepSettings | None) 
 
     device = acquire_device(arguments.device or getattr(settings, "device", "auto"), arguments.threads)
     precision = getattr(arguments, "precision", None) or getattr(settings, "precision", "float32")
-    if any(getattr(source, "unet_weights", None) for source in (arguments, settings)):
-        precision = "float32"  # half weights take the place of autocast
-    return device, resolve_precision(precision, device, training=getattr(settings, "TRAINS", False))
+    weights = getattr(arguments, "unet_weights", None) or getattr(settings, "unet_weights", None)
+    training = getattr(settings, "TRAINS", False)
+    return device, resolve_precision(precision, device, training=training, unet_weights=weights)
 
 
 @contextlib.contextmanager

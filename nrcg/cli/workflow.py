@@ -119,7 +119,7 @@ def _measured(
     print("measuring ...", file=sys.stderr, flush=True)
     began = time.perf_counter()
     device = resolve_device(arguments.device or settings.device)
-    precision = resolve_precision("float32" if settings.unet_weights else settings.precision, device)
+    precision = resolve_precision(settings.precision, device, unet_weights=settings.unet_weights)
     counted = sorted({name for step in steps for name in step.work})
     costs, notes = measure(settings, counted, unet=unet, device=device, precision=precision)
     cores = processors() if device.type == "cpu" else None

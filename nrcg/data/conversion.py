@@ -58,7 +58,7 @@ def convert(
     max_unreadable: float,
     settings: Mapping[str, Any],
     workers: int | None = None,
-    on_images: Callable[[int], object] | None = None,
+    on_images: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
     """Decode, resize and store the images of a listing as a data set.
 
@@ -109,7 +109,7 @@ def convert(
             writers[piece.split].write_piece(listing.splits[piece.split].places[part], decoded.images, known)
             digests[piece.split] |= {piece.start + i: sha256 for i, sha256 in decoded.sha256.items()}
             done += len(piece.files)
-            (on_images or _nothing)(done)
+            on_images(done)
         unreadable.check()
         # Files are hashed as they are read: the data set can be told from one made of other files.
         generation["images_sha256"] = _digest(digests)
@@ -117,10 +117,6 @@ def convert(
         generation["unreadable"] = {"count": len(unreadable.rows), "files": [row[1] for row in unreadable.rows]}
         unreadable.write()
     return load_manifest(folder)
-
-
-def _nothing(done: int) -> None:
-    """Nobody asks for the progress."""
 
 
 def _pieces(listing: Listing, size: int) -> Iterator[_Piece]:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from nrcg.diffusion.noise import sample_noise
 from nrcg.diffusion.objectives import Prediction, as_prediction
-from nrcg.diffusion.schedule import Schedule
+from nrcg.diffusion.schedule import VARIANCES, Schedule
 
 Predict = Callable[[Tensor, int], Tensor | Prediction]
 """(x_t (B, C, H, W), t in 1..T) to eps or a Prediction."""
-VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 GREY = 1.0 / 127.5
 """Distance of two of the 256 grey values in [-1, 1]."""
 
@@ -35,8 +34,7 @@ def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:
 
 
 def log_variance(schedule: Schedule, t: int, kind: str, prediction: Prediction) -> Tensor | float:
-    """log Sigma_t of p(x_{t-1} | x_t): a number, or (B, C, H, W) where it is learned. At t = 1, where the posterior's
-    is 0, that of t = 2 stands in for it (Nichol and Dhariwal 2021).
+    """log Sigma_t of p(x_{t-1} | x_t): a number, or (B, C, H, W) where it is learned; `Schedule.positive_variance`.
 
     Raises:
         ValueError: Another kind, or a learned variance that the U-Net does not say.
@@ -44,7 +42,7 @@ def log_variance(schedule: Schedule, t: int, kind: str, prediction: Prediction) 
     large = math.log(1.0 - float(schedule.abar[t] / schedule.abar[t - 1]))
     if kind == "fixed_large":
         return large
-    small = math.log(schedule.posterior(max(t, 2))[2]) if schedule.num_steps > 1 else large
+    small = math.log(schedule.positive_variance(t))
     if kind == "fixed_small":
         return small
     if kind != "learned_range" or prediction.log_variance_share is None:

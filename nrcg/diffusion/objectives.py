@@ -130,7 +130,8 @@ def x0_weight(config: ObjectiveConfig, schedule: Schedule) -> Tensor:
     if config.weighting == "simple":
         weight = 1 / x0_factor(config.predicts, schedule)[1:]
     elif config.weighting == "vlb":
-        weight = torch.cat([vlb_first(schedule), (snr[:-1] - snr[1:]) / 2])
+        first = torch.tensor([0.5 / schedule.positive_variance(1)], dtype=torch.float64)
+        weight = torch.cat([first, (snr[:-1] - snr[1:]) / 2])
     elif config.weighting == "snr":
         weight = snr
     elif config.weighting == "min_snr":
@@ -141,13 +142,6 @@ def x0_weight(config: ObjectiveConfig, schedule: Schedule) -> Tensor:
     else:
         weight = snr.clamp(min=1.0)
     return torch.cat([torch.zeros(1, dtype=torch.float64), weight])
-
-
-def vlb_first(schedule: Schedule) -> Tensor:
-    """The bound's weight at t = 1, (1,): 1 / (2 Sigma), where the posterior's variance is 0 and that of t = 2 stands in
-    for it (Nichol and Dhariwal 2021)."""
-    variance = schedule.posterior(2)[2] if schedule.num_steps > 1 else 1.0 - float(schedule.abar[1])
-    return torch.tensor([0.5 / variance], dtype=torch.float64)
 
 
 class Objective:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from nrcg.config import ScheduleConfig
 
 
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+"""Sigma_t of p(x_{t-1} | x_t): the posterior's, beta_t, or between the two as the U-Net says (Nichol and Dhariwal 2021,
+eq. 15)."""
+
+
 class Schedule:
     """abar_t for t = 0..T in float64, abar_0 = 1.
 
@@ -101,3 +106,8 @@ class Schedule:
             alpha**0.5 * (1.0 - abar_prev) / (1.0 - abar),
             (1.0 - abar_prev) / (1.0 - abar) * beta,
         )
+
+    def positive_variance(self, t: int) -> float:
+        """The posterior's variance at t; at t = 1, where it is 0, that of t = 2 stands in for it (Nichol and Dhariwal
+        2021), or beta_1 where there is no other step."""
+        return self.posterior(max(t, 2))[2] if self.num_steps > 1 else 1.0 - float(self.abar[1])

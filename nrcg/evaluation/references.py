@@ -20,7 +20,7 @@ from nrcg.errors import DataError
 from nrcg.evaluation.features import Extractor, extract
 from nrcg.evaluation.frechet import FeatureStatistics, covariance_factor
 from nrcg.evaluation.pairwise import Within, fixed_choice, mean_pair_distance, smallest_keys, within
-from nrcg.files import naming, temporary_name
+from nrcg.files import atomic_save_arrays
 
 CACHE_VERSION = 2
 _IMAGES = 2048  # images extracted at a time
@@ -206,15 +206,7 @@ def save_reference(path: str | Path, reference: Reference) -> None:
                 f"{part}.kernel": one.pairs.kernel,
                 f"{part}.distance": one.pairs.distance,
             }
-    temporary = temporary_name(path)
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    atomic_save_arrays(path, arrays)
 
 
 def load_reference(path: str | Path) -> Reference:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from nrcg.diffusion.objectives import Prediction
-from nrcg.diffusion.schedule import Schedule
+from nrcg.diffusion.schedule import VARIANCES, Schedule
 
 
 class Sampler(ABC):
@@ -78,7 +78,7 @@ class DDPM(Sampler):
             eq. 15: the U-Net says where between the two).
     """
 
-    VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+    VARIANCES = VARIANCES
 
     def __init__(self, schedule: Schedule, clip_pred_x0: bool, variance: str = "fixed_small"):
         super().__init__(schedule, clip_pred_x0)

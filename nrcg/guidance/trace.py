@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from nrcg.classifiers.logits import class_log_prob
 from nrcg.diffusion.objectives import Prediction
 from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import DataError
-from nrcg.files import atomic_write
+from nrcg.files import atomic_save_arrays
 from nrcg.guidance.guidance import ClassifierGuidance
 
 
@@ -44,9 +43,7 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write the arrays as .npz, as a whole."""
-        content = io.BytesIO()
-        np.savez(content, **{field.name: getattr(self, field.name) for field in fields(self)})
-        atomic_write(path, content.getvalue())
+        atomic_save_arrays(path, {field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:

@@ -19,7 +19,7 @@ from nrcg.devices import device_name
 from nrcg.diffusion.likelihood import bound, flow_bits_per_dim
 from nrcg.errors import DataError
 from nrcg.evaluation.sides import UNREADABLE, Side, numbered
-from nrcg.files import atomic_write_text, naming, temporary_name
+from nrcg.files import atomic_save_arrays, atomic_write_text
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
 from nrcg.provenance import versions
@@ -49,6 +49,10 @@ class Measure:
     batch_size: BatchSize = "auto"
     precision: torch.dtype = torch.float32
 
+    def passes(self, num_steps: int) -> int:
+        """What an image counts for in the progress, of T = num_steps."""
+        return num_steps * (1 + 2 * bool(self.num_traces))
+
 
 def measure_likelihood(pipe: GuidedDDPMPipeline, images: Side, how: Measure, *, out: Path, identity: str) -> dict:
     """Bits per dimension of images: likelihood.csv by t, images.csv by image, likelihood.json with the totals.
@@ -69,7 +73,7 @@ def measure_likelihood(pipe: GuidedDDPMPipeline, images: Side, how: Measure, *, 
     settings = {key: value for key, value in asdict(how).items() if key not in ("batch_size", "num_images")}
     known = fingerprint(settings | {"precision": str(how.precision), "identity": identity})
     variance = str(pipe.scheduler.config.get("variance_type", "fixed_small")).removesuffix("_log")
-    per_image = pipe.schedule().num_steps * (1 + 2 * bool(how.num_traces))
+    per_image = how.passes(pipe.schedule().num_steps)
     found: list[dict[str, np.ndarray]] = []
     with Progress("likelihood", how.num_images * per_image, "step") as bar, torch.inference_mode(False):
         predict = pipe.noise_predictor(how.precision)
@@ -78,7 +82,7 @@ def measure_likelihood(pipe: GuidedDDPMPipeline, images: Side, how: Measure, *, 
             part = _read_part(path, known, len(x0))
             if part is None:
                 part = _measure_part(pipe, predict, x0, number * PART, how, variance, bar.set)
-                _write_part(path, known, part)
+                atomic_save_arrays(path, part | {"known": np.array(known)})
             found.append(part)
             bar.set(min((number + 1) * PART, how.num_images) * per_image)
     whole = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
@@ -124,7 +128,7 @@ def _measure_part(
             flow = flow_bits_per_dim(predict, schedule, part, samples, seed=how.seed, num_traces=how.num_traces)
             arrays["flow"] = flow.cpu().numpy()
         results.append(arrays)
-        report(samples.stop * schedule.num_steps * (1 + 2 * bool(how.num_traces)))
+        report(samples.stop * how.passes(schedule.num_steps))
 
     in_batches(len(x0), first_batch(how.batch_size, device, x0[0, 0].numel()), work)
     return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
@@ -139,14 +143,6 @@ def _read_part(path: Path, known: str, count: int) -> dict[str, np.ndarray] | No
             return {name: arrays[name] for name in ARRAYS if name in arrays}
     except (*UNREADABLE, KeyError):
         return None
-
-
-def _write_part(path: Path, known: str, part: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    with naming(path), open(temporary, "wb") as file:
-        np.savez(file, known=np.array(known), **part)
-    temporary.replace(path)
 
 
 def _write(pipe: GuidedDDPMPipeline, whole: dict[str, np.ndarray], how: Measure, out: Path) -> dict:

@@ -240,27 +240,14 @@ def test_a_noise_of_its_own_at_every_step():
             factor = abar[s] ** -0.5  # of x0hat, where eps_theta = 0
             means[which] = b * means[which] + (1 - b) * factor * softmax_gradient(w, factor * pair[which], 0)
         ema_changes.insert(0, changes(means[::-1], pair[::-1])[0])
-    steps = []
-    curves = analyse(
-        x0,
-        classifiers={"non_robust": LinearClassifier(w)},
-        stabilizers={"ema": EMA(b)},
-        clip_pred_x0=False,
-        noise="per_step",
-        on_step=steps.append,
-    )
+    steps: list[int] = []
+    settings = {"classifiers": {"non_robust": LinearClassifier(w)}, "clip_pred_x0": False, "noise": "per_step"}
+    curves = analyse(x0, **settings, stabilizers={"ema": EMA(b)}, on_step=steps.append)
     assert_columns(curves["non_robust"], "logit_sensitivity", np.array(logit_changes))
     assert_columns(curves["non_robust_x0_ema"], "gradient_sensitivity", np.array(ema_changes))
     np.testing.assert_allclose(curves["non_robust"]["accuracy"], right)
     assert steps[-1] == len(x0) * SCHEDULE.num_steps
-    parts = analyse(
-        x0,
-        classifiers={"non_robust": LinearClassifier(w)},
-        stabilizers={"ema": EMA(b)},
-        clip_pred_x0=False,
-        noise="per_step",
-        batch_size=2,
-    )
+    parts = analyse(x0, **settings, stabilizers={"ema": EMA(b)}, batch_size=2)
     for column in FORWARD_COLUMNS[3:]:
         np.testing.assert_allclose(
             parts["non_robust_x0_ema"][column], curves["non_robust_x0_ema"][column], rtol=1e-3, atol=1e-5

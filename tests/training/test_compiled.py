@@ -2,17 +2,10 @@
 
 import pytest
 import torch
-from training_job import CLASSIFIER, CPU, DDPM, SCHEDULE, SIZE, TRAIN, VAL
+from training_job import DDPM, Killed, train_classifier, train_ddpm
 
-from nrcg.config import ClassifierConfig, DDPMConfig
 from nrcg.diffusion import compiling
-from nrcg.training.classifier import fit_classifier
-from nrcg.training.ddpm import Hooks, train_unet
 from nrcg.training.trainer import Checkpoint
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.fixture(autouse=True)
@@ -28,39 +21,20 @@ def compiler(monkeypatch):
     return graphs
 
 
-def train_ddpm(path, compile, on_step=lambda step: None):
-    config = DDPMConfig(**DDPM | {"epochs": 1})
-    return train_unet(
-        config,
-        TRAIN,
-        VAL,
-        image_size=SIZE,
-        channels=3,
-        device=CPU,
-        precision=torch.float32,
-        checkpoint=Checkpoint(path, "a", minutes=1e-9 if "killed" in path.name else 60),
-        hooks=Hooks(on_step=on_step),
-        compile=compile,
-    )[0].state_dict()
+def ddpm_weights(path, compile, on_step=lambda step: None):
+    return train_ddpm(checkpoint(path), DDPM | {"epochs": 1}, compile=compile, on_step=on_step)[0].state_dict()
 
 
-def train_classifier(path, compile, on_step=lambda step: None):
-    return fit_classifier(
-        ClassifierConfig(**CLASSIFIER | {"epochs": 1}),
-        SCHEDULE,
-        TRAIN,
-        VAL,
-        num_classes=2,
-        device=CPU,
-        precision=torch.float32,
-        checkpoint=Checkpoint(path, "a", minutes=1e-9 if "killed" in path.name else 60),
-        compile=compile,
-        on_step=on_step,
-        on_epoch=lambda row: None,
-    )[0].module.state_dict()
+def classifier_weights(path, compile, on_step=lambda step: None):
+    return train_classifier(checkpoint(path), on_step, compile=compile, epochs=1)[0].module.state_dict()
 
 
-@pytest.mark.parametrize("train", [train_ddpm, train_classifier])
+def checkpoint(path):
+    """After each step of a training that is killed."""
+    return Checkpoint(path, "a", minutes=1e-9 if "killed" in path.name else 60)
+
+
+@pytest.mark.parametrize("train", [ddpm_weights, classifier_weights])
 def test_a_compiled_training_gives_the_same_weights_also_after_a_kill(tmp_path, compiler, train):
     def killed(step):
         if step == 3:

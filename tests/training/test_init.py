@@ -9,7 +9,7 @@ import torchvision
 import yaml
 from diffusers import UNet2DModel
 from toys import TINY_SIZE, TINY_STEPS, toy_settings, write_balls, write_tiny_pipeline
-from training_job import CLASSIFIER, CPU, DDPM, OPTIMIZER, SCHEDULE, bright_or_dark
+from training_job import CLASSIFIER, CPU, DDPM, OPTIMIZER, SCHEDULE, Killed, bright_or_dark
 
 from nrcg.classifiers.specs import load_classifier, with_new_head
 from nrcg.classifiers.storage import save_classifier
@@ -59,8 +59,6 @@ def test_the_verb_trains_on_at_another_resolution(tmp_path, source, monkeypatch)
 
 
 def test_a_killed_training_goes_on(tmp_path, source):
-    class Killed(Exception): ...
-
     def train(name: str, stop: int | None = None) -> torch.nn.Module:
         def on_step(done: int) -> None:
             if done == stop:

@@ -3,34 +3,20 @@
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from training_job import CPU, DDPM, SIZE, TRAIN, VAL
+from training_job import CPU, DDPM, SIZE, Killed, train_ddpm
 
 from nrcg.config import TARGETS, DDPMConfig, ObjectiveConfig
 from nrcg.diffusion.objectives import NATIVE
 from nrcg.diffusion.unet import build_scheduler
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training import ddpm
-from nrcg.training.ddpm import Hooks, train_unet
 from nrcg.training.timesteps import ENOUGH, ImportanceTimesteps
 from nrcg.training.trainer import Checkpoint
 
 
-class Killed(Exception):
-    pass
-
-
 def train(path, objective, on_step=lambda step: None, epochs=3, minutes=1e-9):
-    return train_unet(
-        DDPMConfig(**DDPM | {"objective": objective, "epochs": epochs}),
-        TRAIN,
-        VAL,
-        image_size=SIZE,
-        channels=3,
-        device=CPU,
-        precision=torch.float32,
-        checkpoint=Checkpoint(path, "a", minutes=minutes),
-        hooks=Hooks(on_step=on_step),
-    )
+    config = DDPM | {"objective": objective, "epochs": epochs}
+    return train_ddpm(Checkpoint(path, "a", minutes=minutes), config, on_step=on_step)
 
 
 @pytest.mark.parametrize("predicts", TARGETS)

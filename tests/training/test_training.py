@@ -3,38 +3,34 @@
 import copy
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from training_job import (
-    CLASSIFIER,
     CPU,
     DDPM,
     NUM_IMAGES,
     SCHEDULE,
     SIZE,
-    TRAIN,
     VAL,
+    Killed,
     assert_almost_same_weights,
+    train_classifier,
+    train_ddpm,
 )
 
-from nrcg.config import ClassifierConfig, DDPMConfig
+from nrcg.config import DDPMConfig
 from nrcg.diffusion import storage
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.unet import build_scheduler, build_unet
 from nrcg.errors import ConfigError, DataError
-from nrcg.training import classifier, ddpm, trainer
+from nrcg.training import ddpm, trainer
 from nrcg.training.classifier import accuracy, accuracy_over_t
 from nrcg.training.distributed import Ranks
 from nrcg.training.trainer import Checkpoint
 
 STEPS_PER_EPOCH = NUM_IMAGES // DDPM["batch_size"]
-
-
-class Killed(Exception):
-    pass
 
 
 def killer(step: int) -> Callable[[int], None]:
@@ -43,21 +39,6 @@ def killer(step: int) -> Callable[[int], None]:
             raise Killed
 
     return on_step
-
-
-def train_ddpm(checkpoint: Checkpoint, config: dict = DDPM, precision=torch.float32, ranks=None, **hooks):
-    return ddpm.train_unet(
-        DDPMConfig(**config),
-        TRAIN,
-        VAL,
-        image_size=SIZE,
-        channels=3,
-        device=CPU,
-        precision=precision,
-        checkpoint=checkpoint,
-        hooks=ddpm.Hooks(**hooks),
-        ranks=ranks,
-    )
 
 
 def comparable(log: list[dict]) -> list[dict]:
@@ -331,21 +312,6 @@ def test_the_saved_pipeline_opens_with_diffusers(tmp_path, undisturbed):
 
 
 # --- Classifiers ------------------------------------------------------------------------------------------------
-
-
-def train_classifier(checkpoint: Checkpoint | None = None, on_step=lambda done: None, **changes):
-    return classifier.fit_classifier(
-        ClassifierConfig(**CLASSIFIER | changes),
-        SCHEDULE,
-        TRAIN,
-        VAL,
-        num_classes=2,
-        device=CPU,
-        precision=torch.float32,
-        checkpoint=checkpoint or Checkpoint(Path("never") / "written.pt", "a", minutes=60),
-        on_step=on_step,
-        on_epoch=lambda row: None,
-    )
 
 
 @pytest.mark.parametrize("noised", [False, True])
