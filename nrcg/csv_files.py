@@ -12,7 +12,10 @@ from nrcg.errors import DataError
 from nrcg.files import atomic_write
 
 Row = dict[str, str | float]
-TEXT_COLUMNS = ("experiment", "method", "protocols", "reference", "best_by", "mlflow_run_id", "settings")
+TEXT_COLUMNS = (
+    *("experiment", "method", "protocols", "reference", "best_by", "mlflow_run_id", "settings"),
+    *("objective", "predicts", "weighting", "density"),
+)
 """Columns that stay text; every other column holds numbers."""
 
 

@@ -36,6 +36,11 @@ FIGURES = (
 )
 """Names of the figures of an experiment; nrcg.report draws each."""
 
+LIKELIHOOD_FILES = ("likelihood.json", "likelihood.csv", "images.csv", "bits_per_dim.png", "bits_per_dim.svg")
+"""What is made of the shards of a likelihood."""
+OBJECTIVES_FILES = ("objectives.csv", "objectives.png", "objectives.svg", "samples.png")
+"""What is made of the records of a grid of objectives."""
+
 REFERENCE_CACHE = ".nrcg/references"
 """Where features of reference images are kept; safe to delete."""
 
@@ -158,6 +163,27 @@ class ExperimentPaths:
     @property
     def comparison(self) -> Path:
         return self.results / "paper_comparison.md"
+
+    @property
+    def likelihood(self) -> Path:
+        """Bits per dimension: likelihood.csv, images.csv, likelihood.json, the figure, and the shards."""
+        return self.results / "likelihood"
+
+    def likelihood_shard(self, number: int) -> Path:
+        return self.likelihood / f"shard{number:04d}.npz"
+
+    def objective_ddpm(self, objective: str) -> Path:
+        """The diffusers folder of an objective of the grid."""
+        return self.models / "objectives" / objective
+
+    @property
+    def objectives(self) -> Path:
+        """The grid of objectives: a record of each, objectives.csv, and the figures."""
+        return self.results / "objectives"
+
+    def objective(self, objective: str) -> Path:
+        """The record of an objective; its samples and its numbers by t stand beside it."""
+        return self.objectives / f"{objective}.json"
 
     @property
     def tune(self) -> Path:

@@ -16,6 +16,7 @@ DDPM = {"ddpm": "models/<experiment>/ddpm"}
 CLASSIFIERS = {"classifiers": "models/<experiment>/classifiers"}
 CACHE = {"cache": f"folder of the features; default {REFERENCE_CACHE}"}
 TABLES = {name: f"results/<experiment>/{name}.csv" for name in ("forward", "metrics")}
+RECORD = "results/<experiment>/objectives/<objective>.json"
 SAMPLES = {"samples": "results/<experiment>/samples"}
 
 
@@ -69,6 +70,14 @@ VERBS = {
         CACHE,
         compute=True,
     ),
+    "objective": StepVerb(
+        "objective.measure_objective",
+        "objective",
+        "Measure one training objective of a grid: likelihood, samples, guidance, gradients.",
+        DATA | {"ddpm": "models/<experiment>/objectives/<objective>"} | CLASSIFIERS | {"out": RECORD},
+        CACHE,
+        compute=True,
+    ),
     "figures": StepVerb(
         "figures.draw_figures",
         "report",
@@ -102,12 +111,28 @@ def add_step(verbs: Verbs, name: str) -> None:
     add_files(sub, required=False, **verb.optional)
     if name == "dataset":
         sub.add_argument("--threads", type=positive, help="CPU threads")
+    if name == "objective":
+        sub.add_argument("--objective", metavar="NAME", help="which of the grid")
     if name == "train-classifier":
         sub.add_argument("--role", choices=ROLES, help="which of the experiment's classifiers")
 
 
 def _run(verb: StepVerb, arguments: argparse.Namespace) -> None:
-    run_step(arguments, verb.function, verb.step, getattr(arguments, "role", None), verb.compute)
+    part = getattr(arguments, "role", None) or getattr(arguments, "objective", None)
+    run_step(arguments, verb.function, verb.step, part, verb.compute)
+
+
+def add_objectives_table(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "objectives-table", objectives_table)
+    sub.add_argument("--records", type=Path, nargs="+", required=True, help=RECORD)
+    add_files(sub, out="results/<experiment>/objectives")
+
+
+def objectives_table(arguments: argparse.Namespace) -> None:
+    """Compare the training objectives of a grid: table, figure and samples."""
+    from nrcg.steps.objectives import compare_objectives
+
+    compare_objectives(arguments.records, out=arguments.out)
 
 
 def add_collect(verbs: Verbs) -> None:

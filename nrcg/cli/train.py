@@ -30,6 +30,7 @@ def add_train_ddpm(verbs: Verbs) -> None:
     sub.add_argument(
         "--preview", type=Path, nargs="+", default=(), help="classifiers; the first that is there guides early samples"
     )
+    sub.add_argument("--objective", metavar="NAME", help="one of the grid `objectives` instead of the experiment's own")
 
 
 def train_ddpm(arguments: argparse.Namespace) -> int | None:
@@ -37,7 +38,7 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
     from nrcg.devices import resolve_device
     from nrcg.training import distributed
 
-    settings = read_step_settings(arguments.config, "train_ddpm", arguments.experiment)
+    settings = read_step_settings(arguments.config, "train_ddpm", arguments.experiment, arguments.objective)
     if settings.ddpm.pretrained is None and not launched():
         device = resolve_device(arguments.device or settings.device)
         count = distributed.num_processes(settings.ddpm.num_processes, device, arguments.gpus)
@@ -49,7 +50,7 @@ def train_ddpm(arguments: argparse.Namespace) -> int | None:
     ranks, device = distributed.join(device)
     with lean_imports():
         from nrcg.steps import train_ddpm as step
-    files = {name: getattr(arguments, name) for name in ("data", "out", "preview")}
+    files = {name: getattr(arguments, name) for name in ("data", "out", "preview", "objective")}
     step.train_ddpm(settings, **files, device=device, precision=precision, ranks=ranks)
 
 

@@ -48,6 +48,8 @@ from nrcg.config.steps import (
     DatasetStep,
     EvaluateStep,
     ForwardStep,
+    LikelihoodStep,
+    ObjectiveStep,
     ReferenceStep,
     ReportStep,
     SampleStep,

@@ -26,7 +26,7 @@ SECTIONS_OF_FIELD: dict[str, list[str]] = {
     "schedule": ["ddpm.schedule"],
     "classes": ["dataset"],
     "guidance": ["methods"],
-} | {field: [] for field in ("experiment", "device", "compile", "role", "method")}
+} | {field: [] for field in ("experiment", "device", "compile", "role", "method", "objective")}
 
 
 def template() -> dict[str, Any]:
@@ -59,11 +59,20 @@ def dvc_yaml(raw: dict, experiments: list[str]) -> str:
         "params": [{"config.yaml": ["defaults.dataset", "${item}"]}],
         "outs": [{"data/${key}": {"persist": True}}],
     }
-    stages = {name: _stage(stage, sections[name]) for name, stage in common["stages"].items()}
+    groups, stages = {"experiments": blocks}, {"dataset": {"foreach": "${datasets}", "do": images}}
+    for name, stage in common["stages"].items():
+        group, section = "experiments", stage.get("asked")
+        if section is not None:
+            asking = [one for one in experiments if getattr(config.experiments[one], section) is not None]
+            if not asking:
+                continue
+            if asking != experiments:
+                group = f"with_{section}"
+                groups[group] = {one: dict(blocks[one]) for one in asking}
+        stages[name] = {"foreach": f"${{{group}}}", "do": _stage(stage, sections[name])}
     document = {
-        "vars": [{"datasets": datasets}, {"experiments": blocks}],
-        "stages": {"dataset": {"foreach": "${datasets}", "do": images}}
-        | {name: {"foreach": "${experiments}", "do": stage} for name, stage in stages.items()},
+        "vars": [{"datasets": datasets}, *({group: those} for group, those in groups.items())],
+        "stages": stages,
         "plots": [_plot(name, *plot.popitem()) for name in experiments for plot in map(dict, common["plots"])],
     }
     return HEADER + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=200)

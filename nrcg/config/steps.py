@@ -14,10 +14,19 @@ from pydantic import BaseModel, ValidationError
 
 from nrcg.config.basics import ROLES, Compile, Name, Precision, Role, Section, WeightsType, fingerprint
 from nrcg.config.data import DatasetConfig
-from nrcg.config.experiment import Config, EvaluationConfig, ForwardConfig, SamplingConfig, get_experiment
+from nrcg.config.experiment import (
+    Config,
+    EvaluationConfig,
+    ExperimentConfig,
+    ForwardConfig,
+    LikelihoodConfig,
+    ObjectivesConfig,
+    SamplingConfig,
+    get_experiment,
+)
 from nrcg.config.messages import explain
 from nrcg.config.methods import MethodConfig
-from nrcg.config.models import ClassifierConfig, ClassifiersConfig, DDPMConfig, ScheduleConfig
+from nrcg.config.models import ClassifierConfig, ClassifiersConfig, DDPMConfig, ObjectiveConfig, ScheduleConfig
 from nrcg.config.reading import parse, read_yaml
 from nrcg.errors import ConfigError
 from nrcg.files import atomic_write_text
@@ -133,6 +142,35 @@ class EvaluateStep(StepSettings):
     evaluation: EvaluationConfig
 
 
+class LikelihoodStep(StepSettings):
+    # As for samples, num_images says how many shards there are. The rule passes each shard's size.
+    UNAFFECTING = ("device", "likelihood.batch_size", "likelihood.num_images")
+    device: str
+    precision: Precision
+    likelihood: LikelihoodConfig
+
+
+class ObjectiveStep(StepSettings):
+    """One training objective of a grid, measured."""
+
+    UNAFFECTING = (
+        *("device", "compile", "sampling.batch_size", "forward.batch_size", "likelihood.batch_size"),
+        *("sampling.num_samples", "evaluation.best_by", "objectives.predicts", "objectives.weightings"),
+    )
+    device: str
+    precision: Precision
+    unet_weights: WeightsType | None
+    compile: Compile
+    target: str
+    objective: str
+    guidance: MethodConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+    forward: ForwardConfig
+    likelihood: LikelihoodConfig
+    objectives: ObjectivesConfig
+
+
 class ReportStep(StepSettings):
     description: str
     target: str
@@ -145,6 +183,8 @@ class ReportStep(StepSettings):
     evaluation: EvaluationConfig
     methods: dict[str, MethodConfig]
     sweep: dict[str, list[float]]
+    likelihood: LikelihoodConfig | None
+    objectives: ObjectivesConfig | None
 
 
 STEPS: dict[str, type[StepSettings]] = {
@@ -155,6 +195,8 @@ STEPS: dict[str, type[StepSettings]] = {
     "sample": SampleStep,
     "reference": ReferenceStep,
     "evaluate": EvaluateStep,
+    "likelihood": LikelihoodStep,
+    "objective": ObjectiveStep,
     "report": ReportStep,
 }
 
@@ -164,10 +206,11 @@ def step_settings(config: Config, experiment: str, step: str, part: str | None =
 
     Args:
         step: a key of STEPS.
-        part: the role for `train_classifier`, the method for `sample` and `evaluate`, else None.
+        part: the role for `train_classifier`, the method for `sample` and `evaluate`, the objective of a grid for
+            `objective` and, where it is not the experiment's own, for `train_ddpm`; else None.
 
     Raises:
-        ConfigError: unknown experiment, role or method.
+        ConfigError: unknown experiment, role, method or objective; a section that the experiment does not have.
     """
     settings = get_experiment(config, experiment)
     values: dict[str, Any] = {"experiment": experiment}
@@ -179,6 +222,13 @@ def step_settings(config: Config, experiment: str, step: str, part: str | None =
             raise ConfigError(f"role {part!r} is unknown; allowed: {', '.join(ROLES)}")
         values |= {"role": part, "schedule": settings.ddpm.schedule}
         values["classifier"] = getattr(settings.classifiers, part)
+    if step == "train_ddpm" and part is not None:
+        values["ddpm"] = settings.ddpm.model_copy(update={"objective": _objective(settings, part)})
+    if step == "objective":
+        _objective(settings, part)
+        values |= {"objective": part, "guidance": config.methods[settings.objectives.method]}
+    if step == "likelihood" and settings.likelihood is None:
+        raise ConfigError(f"experiments.{experiment}.likelihood: null; it measures none")
     if step in ("sample", "evaluate"):
         if part not in config.methods:
             raise ConfigError(f"method {part!r} is unknown; allowed: {', '.join(config.methods)}")
@@ -189,6 +239,14 @@ def step_settings(config: Config, experiment: str, step: str, part: str | None =
         values["classes"] = settings.dataset.classes
         values["methods"] = {name: config.methods[name] for name in settings.sweep}
     return STEPS[step](**{key: _plain(value) for key, value in values.items()})
+
+
+def _objective(settings: ExperimentConfig, name: str | None) -> ObjectiveConfig:
+    """An objective of an experiment's grid. Raises ConfigError that lists those there are."""
+    cells = settings.objectives.cells if settings.objectives is not None else {}
+    if name not in cells:
+        raise ConfigError(f"objective {name!r} is unknown; allowed: {', '.join(cells) or 'none, objectives is null'}")
+    return cells[name]
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,9 @@ from pathlib import Path
 from nrcg.config import ROLES
 from nrcg.errors import NrcgError
 
-MADE = re.compile(rf"data/[^/]+/.+|models/[^/]+/(ddpm|classifiers/({'|'.join(ROLES)}))/.+|results/[^/]+/(?!tune/).+")
+MADE = re.compile(
+    rf"data/[^/]+/.+|models/[^/]+/(ddpm|objectives/[^/]+|classifiers/({'|'.join(ROLES)}))/.+|results/[^/]+/(?!tune/).+"
+)
 """Files that Snakemake makes, by their path from its folder."""
 VERSIONED = ("data", "models")
 """Folders of which `dvc checkout` brings single files back."""

@@ -89,8 +89,22 @@ class JobResources:
         """Of the forward analysis: three gradients for each image and step."""
         return self._minutes(3 * self.settings.forward.num_images * self.settings.ddpm.schedule.num_train_timesteps)
 
+    def likelihood_minutes(self) -> int:
+        """Of a shard of the likelihood: a pass for each term, two gradients a step where the flow is measured too."""
+        config, num_steps = self.settings.likelihood, self.settings.ddpm.schedule.num_train_timesteps
+        passes = (config.num_steps or num_steps) + 2 * num_steps * bool(config.num_traces)
+        return self._minutes(config.shard_size * passes)
+
+    def objective_minutes(self) -> int:
+        """Of one objective: its samples at each scale and without guidance, its likelihood and its gradients."""
+        settings, num_steps = self.settings, self.settings.ddpm.schedule.num_train_timesteps
+        config, likelihood = settings.objectives, settings.likelihood
+        samples = config.num_samples * (1 + len(config.scales)) + settings.forward.num_images
+        terms = (likelihood.num_steps or num_steps) + 2 * num_steps * bool(likelihood.num_traces)
+        return self._minutes(samples * num_steps + likelihood.num_images * terms)
+
     def guided_mb(self, section: str) -> int:
-        """Memory of a job that takes gradients of the batches of `sampling` or `forward`."""
+        """Memory of a job that takes gradients of the batches of `sampling`, `forward` or `likelihood`."""
         if self.gpus:
             return GPU_JOB_MB
         batch = getattr(self.settings, section).batch_size

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nrcg.config import ROLES, Config, ExperimentConfig
-from nrcg.layout import CLASSIFIER_FILES, DDPM_FILES, FIGURES, DatasetPaths, ExperimentPaths, format_scale, record_of
+from nrcg.layout import (
+    CLASSIFIER_FILES,
+    DDPM_FILES,
+    FIGURES,
+    LIKELIHOOD_FILES,
+    OBJECTIVES_FILES,
+    DatasetPaths,
+    ExperimentPaths,
+    format_scale,
+    record_of,
+)
 
 SHOWN_SAMPLES = 256
 """First samples of a setting that figures and report show, as many as the paper's fig. 9."""
@@ -66,6 +76,30 @@ class Targets:
         """The classifiers, of which one may be there to guide samples of the diffusion model in training."""
         return _texts(self.paths.classifier(role) for role in ROLES)
 
+    def likelihood_shards(self) -> list[str]:
+        """The arrays of the likelihood's shards; none where it is not measured."""
+        config = self.settings.likelihood
+        return _texts(self.paths.likelihood_shard(n) for n in range(config.num_shards if config is not None else 0))
+
+    def likelihood_size(self, shard: int) -> int:
+        """Images of a shard of the likelihood."""
+        config = self.settings.likelihood
+        return min(config.shard_size, config.num_images - shard * config.shard_size)
+
+    def objective_records(self) -> list[str]:
+        """The record of each objective of the grid; none where there is no grid."""
+        config = self.settings.objectives
+        return _texts(self.paths.objective(name) for name in (config.cells if config is not None else ()))
+
+    def studies(self) -> list[str]:
+        """What the report shows beside the paper's comparison, where the experiment asks for it."""
+        found = []
+        if self.settings.likelihood is not None:
+            found += [self.paths.likelihood / name for name in LIKELIHOOD_FILES]
+        if self.settings.objectives is not None:
+            found += [self.paths.objectives / name for name in OBJECTIVES_FILES]
+        return _texts(found)
+
     def results(self) -> list[str]:
         """Every file that a job makes and another reads, and the end results.
 
@@ -79,7 +113,8 @@ class Targets:
         tables = [paths.forward, paths.reference, paths.metrics, paths.summary, paths.report, paths.comparison]
         figures = [paths.figure(name, ending) for name in FIGURES for ending in ("png", "svg")]
         files = [self.data.manifest, *self.data.arrays, *models, *tables, *figures]
-        return [*_texts(files), *self.method_metrics(), *self.samples()]
+        studies = [*self.likelihood_shards(), *self.objective_records(), *self.studies()]
+        return [*_texts(files), *self.method_metrics(), *self.samples(), *studies]
 
     def shard_size(self, shard: int) -> int:
         """Samples in a shard. The last one grows when an experiment asks for more samples."""

@@ -97,10 +97,12 @@ def render(draw: Callable[[], Figure], kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def new_figure(width: float = 6.4, height: float = 4.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    width: float = 6.4, height: float = 4.2, columns: int = 1, sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, sharey=columns > 1, squeeze=False)[0]
+    axes = figure.subplots(1, columns, sharey=sharey and columns > 1, squeeze=False)[0]
     return figure, list(axes)
 
 

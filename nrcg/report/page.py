@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -13,6 +14,7 @@ from nrcg.report import comparison, paper, sections
 from nrcg.report.best import best_rule, pareto_front
 from nrcg.report.claims import check_claims
 from nrcg.report.columns import frechet_columns, headline_protocol, read_forward, read_metrics
+from nrcg.report.studies import STUDIES
 from nrcg.report.tables import edge_notes, tie_note
 
 
@@ -27,6 +29,7 @@ def write_report(
     models_dir: str | os.PathLike,
     reference_json: str | os.PathLike | None = None,
     comparison_md: str | os.PathLike | None = None,
+    studies: Sequence[str] = (),
 ) -> None:
     """Write the report as one HTML file that loads nothing from elsewhere.
 
@@ -38,18 +41,17 @@ def write_report(
         models_dir: the experiment's folder of models, with ddpm/ and classifiers/.
         reference_json: what `nrcg reference` wrote, for the classifiers' calibration; None leaves that out.
         comparison_md: where to write the table of published and measured values as Markdown; None writes none.
+        studies: keys of `nrcg.report.studies.STUDIES`, whose folders stand beside the report.
 
     Raises:
         DataError: a CSV file is missing or broken, or the context lacks a name that is needed.
     """
-    for key in ("experiment", "target", "classes"):
-        if key not in context:
-            raise DataError(f"{out}: the report's context lacks {key!r}")
+    if lacks := [key for key in ("experiment", "target", "classes") if key not in context]:
+        raise DataError(f"{out}: the report's context lacks {lacks[0]!r}")
     forward, metrics = read_forward(forward_csv), read_metrics(metrics_csv)
     claims = check_claims(forward, metrics, num_classes=len(context["classes"]), target=context["target"])
     chosen = sections.best_setup(metrics)
     strips, image_size = sections.method_strips(metrics, samples_dir)
-    column, rule = best_rule(metrics)
     protocol = {"image_size": image_size, "num_steps": context.get("T")}
     protocol |= {name: context.get(name) for name in ("start", "source")}
     compared = comparison.compare(context["experiment"], metrics, **protocol)
@@ -57,7 +59,7 @@ def write_report(
     differences = paper.differences(context["experiment"], **ours, **protocol, settings=context.get("settings"))
     page = _template().render(
         context={"description": "", "commit": "", "versions": {}, **context},
-        paper={"title": paper.TITLE, "arxiv": paper.ARXIV},
+        paper=paper,
         facts=sections.facts(context),
         summary=sections.summary(context, metrics, claims, chosen),
         claims=claims,
@@ -68,10 +70,9 @@ def write_report(
         differences=differences,
         notes=edge_notes(metrics),
         tie_note=tie_note(metrics),
-        rule=rule,
-        rule_column=column,
-        compared={"titles": comparison.TITLES, "lines": [comparison.cells(line) for line in compared]},
-        front=[sections.setup_name(row) for row in pareto_front(metrics)],
+        rule=best_rule(metrics),
+        compared=[comparison.TITLES, *map(comparison.cells, compared)],
+        front=list(map(sections.setup_name, pareto_front(metrics))),
         protocols=[str(metrics[0].get(key, "")) for key in ("protocols", "reference")],
         self_trained=ours["features"] == "judge",
         sweep=sections.sweep_table(metrics),
@@ -82,6 +83,7 @@ def write_report(
         classifiers=sections.classifier_records(Path(models_dir, "classifiers"), context.get("T"), reference_json),
         settings=sections.flatten(context.get("settings", {})),
         betas=sections.betas(context),
+        studies=[STUDIES[name](Path(out).parent / name) for name in studies],
     )
     atomic_write(out, page.encode())
     if comparison_md is not None:

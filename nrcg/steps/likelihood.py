@@ -7,26 +7,28 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from nrcg import tracking
 from nrcg.batching import BatchSize, first_batch, in_batches
-from nrcg.config import fingerprint
-from nrcg.csv_files import write_csv
-from nrcg.data.arrays import to_unit
+from nrcg.config import LikelihoodStep, fingerprint
+from nrcg.data.arrays import open_split, to_unit
 from nrcg.devices import device_name
 from nrcg.diffusion.likelihood import bound, flow_bits_per_dim
 from nrcg.errors import DataError
 from nrcg.evaluation.sides import UNREADABLE, Side, numbered
-from nrcg.files import atomic_save_arrays, atomic_write_text
+from nrcg.files import atomic_save_arrays, weights_sha256
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
 from nrcg.provenance import versions
+from nrcg.steps.common import checked_data, log_dataset
+from nrcg.steps.likelihood_table import ARRAYS, read_arrays, write_tables
 
 PART = 256
 """Images whose numbers are kept at a time: a killed run goes on with the part that it was at."""
-ARRAYS = ("nats", "terms", "mse_eps", "mse_x0", "flow")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,6 @@ def measure_likelihood(pipe: GuidedDDPMPipeline, images: Side, how: Measure, *, 
     """
     settings = {key: value for key, value in asdict(how).items() if key not in ("batch_size", "num_images")}
     known = fingerprint(settings | {"precision": str(how.precision), "identity": identity})
-    variance = str(pipe.scheduler.config.get("variance_type", "fixed_small")).removesuffix("_log")
     per_image = how.passes(pipe.schedule().num_steps)
     found: list[dict[str, np.ndarray]] = []
     with Progress("likelihood", how.num_images * per_image, "step") as bar, torch.inference_mode(False):
@@ -81,12 +82,86 @@ def measure_likelihood(pipe: GuidedDDPMPipeline, images: Side, how: Measure, *, 
             path = out / "parts" / f"part{number:05d}.npz"
             part = _read_part(path, known, len(x0))
             if part is None:
-                part = _measure_part(pipe, predict, x0, number * PART, how, variance, bar.set)
+                part = _measure_part(pipe, predict, x0, number * PART, how, variance_of(pipe), bar.set)
                 atomic_save_arrays(path, part | {"known": np.array(known)})
             found.append(part)
             bar.set(min((number + 1) * PART, how.num_images) * per_image)
     whole = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    return _write(pipe, whole, how, out)
+    return write_tables(whole, _record(pipe, how), out)
+
+
+def measure_shard(
+    settings: LikelihoodStep,
+    *,
+    shard: int,
+    data: Path,
+    ddpm: Path,
+    out: Path,
+    device: torch.device,
+    precision: torch.dtype,
+) -> dict[str, np.ndarray]:
+    """One shard of the validation images' likelihood.
+
+    Args:
+        settings: The experiment's settings.
+        shard: Number of the shard, from 0. One past the last image has none.
+        data: Folder of the data set.
+        ddpm: Folder of the diffusion model.
+        out: The .npz file of the images' numbers.
+        device: Device that computes.
+        precision: Autocast of the U-Net.
+
+    Returns:
+        What the file holds.
+    """
+    config, manifest = settings.likelihood, checked_data(data)
+    pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device)
+    images, _ = open_split(data, "val")
+    first = min(shard * config.shard_size, len(images))
+    stop = min(first + config.shard_size, config.num_images, len(images))
+    how = Measure(
+        **{name: getattr(config, name) for name in ("num_steps", "num_traces", "seed", "batch_size")},
+        num_images=stop - first,
+        precision=precision,
+    )
+    params = settings.model_dump() | {"shard": shard, "weights_sha256": weights_sha256(ddpm)}
+    with (
+        tracking.run(
+            settings.experiment, f"likelihood shard {shard}", kind="shard", params=params, deferred=True
+        ) as run,
+        Progress("likelihood", how.num_images * how.passes(pipe.schedule().num_steps), "step") as bar,
+        torch.inference_mode(False),
+    ):
+        log_dataset(run, manifest, data, "val", "likelihood")
+        predict, x0 = pipe.noise_predictor(precision), to_unit(images[first:stop])
+        found = _measure_part(pipe, predict, x0, first, how, variance_of(pipe), bar.set)
+    atomic_save_arrays(out, found | {"record": np.array(json.dumps(_record(pipe, how)))})
+    return found
+
+
+def measure_images(pipe: GuidedDDPMPipeline, x0: torch.Tensor, how: Measure) -> dict[str, np.ndarray]:
+    """ARRAYS of images (N, C, H, W) in [-1, 1]; nothing is kept."""
+    total = len(x0) * how.passes(pipe.schedule().num_steps)
+    with Progress("likelihood", total, "step") as bar, torch.inference_mode(False):
+        return _measure_part(pipe, pipe.noise_predictor(how.precision), x0, 0, how, variance_of(pipe), bar.set)
+
+
+def variance_of(pipe: GuidedDDPMPipeline) -> str:
+    """The variance of p(x_{t-1} | x_t), one of `nrcg.diffusion.schedule.VARIANCES`."""
+    return str(pipe.scheduler.config.get("variance_type", "fixed_small")).removesuffix("_log")
+
+
+def _record(pipe: GuidedDDPMPipeline, how: Measure) -> dict[str, Any]:
+    """How something was measured."""
+    return {
+        "num_steps": how.num_steps,
+        "num_traces": how.num_traces,
+        "seed": how.seed,
+        "dims": math.prod(pipe.image_shape()),
+        "precision": str(how.precision).removeprefix("torch."),
+        "device": device_name(pipe.device),
+        "versions": versions(),
+    }
 
 
 def _parts(pipe: GuidedDDPMPipeline, images: Side, count: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -118,6 +193,10 @@ def _measure_part(
 ) -> dict[str, np.ndarray]:
     device, schedule = pipe.device, pipe.schedule()
     results: list[dict[str, np.ndarray]] = []
+    if not len(x0):
+        width = schedule.num_steps + 1
+        empty = {"nats": np.zeros(0)} | {name: np.zeros((0, width)) for name in ("terms", "mse_eps", "mse_x0")}
+        return empty | ({"flow": np.zeros(0)} if how.num_traces else {})
 
     def work(batch: range) -> None:
         samples = range(first + batch.start, first + batch.stop)
@@ -137,50 +216,8 @@ def _measure_part(
 def _read_part(path: Path, known: str, count: int) -> dict[str, np.ndarray] | None:
     """A part that an earlier run of the same measurement wrote; None: there is none that is whole."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if str(arrays["known"]) != known or len(arrays["nats"]) != count:
-                return None
-            return {name: arrays[name] for name in ARRAYS if name in arrays}
+        arrays = read_arrays(path)
     except (*UNREADABLE, KeyError):
         return None
-
-
-def _write(pipe: GuidedDDPMPipeline, whole: dict[str, np.ndarray], how: Measure, out: Path) -> dict:
-    """The tables; returns the totals."""
-    shape = pipe.image_shape()
-    unit = math.prod(shape) * math.log(2)
-    bits = whole["nats"] / unit
-    rows = [_row(t, whole, unit) for t in range(pipe.schedule().num_steps + 1)]
-    write_csv(out / "likelihood.csv", rows, list(rows[0]))
-    columns = {"bits_per_dim": bits} | ({"flow_bits_per_dim": whole["flow"]} if "flow" in whole else {})
-    images = [{"image": i} | {name: float(column[i]) for name, column in columns.items()} for i in range(len(bits))]
-    write_csv(out / "images.csv", images, list(images[0]))
-    totals = {name: list(_mean(column)) for name, column in columns.items()}
-    record = totals | {
-        "num_images": len(bits),
-        "num_steps": how.num_steps,
-        "num_traces": how.num_traces,
-        "seed": how.seed,
-        "dims": math.prod(shape),
-        "precision": str(how.precision).removeprefix("torch."),
-        "device": device_name(pipe.device),
-        "versions": versions(),
-    }
-    atomic_write_text(out / "likelihood.json", json.dumps(record, indent=1) + "\n")
-    return record
-
-
-def _row(t: int, whole: dict[str, np.ndarray], unit: float) -> dict[str, float]:
-    """Column t of the terms, L_t: mean and standard error in bits per dimension; and the errors at t."""
-    term, error = _mean(whole["terms"][:, t] / unit)
-    drawn = int(np.isfinite(whole["terms"][:, t]).sum())
-    row = {"t": t, "bits_per_dim": term, "bits_per_dim_se": error, "num_images": drawn}
-    return row | {name: _mean(whole[name][:, t])[0] for name in ("mse_eps", "mse_x0")}
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error, without what is not a number; nan where there is too little."""
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return math.nan, math.nan
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
+    same = str(arrays.get("known")) == known and len(arrays["nats"]) == count
+    return {name: arrays[name] for name in ARRAYS if name in arrays} if same else None

@@ -8,6 +8,7 @@ from nrcg import tracking
 from nrcg.config import ReportStep
 from nrcg.provenance import git_commit, versions
 from nrcg.report.page import write_report
+from nrcg.report.studies import STUDIES
 
 
 def make_report(
@@ -31,7 +32,7 @@ def make_report(
         samples: results/<experiment>/samples.
         figures: Folder of the figures.
         models: models/<experiment>.
-        out: report.html.
+        out: report.html. Beside it stand the studies that the settings ask for, in folders of their names.
         reference: reference.json; None leaves out how good the classifiers are.
         comparison: Table beside the paper's numbers; None writes none.
 
@@ -61,6 +62,7 @@ def make_report(
         models_dir=models,
         reference_json=reference,
         comparison_md=comparison,
+        studies=[name for name in STUDIES if getattr(settings, name) is not None],
     )
     with tracking.run(settings.experiment, "report", kind="report", params=settings.model_dump(), deferred=True) as run:
         for path in (out, forward, metrics):

@@ -36,6 +36,7 @@ def train_ddpm(
     precision: torch.dtype,
     ranks: Ranks | None = None,
     preview: Sequence[Path] = (),
+    objective: str | None = None,
 ) -> list[LogRow]:
     """Write the unconditional diffusion model as a diffusers pipeline folder: trained, or pretrained.
 
@@ -47,6 +48,7 @@ def train_ddpm(
         precision: Autocast of the U-Net.
         ranks: The processes that train together; None: this one alone. Only the main one writes.
         preview: Folders of classifiers. The first that is there guides more samples, each `ddpm.sample_every` epochs.
+        objective: Name of its objective in a grid, whose models MLflow is not given; None: the experiment's own.
 
     Returns:
         The rows of training.csv.
@@ -68,7 +70,8 @@ def train_ddpm(
         hooks = Hooks()
         if ranks.main:
             params = settings.model_dump() | {"num_processes": ranks.count}
-            run = stack.enter_context(_tracked(settings, params, manifest, data, training="training"))
+            name = " ".join(filter(None, ("train_ddpm", objective)))
+            run = stack.enter_context(_tracked(settings, params, manifest, data, training="training", name=name))
             steps = config.epochs * steps_per_epoch(len(train), config.batch_size)
             bar = stack.enter_context(Progress("train_ddpm", steps, "step"))
             keep_grids = functools.partial(_keep_grids, run, grids, out.with_name(f"{out.name}.samples"), preview)
@@ -92,7 +95,7 @@ def train_ddpm(
             record = model_record(settings, manifest, device, precision) | {"num_processes": ranks.count}
             record |= {} if origin is None else {"init": origin}
             save_pipeline(out, unet, scheduler, mean, record, log)
-            _finish(run, unet, grids, out)
+            _finish(run, unet, grids, out, model=objective is None)
             checkpoint.remove()
     return log
 
@@ -105,14 +108,14 @@ def _start(config: DDPMConfig, size: int, channels: int) -> tuple[nn.Module | No
     return pretrained.open_init(config.init, image_size=size, channels=channels, predicts=predicts)
 
 
-def _tracked(settings: TrainDDPMStep, params: dict, manifest: dict, data: Path, *, training: str) -> Any:
+def _tracked(
+    settings: TrainDDPMStep, params: dict, manifest: dict, data: Path, *, training: str, name: str = "train_ddpm"
+) -> Any:
     """The tracking run, with the data set as its inputs."""
 
     @contextlib.contextmanager
     def opened():
-        with tracking.run(
-            settings.experiment, "train_ddpm", kind="train", params=params, tags=data_tags(manifest)
-        ) as run:
+        with tracking.run(settings.experiment, name, kind="train", params=params, tags=data_tags(manifest)) as run:
             log_dataset(run, manifest, data, "train", training)
             log_dataset(run, manifest, data, "val", "validation")
             yield run
@@ -157,8 +160,9 @@ def _keep_grids(run: Any, grids: Grids, folder: Path, preview: Sequence[Path], u
         run.log_artifact(path, "samples")
 
 
-def _finish(run: Any, unet: nn.Module, grids: Grids, out: Path) -> None:
+def _finish(run: Any, unet: nn.Module, grids: Grids, out: Path, model: bool = True) -> None:
     """A grid of samples into the folder, and both into the tracking run."""
     grids.draw(unet, out / "samples.png")
     run.log_artifact(out / "samples.png", "samples")
-    run.log_model(out, "ddpm")
+    if model:
+        run.log_model(out, "ddpm")

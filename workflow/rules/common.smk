@@ -8,7 +8,7 @@ from nrcg import tracking
 from nrcg.config import ROLES
 from nrcg.errors import ConfigError, DataError
 from nrcg.evaluation.features import resolve_features
-from nrcg.layout import FIGURES
+from nrcg.layout import FIGURES, LIKELIHOOD_FILES
 from nrcg.pipeline import startup
 from nrcg.pipeline.remedies import explained
 from nrcg.pipeline.resources import JobResources
@@ -43,6 +43,7 @@ wildcard_constraints:
     dataset="|".join(sorted({one.dataset.name for one in CONFIG.experiments.values()})),
     method="|".join(CONFIG.methods),
     role="|".join(ROLES),
+    objective=r"[a-z0-9_]+-[a-z0-9_]+",
     scale=r"[0-9.e+-]+",
     shard=r"\d+",
 

@@ -37,6 +37,7 @@ rule report:
         files(lambda one, wildcards: one.shown_shards()),
         expand("results/{{experiment}}/figures/{figure}.png", figure=FIGURES),
         expand("models/{{experiment}}/classifiers/{role}/accuracy_over_t.csv", role=ROLES),
+        files(lambda one, wildcards: one.studies()),
         ddpm="models/{experiment}/ddpm/training.csv",
         forward="results/{experiment}/forward.csv",
         metrics="results/{experiment}/metrics.csv",

@@ -26,10 +26,10 @@ rule train_ddpm:
         config=settings_file("train_ddpm"),
         data=subpath(input.manifest, parent=True),
         folder=subpath(output.record, parent=True),
-        preview=files(lambda one, wildcards: one.preview()),
+        options=files(lambda one, wildcards: " ".join(["--preview", *one.preview()])),
     shell:
         "nrcg train-ddpm --config {params.config} --data {params.data} --threads {threads} --gpus {resources.gpu}"
-        " --preview {params.preview} --out {params.folder} > {log} 2>&1"
+        " {params.options} --out {params.folder} > {log} 2>&1"
 
 
 rule train_classifier:

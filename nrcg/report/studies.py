@@ -1,0 +1,110 @@
+"""Sections of the report beside the paper's comparison: likelihood, training objectives."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nrcg.csv_files import Row, read_csv
+from nrcg.errors import DataError
+from nrcg.report.columns import interval
+from nrcg.report.objectives import questions, verdicts
+from nrcg.report.sections import data_uri
+from nrcg.report.tables import format_number
+
+
+@dataclass(frozen=True)
+class Study:
+    """A section of the report.
+
+    Attributes:
+        name: Its anchor.
+        title: Its heading.
+        paragraphs: Text.
+        figures: (address, caption) of pictures.
+        columns: Titles of a table; none: there is no table.
+        lines: Its lines; each cell a text and its interval, "" where there is none.
+    """
+
+    name: str
+    title: str
+    paragraphs: Sequence[str]
+    figures: Sequence[tuple[str, str]] = ()
+    columns: Sequence[str] = ()
+    lines: Sequence[Sequence[tuple[str, str]]] = field(default=())
+
+
+def likelihood_study(folder: Path) -> Study:
+    """Bits per dimension: likelihood.json in words, and the figure."""
+    try:
+        record = json.loads((folder / "likelihood.json").read_text(encoding="utf-8"))
+        value, error = record["bits_per_dim"]
+        count, steps = record["num_images"], record["num_steps"]
+        flow = record.get("flow_bits_per_dim")
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise DataError(f"no record of a likelihood ({problem})", folder / "likelihood.json") from None
+    terms = "every term" if steps is None else f"{steps} stratified terms of each image"
+    text = (
+        f"The variational bound of {count:,} validation images is {value:.3f} ± {error:.3f} bits per dimension (mean "
+        f"and standard error over the images; {terms} between t = 2 and T, the first and the last exactly)."
+    )
+    if flow is not None:
+        text += f" By the probability-flow ODE it is {flow[0]:.3f} ± {flow[1]:.3f}."
+    picture = (
+        _figure(folder, "bits_per_dim"),
+        "Each term of the bound, and the network's mean squared errors, over t.",
+    )
+    return Study("likelihood", "Likelihood", [text], [picture])
+
+
+def objectives_study(folder: Path) -> Study:
+    """The grid of objectives: verdicts, table, figures."""
+    rows = read_csv(folder / "objectives.csv", ("objective", "predicts", "weighting", "bits_per_dim", "scale"))
+    asked = questions(rows)
+    lines = [
+        [
+            (str(row["objective"]), ""),
+            *((question.shown(row[question.column]), _interval(row, question.column)) for question in asked),
+            (format_number(row["scale"], 3), ""),
+        ]
+        for row in rows
+    ]
+    pictures = [
+        (
+            _figure(folder, "objectives"),
+            "Coloured by rank, blue is better. A thick frame marks the best, thin ones those that the 95 % intervals "
+            "do not tell from it.",
+        ),
+        (_figure(folder, "samples"), "The first samples of each: equal seeds, without guidance and at its best scale."),
+    ]
+    text = (
+        f"{len(rows)} diffusion models, trained on the same images for as many steps, differ in what the U-Net "
+        "predicts and in the weight of its squared error over t. Guided by the same classifier; the scale is that of "
+        "the lowest class-conditional distance."
+    )
+    titles = ["objective", *(question.words for question in asked), "scale"]
+    return Study("objectives", "Training objectives", [text, *verdicts(rows)], pictures, titles, lines)
+
+
+def _interval(row: Row, column: str) -> str:
+    low, high = interval(row, column)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    percent = column.startswith("accuracy")
+    return " – ".join(format_number(100 * end if percent else end, 3) for end in (low, high))
+
+
+def _figure(folder: Path, name: str) -> str:
+    """The address of a figure's drawing, or of its pixels."""
+    for ending, kind in ((".svg", "svg+xml"), (".png", "png")):
+        path = folder / f"{name}{ending}"
+        if path.exists():
+            return data_uri(path.read_bytes(), kind)
+    raise DataError("no such figure", folder / f"{name}.png")
+
+
+STUDIES: Mapping[str, Callable[[Path], Study]] = {"likelihood": likelihood_study, "objectives": objectives_study}
+"""Section of an experiment that asks for it -> what makes the report's, of the folder of that name."""
