@@ -36,7 +36,7 @@ def add_likelihood(verbs: Verbs) -> None:
     shard = sub.add_argument_group("a shard of an experiment")
     shard.add_argument("--config", help="config.yaml, or a step's settings file")
     shard.add_argument("--experiment", help="which experiment of config.yaml")
-    shard.add_argument("--shard", type=positive_or_zero, help="number of the shard, from 0")
+    shard.add_argument("--shard", type=int, help="number of the shard, from 0")
     own = sub.add_argument_group("anybody's model")
     own.add_argument("--num-images", type=positive, default=DEFAULT_IMAGES, help="the first ones; default: %(default)s")
     own.add_argument(

@@ -56,8 +56,7 @@ def train_ddpm(
     manifest = checked_data(data)
     if settings.ddpm.pretrained is not None:
         return _take_pretrained(settings, manifest, data, out, device, precision)
-    ranks = ranks or Ranks()
-    config = settings.ddpm
+    ranks, config = ranks or Ranks(), settings.ddpm
     train, val = (TrainingImages(*open_split(data, split), device) for split in ("train", "val"))
     checkpoint = Checkpoint(
         out.with_name(f"{out.name}.checkpoint.pt"), identity(settings, manifest), config.checkpoint_minutes
@@ -70,8 +69,8 @@ def train_ddpm(
         hooks = Hooks()
         if ranks.main:
             params = settings.model_dump() | {"num_processes": ranks.count}
-            name = " ".join(filter(None, ("train_ddpm", objective)))
-            run = stack.enter_context(_tracked(settings, params, manifest, data, training="training", name=name))
+            tracked = _tracked(settings, params, manifest, data, training="training", objective=objective)
+            run = stack.enter_context(tracked)
             steps = config.epochs * steps_per_epoch(len(train), config.batch_size)
             bar = stack.enter_context(Progress("train_ddpm", steps, "step"))
             keep_grids = functools.partial(_keep_grids, run, grids, out.with_name(f"{out.name}.samples"), preview)
@@ -93,7 +92,7 @@ def train_ddpm(
         ranks.leave()
         if ranks.main:
             record = model_record(settings, manifest, device, precision) | {"num_processes": ranks.count}
-            record |= {} if origin is None else {"init": origin}
+            record |= {"init": origin} if origin is not None else {}
             save_pipeline(out, unet, scheduler, mean, record, log)
             _finish(run, unet, grids, out, model=objective is None)
             checkpoint.remove()
@@ -109,9 +108,11 @@ def _start(config: DDPMConfig, size: int, channels: int) -> tuple[nn.Module | No
 
 
 def _tracked(
-    settings: TrainDDPMStep, params: dict, manifest: dict, data: Path, *, training: str, name: str = "train_ddpm"
+    settings: TrainDDPMStep, params: dict, manifest: dict, data: Path, *, training: str, objective: str | None = None
 ) -> Any:
     """The tracking run, with the data set as its inputs."""
+
+    name = " ".join(filter(None, ("train_ddpm", objective)))
 
     @contextlib.contextmanager
     def opened():
