@@ -44,8 +44,10 @@ from nrcg.config.reading import load, merge, parse, read_yaml
 from nrcg.config.reference import config_reference
 from nrcg.config.schema import json_schema
 from nrcg.config.steps import (
+    DENSITIES,
     STEPS,
     DatasetStep,
+    DensityStep,
     EvaluateStep,
     ForwardStep,
     LikelihoodStep,
@@ -60,3 +62,4 @@ from nrcg.config.steps import (
     step_settings,
     write_step_settings,
 )
+from nrcg.config.studies import DensitiesConfig, LikelihoodConfig, ObjectivesConfig

@@ -20,14 +20,13 @@ from nrcg.config.basics import (
     Section,
     Seed,
     Start,
-    Target,
-    Weighting,
     WeightsType,
     checked_device,
 )
 from nrcg.config.data import DatasetConfig
 from nrcg.config.methods import MethodConfig, StabilizerConfig, stabilizer_name
-from nrcg.config.models import ClassifiersConfig, DDPMConfig, ObjectiveConfig
+from nrcg.config.models import ClassifiersConfig, DDPMConfig
+from nrcg.config.studies import DensitiesConfig, LikelihoodConfig, ObjectivesConfig
 from nrcg.errors import ConfigError
 
 RULES = (
@@ -133,71 +132,6 @@ class EvaluationConfig(Section):
         return features
 
 
-class LikelihoodConfig(Section):
-    """Bits per dimension of validation images under the diffusion model; docs/evaluation.md."""
-
-    num_images: Positive = Field(description="Validation images, the first ones.")
-    num_steps: Positive | None = Field(
-        description="Terms of the bound per image between t = 2 and T, a stratified choice; null: all."
-    )
-    num_traces: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="Random signs per image for the divergence of the probability-flow ODE; 0: the bound alone.",
-    )
-    shard_size: Positive = Field(default=1024, description="Images per job.")
-    batch_size: Count = Field(default="auto", description="Images at once on the device. auto: as many as fit.")
-    seed: Seed = Field(default=0, description="Noise and steps of image i depend on (seed, i) alone.")
-
-    @property
-    def num_shards(self) -> int:
-        return math.ceil(self.num_images / self.shard_size)
-
-
-class ObjectivesConfig(Section):
-    """A grid of training objectives, trained at equal cost and compared; docs/objectives.md."""
-
-    predicts: Annotated[list[Target], Field(min_length=1)] = Field(description="What the U-Nets predict.")
-    weightings: Annotated[list[Weighting], Field(min_length=1)] = Field(
-        description="Weightings of the loss; each goes with each of `predicts`, where that is not a training twice."
-    )
-    num_samples: Annotated[int, Field(ge=2)] = Field(
-        description="Samples per objective without guidance, and at each scale with it."
-    )
-    method: str = Field(description="What guides them; a key of methods.")
-    scales: Annotated[list[float], Field(min_length=1)] = Field(
-        description="Guidance scales; an objective is judged by that of its lowest class-conditional distance."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> ObjectivesConfig:
-        for key in ("predicts", "weightings", "scales"):
-            values = getattr(self, key)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{key}: an entry is listed twice")
-        for scale in self.scales:
-            if scale < 0:
-                raise ValueError(f"scales: {scale} is no guidance scale; a finite number >= 0 is allowed")
-        return self
-
-    @property
-    def cells(self) -> dict[str, ObjectiveConfig]:
-        """The objectives by name, which becomes a folder; those that are the same training are listed once.
-
-        Every weighting but `simple` is said of x_0's error, whatever is predicted: then score is the U-Net of epsilon,
-        and mean that of sample. Weighted by the SNR, the error of x_0 is that of the noise.
-        """
-        cells = {}
-        for predicts in self.predicts:
-            for weighting in self.weightings:
-                same = {"score": "epsilon", "mean": "sample"}.get(predicts)
-                if weighting != "simple" and same in self.predicts:
-                    continue
-                if (predicts, weighting) == ("epsilon", "snr") and "simple" in self.weightings:
-                    continue
-                cells[f"{predicts}-{weighting}"] = ObjectiveConfig(predicts=predicts, weighting=weighting)
-        return cells
-
-
 class ExperimentConfig(Section):
     """One experiment: `defaults` with the experiment's keys laid over it."""
 
@@ -298,6 +232,7 @@ class Config(Section):
 
     methods: dict[Name, MethodConfig]
     experiments: dict[Name, ExperimentConfig]
+    densities: DensitiesConfig | None = None
 
     @model_validator(mode="after")
     def _methods_exist(self) -> Config:

@@ -88,8 +88,8 @@ def parse(raw: dict, source: str = "config.yaml") -> Config:
     except ValueError as error:  # an anchor that holds itself
         raise ConfigError(f"{source}: {error}") from None
     for key in raw:
-        if key not in ("defaults", "methods", "experiments"):
-            raise ConfigError(f"{source}: {key}: unknown key; allowed here: defaults, experiments, methods")
+        if key not in ("defaults", "methods", "experiments", "densities"):
+            raise ConfigError(f"{source}: {key}: unknown key; allowed here: defaults, densities, experiments, methods")
     for key in ("defaults", "methods", "experiments"):
         if not isinstance(raw.get(key), dict) or not raw[key]:
             raise ConfigError(f"{source}: {key}: missing, empty or no mapping")
@@ -101,7 +101,7 @@ def parse(raw: dict, source: str = "config.yaml") -> Config:
             raise ConfigError(f"{source}: experiments.{name}: should be a mapping, got {block!r}")
         merged[name] = merge(raw["defaults"], block)
     try:
-        config = Config(methods=raw["methods"], experiments=merged)
+        config = Config(methods=raw["methods"], experiments=merged, densities=raw.get("densities"))
     except ValidationError as error:
         message = explain(error, Config)
         # A mistake in `defaults` would be reported for the first experiment that inherits it.

@@ -15,15 +15,16 @@ from nrcg.config.basics import StepCount
 from nrcg.config.experiment import ExperimentConfig
 from nrcg.config.messages import models_in
 from nrcg.config.methods import MethodConfig
+from nrcg.config.studies import DensitiesConfig
 
 HEADER = """\
 # Every key of config.yaml
 
 *Made by `nrcg schema --docs` from the models that check the file; `config.schema.json` says the same to editors.*
 
-`config.yaml` holds `defaults`, `methods` and `experiments`. An experiment is `defaults` with its own keys laid over
-it: mappings merge key by key, lists are replaced. An unknown key or a wrong type is refused in one line before any job
-starts (`nrcg validate`). The third column is what the shipped `defaults` say, or what holds where a key is left out.
+`config.yaml` holds `defaults`, `methods`, `experiments` and, if you like, `densities`. An experiment is `defaults` with
+its own keys laid over it: mappings merge key by key, lists are replaced. An unknown key or a wrong type is refused in
+one line before any job starts (`nrcg validate`). The third column is what the shipped `defaults` say, or what holds where a key is left out.
 """
 NUMBERS = {int: "whole number", float: "number"}
 WORDS = {str: "text", bool: "true, false", type(None): "null"} | NUMBERS
@@ -35,6 +36,7 @@ def config_reference(raw: dict) -> str:
     shown: set[type[BaseModel]] = set()
     lines += _sections(ExperimentConfig, "", raw["defaults"], shown)
     lines += ["\n## Keys of a method", *_sections(MethodConfig, "", {}, shown)]
+    lines += ["\n## Keys of densities", *_sections(DensitiesConfig, "", raw.get("densities"), shown)]
     return "\n".join(lines) + "\n"
 
 

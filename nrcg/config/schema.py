@@ -6,6 +6,7 @@ import copy
 
 from nrcg.config.experiment import ExperimentConfig
 from nrcg.config.methods import MethodConfig
+from nrcg.config.studies import DensitiesConfig
 
 
 def json_schema() -> dict:
@@ -13,7 +14,9 @@ def json_schema() -> dict:
     schema = ExperimentConfig.model_json_schema(ref_template="#/$defs/{model}")
     definitions = schema.pop("$defs")
     definitions |= MethodConfig.model_json_schema(ref_template="#/$defs/{model}").pop("$defs", {})
-    definitions["ExperimentConfig"] = schema
+    densities = DensitiesConfig.model_json_schema(ref_template="#/$defs/{model}")
+    definitions |= densities.pop("$defs")
+    definitions |= {"ExperimentConfig": schema, "DensitiesConfig": densities}
     definitions["MethodConfig"] = {
         key: value for key, value in MethodConfig.model_json_schema().items() if key != "$defs"
     }
@@ -36,6 +39,7 @@ def json_schema() -> dict:
             "defaults": {"$ref": "#/$defs/ExperimentConfig"},
             "methods": {"type": "object", "additionalProperties": {"$ref": "#/$defs/MethodConfig"}},
             "experiments": {"type": "object", "additionalProperties": {"$ref": "#/$defs/ExperimentConfig"}},
+            "densities": {"anyOf": [{"$ref": "#/$defs/DensitiesConfig"}, {"type": "null"}]},
         },
         "$defs": partial | {"StabilizerConfig": definitions["StabilizerConfig"]},
     }

@@ -19,8 +19,6 @@ from nrcg.config.experiment import (
     EvaluationConfig,
     ExperimentConfig,
     ForwardConfig,
-    LikelihoodConfig,
-    ObjectivesConfig,
     SamplingConfig,
     get_experiment,
 )
@@ -28,6 +26,7 @@ from nrcg.config.messages import explain
 from nrcg.config.methods import MethodConfig
 from nrcg.config.models import ClassifierConfig, ClassifiersConfig, DDPMConfig, ObjectiveConfig, ScheduleConfig
 from nrcg.config.reading import parse, read_yaml
+from nrcg.config.studies import DensitiesConfig, LikelihoodConfig, ObjectivesConfig
 from nrcg.errors import ConfigError
 from nrcg.files import atomic_write_text
 
@@ -171,6 +170,15 @@ class ObjectiveStep(StepSettings):
     objectives: ObjectivesConfig
 
 
+class DensityStep(StepSettings):
+    """One distribution of the plane; the experiment is called densities."""
+
+    UNAFFECTING = ("device", "densities.names")
+    device: str = "auto"
+    density: str
+    densities: DensitiesConfig
+
+
 class ReportStep(StepSettings):
     description: str
     target: str
@@ -197,8 +205,11 @@ STEPS: dict[str, type[StepSettings]] = {
     "evaluate": EvaluateStep,
     "likelihood": LikelihoodStep,
     "objective": ObjectiveStep,
+    "density": DensityStep,
     "report": ReportStep,
 }
+DENSITIES = "densities"
+"""What stands for an experiment where the distributions of the plane are meant."""
 
 
 def step_settings(config: Config, experiment: str, step: str, part: str | None = None) -> StepSettings:
@@ -212,6 +223,8 @@ def step_settings(config: Config, experiment: str, step: str, part: str | None =
     Raises:
         ConfigError: unknown experiment, role, method or objective; a section that the experiment does not have.
     """
+    if step == "density":
+        return _density_step(config, part)
     settings = get_experiment(config, experiment)
     values: dict[str, Any] = {"experiment": experiment}
     for field in STEPS[step].model_fields:
@@ -239,6 +252,13 @@ def step_settings(config: Config, experiment: str, step: str, part: str | None =
         values["classes"] = settings.dataset.classes
         values["methods"] = {name: config.methods[name] for name in settings.sweep}
     return STEPS[step](**{key: _plain(value) for key, value in values.items()})
+
+
+def _density_step(config: Config, name: str | None) -> DensityStep:
+    names = config.densities.names if config.densities is not None else []
+    if name not in names:
+        raise ConfigError(f"density {name!r} is unknown; allowed: {', '.join(names) or 'none, densities is null'}")
+    return DensityStep(experiment=DENSITIES, density=name, densities=_plain(config.densities))
 
 
 def _objective(settings: ExperimentConfig, name: str | None) -> ObjectiveConfig:

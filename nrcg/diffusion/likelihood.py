@@ -3,7 +3,8 @@
 The bound (Ho et al. 2020, eq. 5; nats per image): L_T + sum over t = 2..T of L_{t-1} + L_0, where
     L_T      = KL(q(x_T | x_0), N(0, I)),
     L_{t-1}  = KL(q(x_{t-1} | x_t, x_0), p(x_{t-1} | x_t)),
-    L_0      = -log p(x_0 | x_1), a Gaussian discretised to the 256 grey values (eq. 13).
+    L_0      = -log p(x_0 | x_1), a Gaussian discretised to the 256 grey values (eq. 13); of data that are not grey
+               values (`continuous`) its density.
 In bits per dimension: divided by D log 2. x0hat is not clipped.
 """
 
@@ -51,7 +52,13 @@ def log_variance(schedule: Schedule, t: int, kind: str, prediction: Prediction) 
 
 
 def transition_term(
-    schedule: Schedule, x0: Tensor, x_t: Tensor, t: int, prediction: Prediction, variance: str = "fixed_small"
+    schedule: Schedule,
+    x0: Tensor,
+    x_t: Tensor,
+    t: int,
+    prediction: Prediction,
+    variance: str = "fixed_small",
+    continuous: bool = False,
 ) -> Tensor:
     """L_{t-1} (B,) in nats, t in 2..T; L_0 at t = 1.
 
@@ -61,9 +68,12 @@ def transition_term(
         x0, x_t: (B, C, H, W).
         prediction: of the U-Net at x_t.
         variance: fixed_small, fixed_large or learned_range.
+        continuous: the data are no grey values.
     """
     a, _, true_variance = schedule.posterior(t)
     x0hat = schedule.pred_x0(x_t, prediction.eps, t)
+    if t == 1 and continuous:
+        return density_term(schedule, x0, x0hat)
     spread = log_variance(schedule, t, variance, prediction)
     if t == 1:
         return grey_term(x0, x0hat, spread)
@@ -93,6 +103,14 @@ def grey_term(x0: Tensor, mean: Tensor, log_spread: Tensor | float) -> Tensor:
     mass = torch.where(x0 < -0.999, torch.special.log_ndtr(upper), mass)
     mass = torch.where(x0 > 0.999, torch.special.log_ndtr(-lower), mass)
     return -mass.flatten(1).sum(dim=1)
+
+
+def density_term(schedule: Schedule, x0: Tensor, mean: Tensor) -> Tensor:
+    """-log of the Gaussian's density at x_0, (B,) in nats. Its variance is beta_1: that of x_0 given x_1, where beta_1
+    is small beside the data's."""
+    variance = 1.0 - float(schedule.abar[1])
+    squares = (x0.double() - mean.double()).square().flatten(1).sum(dim=1)
+    return 0.5 * (squares / variance + x0[0].numel() * math.log(2 * math.pi * variance))
 
 
 @dataclass(frozen=True)
@@ -145,18 +163,25 @@ def bound(
     seed: int = 0,
     num_steps: int | None = None,
     variance: str = "fixed_small",
+    continuous: bool = False,
     on_step: Callable[[int], None] | None = None,
 ) -> Bound:
     """The bound of images, L_T and L_0 exactly, of the terms between all or a stratified choice.
 
     Args:
         predict: the U-Net.
-        x0: (N, C, H, W), grey values in [-1, 1].
+        x0: (N, C, H, W), grey values in [-1, 1], or `continuous` data.
         samples: (N,) numbers of the images: noise and choice of t depend on (seed, number, t) alone.
         num_steps: terms per image between 2 and T; None: all.
         variance: of p(x_{t-1} | x_t): fixed_small, fixed_large or learned_range.
+        continuous: the data are no grey values: the bound is of their density, and may be negative.
         on_step: called with the number of images that a pass was done for.
+
+    Raises:
+        ValueError: grey values outside [-1, 1]; a learned variance that the U-Net does not say.
     """
+    if not continuous and bool((x0.abs() > 1).any()):
+        raise ValueError("x0: holds values outside [-1, 1]; grey values are k / 127.5 - 1, k = 0..255")
     chosen = steps_of(schedule.num_steps, num_steps, seed, samples)
     shape = (len(x0), schedule.num_steps + 1)
     terms, mse_eps, mse_x0 = (torch.full(shape, math.nan, dtype=torch.float64) for _ in range(3))
@@ -171,7 +196,7 @@ def bound(
         x_t = schedule.q_sample(image, t, noise)
         with torch.no_grad():
             prediction = as_prediction(predict(x_t, t))
-        term = transition_term(schedule, image, x_t, t, prediction, variance).cpu()
+        term = transition_term(schedule, image, x_t, t, prediction, variance, continuous).cpu()
         terms[rows, t - 1] = term
         mse_eps[rows, t] = (prediction.eps - noise).double().square().flatten(1).mean(dim=1).cpu()
         error = (schedule.pred_x0(x_t, prediction.eps, t) - image).double()

@@ -25,7 +25,7 @@ from nrcg.diffusion.noise import spawn_seed
 from nrcg.diffusion.objectives import Objective, to_eps
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.unet import build_unet
-from nrcg.errors import ConfigError
+from nrcg.errors import ConfigError, DataError
 from nrcg.training.distributed import Ranks
 from nrcg.training.feed import TrainingImages, batches_from, steps_per_epoch
 from nrcg.training.timesteps import ImportanceTimesteps
@@ -247,6 +247,11 @@ class _Training:
                 state = {"trainer": self.trainer.state_dict(), "ema": self.ema.state_dict()}
                 state |= {} if self.importance is None else {"timesteps": self.importance.state_dict()}
                 self.checkpoint.save(state | {"epoch_loss": self.epoch_loss.cpu()})
+        if not torch.isfinite(self.epoch_loss):
+            raise DataError(
+                f"the loss of epoch {epoch + 1} is not finite; lower ddpm.optimizer.learning_rate or grad_clip, or take"
+                " another ddpm.objective"
+            )
         self.ema.copy_to(self.ema_unet.parameters())
         seconds = time.perf_counter() - self.epoch_began
         row = {
