@@ -43,6 +43,7 @@ include: "workflow/rules/forward.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/studies.smk"
+include: "workflow/rules/densities.smk"
 include: "workflow/rules/report.smk"
 
 

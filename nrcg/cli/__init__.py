@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     likelihood.add_likelihood_table(verbs)
     steps.add_step(verbs, "objective")
     steps.add_objectives_table(verbs)
+    steps.add_density(verbs)
+    steps.add_densities_table(verbs)
     steps.add_collect(verbs)
     steps.add_step(verbs, "figures")
     steps.add_step(verbs, "report")

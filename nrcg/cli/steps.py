@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nrcg.cli.arguments import Verbs, add_files, add_verb, positive, run_step
-from nrcg.config import BEST_BY, ROLES
+from nrcg.config import BEST_BY, DENSITIES, ROLES
 from nrcg.layout import REFERENCE_CACHE
 
 DATA = {"data": "data/<dataset>"}
@@ -133,6 +133,32 @@ def objectives_table(arguments: argparse.Namespace) -> None:
     from nrcg.steps.objectives import compare_objectives
 
     compare_objectives(arguments.records, out=arguments.out)
+
+
+def add_density(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "density", density, compute=True)
+    sub.add_argument("--config", required=True, help="config.yaml, or a step's settings file")
+    sub.add_argument("--density", required=True, metavar="NAME", help="one of densities.names")
+    add_files(sub, out="results/densities/<density>.csv", models="models/densities/<density>")
+    sub.set_defaults(experiment=DENSITIES)
+
+
+def density(arguments: argparse.Namespace) -> None:
+    """Learn a distribution whose density is known by each objective; bound and ODE beside the truth."""
+    run_step(arguments, "density.measure_density", "density", arguments.density)
+
+
+def add_densities_table(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "densities-table", densities_table)
+    sub.add_argument("--tables", type=Path, nargs="+", required=True, help="results/densities/<density>.csv")
+    add_files(sub, out="results/densities")
+
+
+def densities_table(arguments: argparse.Namespace) -> None:
+    """Join the distributions whose density is known: table, figures, page."""
+    from nrcg.steps.densities_table import compare_densities
+
+    compare_densities(arguments.tables, out=arguments.out)
 
 
 def add_collect(verbs: Verbs) -> None:

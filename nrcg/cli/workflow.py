@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from nrcg.cli.arguments import Verbs, add_verb, device_flag, print_table
 from nrcg.cli.imports import lean_imports
-from nrcg.config import config_reference, dvc_yaml, get_experiment, json_schema, load, read_yaml
+from nrcg.config import DENSITIES, config_reference, dvc_yaml, get_experiment, json_schema, load, read_yaml
 from nrcg.devices import device_name
 from nrcg.errors import DataError
 from nrcg.files import atomic_write_text
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from nrcg.pipeline.plan import job_weights, make_plan
     from nrcg.pipeline.watch import PLUGIN, watch
 
-    weights = job_weights(make_plan(load("config.yaml"), arguments.experiment))
+    config = load("config.yaml")
+    weights = {} if arguments.experiment == DENSITIES else job_weights(make_plan(config, arguments.experiment))
     _use_this_environment()
     # The target stands first: --resources takes every word after it.
     command = ["snakemake", arguments.experiment, "--cores", "all", "--resources", "gpu=1", *arguments.snakemake]
@@ -60,7 +61,8 @@ def _print_results(experiment: str) -> None:
     from nrcg.report.tables import format_table
 
     paths = ExperimentPaths(experiment)
-    print(format_table(read_metrics(paths.metrics)))
+    if experiment != DENSITIES:
+        print(format_table(read_metrics(paths.metrics)))
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     used, jobs = spent.ru_utime + spent.ru_stime, _benchmarked(experiment)
     print(f"\nCPU time of this run: {used:,.0f} s; of its jobs by benchmarks/{experiment}/**/*.tsv: {jobs:,.0f} s")

@@ -47,6 +47,7 @@ RULES = (
     "objective",
     "objectives_table",
     "density",
+    "densities_table",
     "densities",
 )
 """Rules of the workflow. An experiment is a rule too, so it cannot have one of these names."""

@@ -24,7 +24,8 @@ HEADER = """\
 
 `config.yaml` holds `defaults`, `methods`, `experiments` and, if you like, `densities`. An experiment is `defaults` with
 its own keys laid over it: mappings merge key by key, lists are replaced. An unknown key or a wrong type is refused in
-one line before any job starts (`nrcg validate`). The third column is what the shipped `defaults` say, or what holds where a key is left out.
+one line before any job starts (`nrcg validate`). The third column is what the shipped `defaults` say, or what holds
+where a key is left out.
 """
 NUMBERS = {int: "whole number", float: "number"}
 WORDS = {str: "text", bool: "true, false", type(None): "null"} | NUMBERS

@@ -154,7 +154,8 @@ class ObjectiveStep(StepSettings):
 
     UNAFFECTING = (
         *("device", "compile", "sampling.batch_size", "forward.batch_size", "likelihood.batch_size"),
-        *("sampling.num_samples", "evaluation.best_by", "objectives.predicts", "objectives.weightings"),
+        *("sampling.num_samples", "sampling.shard_size", "likelihood.shard_size", "evaluation.best_by"),
+        *("objectives.predicts", "objectives.weightings"),
     )
     device: str
     precision: Precision

@@ -193,9 +193,11 @@ def make_plan(
         _train_ddpm(settings, counts, paths, parameters.get("unet")),
         *(_train_classifier(settings, role, counts, paths, parameters) for role in ROLES),
         _forward(settings, counts, paths),
+        *_likelihood(settings, counts, paths),
         *(_sample(settings, method, config.methods[method], paths) for method in settings.sweep),
         _reference(settings, counts, paths),
         _evaluate(settings, config.methods, paths),
+        *_objectives(settings, config.methods, counts, paths, parameters.get("unet")),
         Step("report", 3, None, {"start": 3}, done=made),
     ]
 
@@ -259,6 +261,66 @@ def _forward(settings: ExperimentConfig, counts: Counts, paths: ExperimentPaths)
     on_x_t = _sum({_classify(getattr(settings.classifiers, role)): 2 * passes} for role in ("robust", "non_robust"))
     work = {"start": 1, "unet_gradient": passes} | on_x_t
     return Step("forward", 1, images, work, done=_there(paths.forward))
+
+
+def _likelihood(settings: ExperimentConfig, counts: Counts, paths: ExperimentPaths) -> list[Step]:
+    """None where it is not measured."""
+    config = settings.likelihood
+    if config is None:
+        return []
+    images = _at_most(config.num_images, counts.val)
+    shards = [paths.likelihood_shard(number) for number in range(config.num_shards)]
+    work = {"start": len(shards)} | _likelihood_work(settings, images)
+    return [Step("likelihood", len(shards), images, work, done=_there(*shards))]
+
+
+def _likelihood_work(settings: ExperimentConfig, images: int) -> dict[str, float]:
+    """A pass for each term; for the flow two gradients a step."""
+    config, num_steps = settings.likelihood, settings.ddpm.schedule.num_train_timesteps
+    terms = 1 + min(config.num_steps or num_steps, num_steps - 1)
+    flow = 2 * num_steps * config.num_traces
+    return {"unet_forward": images * terms, "unet_gradient": images * flow}
+
+
+def _objectives(
+    settings: ExperimentConfig,
+    methods: Mapping[str, MethodConfig],
+    counts: Counts,
+    paths: ExperimentPaths,
+    parameters: int | None,
+) -> list[Step]:
+    """Training and measuring each objective of the grid; none where there is no grid."""
+    config = settings.objectives
+    if config is None:
+        return []
+    own = _train_ddpm(settings, counts, paths, parameters)
+    cells, method = list(config.cells), methods[config.method]
+    classify = _classify(getattr(settings.classifiers, method.classifier or "non_robust"))
+    num_steps = settings.ddpm.schedule.num_train_timesteps
+    works = [sampling_work(method, num_steps, scale, classify) for scale in config.scales]
+    works.append(Counter({"unet_forward": num_steps}))
+    measured = _sum([{key: config.num_samples * count for key, count in work.items()} for work in works])
+    measured.update(_likelihood_work(settings, _at_most(settings.likelihood.num_images, counts.val)))
+    measured["unet_gradient"] += _at_most(settings.forward.num_images, counts.val) * num_steps
+    trained = _there(*(paths.objective_ddpm(cell) / "training.json" for cell in cells))
+
+    def times(work: Mapping[str, float]) -> dict[str, float]:
+        return {key: len(cells) * count for key, count in work.items()} | {"start": len(cells)}
+
+    drawn = len(cells) * config.num_samples * len(works)
+    return [
+        Step(
+            name="train_objective",
+            jobs=len(cells),
+            images=None if own.images is None else len(cells) * own.images,
+            work=times(own.work),
+            disk=None if own.disk is None else len(cells) * own.disk,
+            threads=own.threads,
+            done=trained,
+            bound=own.bound,
+        ),
+        Step("objective", len(cells), drawn, times(measured), done=_there(*map(paths.objective, cells))),
+    ]
 
 
 def _sample(settings: ExperimentConfig, name: str, method: MethodConfig, paths: ExperimentPaths) -> Step:

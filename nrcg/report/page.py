@@ -14,7 +14,7 @@ from nrcg.report import comparison, paper, sections
 from nrcg.report.best import best_rule, pareto_front
 from nrcg.report.claims import check_claims
 from nrcg.report.columns import frechet_columns, headline_protocol, read_forward, read_metrics
-from nrcg.report.studies import STUDIES
+from nrcg.report.studies import STUDIES, Study
 from nrcg.report.tables import edge_notes, tie_note
 
 
@@ -90,8 +90,13 @@ def write_report(
         atomic_write(comparison_md, comparison.markdown(context["experiment"], metrics, compared).encode())
 
 
-def _template() -> Template:
-    """The page to fill; what is put into it is escaped."""
+def write_study_page(out: str | os.PathLike, title: str, studies: Sequence[Study]) -> None:
+    """Write sections that belong to no experiment as one HTML file that loads nothing from elsewhere."""
+    atomic_write(out, _template("study.html").render(title=title, studies=studies).encode())
+
+
+def _template(name: str = "report.html") -> Template:
+    """A page to fill; what is put into it is escaped."""
     environment = Environment(
         loader=PackageLoader("nrcg.report", "templates"),
         autoescape=True,
@@ -99,4 +104,4 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)

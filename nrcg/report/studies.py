@@ -54,7 +54,7 @@ def likelihood_study(folder: Path) -> Study:
     if flow is not None:
         text += f" By the probability-flow ODE it is {flow[0]:.3f} ± {flow[1]:.3f}."
     picture = (
-        _figure(folder, "bits_per_dim"),
+        figure_address(folder, "bits_per_dim"),
         "Each term of the bound, and the network's mean squared errors, over t.",
     )
     return Study("likelihood", "Likelihood", [text], [picture])
@@ -67,18 +67,21 @@ def objectives_study(folder: Path) -> Study:
     lines = [
         [
             (str(row["objective"]), ""),
-            *((question.shown(row[question.column]), _interval(row, question.column)) for question in asked),
+            *((question.shown(row[question.column]), interval_text(row, question.column)) for question in asked),
             (format_number(row["scale"], 3), ""),
         ]
         for row in rows
     ]
     pictures = [
         (
-            _figure(folder, "objectives"),
+            figure_address(folder, "objectives"),
             "Coloured by rank, blue is better. A thick frame marks the best, thin ones those that the 95 % intervals "
             "do not tell from it.",
         ),
-        (_figure(folder, "samples"), "The first samples of each: equal seeds, without guidance and at its best scale."),
+        (
+            figure_address(folder, "samples"),
+            "The first samples of each: equal seeds, without guidance and at its best scale.",
+        ),
     ]
     text = (
         f"{len(rows)} diffusion models, trained on the same images for as many steps, differ in what the U-Net "
@@ -89,7 +92,8 @@ def objectives_study(folder: Path) -> Study:
     return Study("objectives", "Training objectives", [text, *verdicts(rows)], pictures, titles, lines)
 
 
-def _interval(row: Row, column: str) -> str:
+def interval_text(row: Row, column: str) -> str:
+    """The 95 % interval of a value as text, "" where there is none."""
     low, high = interval(row, column)
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
@@ -97,7 +101,7 @@ def _interval(row: Row, column: str) -> str:
     return " – ".join(format_number(100 * end if percent else end, 3) for end in (low, high))
 
 
-def _figure(folder: Path, name: str) -> str:
+def figure_address(folder: Path, name: str) -> str:
     """The address of a figure's drawing, or of its pixels."""
     for ending, kind in ((".svg", "svg+xml"), (".png", "png")):
         path = folder / f"{name}{ending}"

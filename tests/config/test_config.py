@@ -11,6 +11,8 @@ import pytest
 from nrcg import config
 from nrcg.config import PUBLISHED_STEPS, ROLES, STEPS, StabilizerConfig, scaled_beta
 from nrcg.config.messages import models_in
+from nrcg.diffusion.objectives import NATIVE, loss_weights
+from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import ConfigError
 from nrcg.layout import format_scale
 
@@ -19,6 +21,7 @@ RAW = config.read_yaml(ROOT / "config.yaml")
 TOY = config.read_yaml(ROOT / "tests/data/toy.yaml")
 CONFIG = config.parse(RAW)
 EXPERIMENT = "experiments.quickstart"
+GRID = RAW["experiments"]["objectives"]["objectives"]
 
 
 def with_entry(dotted: str, value: object, raw: dict = RAW) -> dict:
@@ -152,6 +155,12 @@ MISTAKES = [
     (f"{EXPERIMENT}.precision", "fp8", "input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'fp8'"),
     (f"{EXPERIMENT}.sampling.start", "zero", "input should be 'standard_normal' or 'data_mean', got 'zero'"),
     (f"{EXPERIMENT}.sweep.nope", [1], "unknown method; allowed: unconditional, robust, "),
+    (f"{EXPERIMENT}.objectives", GRID | {"method": "nope"}, "=.method: unknown method; allowed: unconditional, "),
+    (f"{EXPERIMENT}.objectives", GRID | {"method": "unconditional"}, "=.method: unconditional guides nothing"),
+    (f"{EXPERIMENT}.objectives", GRID | {"predicts": ["noise"]}, "=.predicts.0: input should be 'sample', 'epsilon', "),
+    (f"{EXPERIMENT}.objectives", GRID | {"weightings": ["vlb", "vlb"]}, "=.weightings: an entry is listed twice"),
+    (f"{EXPERIMENT}.likelihood.num_steps", 0, "=: input should be greater than 0, got 0"),
+    ("densities.names", ["moons"], "=.0: input should be 'eight_gaussians', 'checkerboard' or 'two_moons'"),
     (f"{EXPERIMENT}.sweep.robust", ["a"], "=.0: input should be a valid number, got 'a'"),
     (f"{EXPERIMENT}.sweep.robust", [-1], "-1.0 is no guidance scale; a finite number >= 0 is allowed"),
     (f"{EXPERIMENT}.sweep.robust", [math.nan], "=.0: input should be a finite number, got nan"),
@@ -484,14 +493,38 @@ def test_every_key_of_the_schema_that_holds_a_value_says_what_it_is():
     assert undescribed(config.ExperimentConfig, "") == []
 
 
+def test_objectives_that_are_one_training_are_listed_once():
+    """By their weights: the same network output, weighted alike at every t."""
+    grid, schedule = config.ObjectivesConfig.model_validate(GRID), Schedule.linear(9, 0.01, 0.5)
+    every = {(p, w): config.ObjectiveConfig(predicts=p, weighting=w) for p in grid.predicts for w in grid.weightings}
+
+    def training(objective):
+        weights = loss_weights(objective, schedule)
+        weights = [1.0] * 10 if weights is None else weights.tolist()
+        return NATIVE[objective.predicts], *(round(weight, 4) for weight in weights[1:])
+
+    assert {training(one) for one in grid.cells.values()} == {training(one) for one in every.values()}
+    assert len(grid.cells) == len({training(one) for one in every.values()}) == 19
+    assert list(config.ObjectivesConfig.model_validate(GRID | {"predicts": ["score"]}).cells) == [
+        f"score-{weighting}" for weighting in grid.weightings
+    ]
+
+
 # --- Steps ------------------------------------------------------------------------------------------------------
 
 PARTS = {"train_classifier": "robust", "sample": "non_robust_x0_ema99", "evaluate": "non_robust_x0_ema99"}
+PARTS |= {"objective": "epsilon-simple", "density": "two_moons"}
 
 
 def fingerprints(raw: dict) -> dict[str, str]:
+    """Of each step of the quickstart, with a grid of objectives where it trains."""
+    raw, steps = copy.deepcopy(raw), list(STEPS)
+    if "pretrained" in raw["experiments"]["quickstart"]["ddpm"]:
+        steps.remove("objective")
+    else:
+        raw["experiments"]["quickstart"].setdefault("objectives", GRID)
     parsed = config.parse(raw)
-    return {step: config.step_settings(parsed, "quickstart", step, PARTS.get(step)).fingerprint() for step in STEPS}
+    return {step: config.step_settings(parsed, "quickstart", step, PARTS.get(step)).fingerprint() for step in steps}
 
 
 @pytest.mark.parametrize(
@@ -509,28 +542,33 @@ def fingerprints(raw: dict) -> dict[str, str]:
         ("classifiers.robust.checkpoint_minutes", 3, set()),
         ("sampling.num_samples", 80, {"evaluate"}),
         ("sampling.shard_size", 32, {"sample", "evaluate"}),
-        ("sampling.start", "standard_normal", {"sample", "evaluate"}),
+        ("sampling.start", "standard_normal", {"sample", "evaluate", "objective"}),
         ("sweep.robust", [1, 2, 3], set()),
         ("sweep.non_robust_x0_ema99", [1, 2, 3], set()),
         ("description", "Other words.", set()),
-        ("target", "soccer", {"forward", "sample", "reference", "evaluate"}),
+        ("target", "soccer", {"forward", "sample", "reference", "evaluate", "objective"}),
         ("evaluation.best_by", "fid", set()),
-        ("evaluation.features", ["judge", "torcheval"], {"reference", "evaluate"}),
-        ("precision", "float32", {"train_ddpm", "train_classifier", "forward", "sample", "evaluate"}),
+        ("evaluation.features", ["judge", "torcheval"], {"reference", "evaluate", "objective"}),
+        ("precision", "float32", set(STEPS) - {"dataset", "reference", "density", "report"}),
         ("dataset.seed", 5, {"dataset"}),
         ("dataset.num_train", 5000, {"dataset"}),
         ("ddpm.optimizer.learning_rate", 1e-3, {"train_ddpm"}),
         ("ddpm.schedule.beta_end", 0.07, {"train_ddpm", "train_classifier"}),
         ("classifiers.robust.epochs", 2, {"train_classifier"}),
         ("classifiers.judge.epochs", 3, set()),
-        ("forward.num_images", 5, {"forward"}),
-        ("evaluation.num_reference", 50, {"reference", "evaluate"}),
+        ("forward.num_images", 5, {"forward", "objective"}),
+        ("evaluation.num_reference", 50, {"reference", "evaluate", "objective"}),
+        ("likelihood.num_images", 5, {"objective"}),
+        ("likelihood.batch_size", 5, set()),
+        ("likelihood.seed", 5, {"likelihood", "objective"}),
+        ("objectives", GRID | {"weightings": ["simple"]}, set()),
+        ("objectives", GRID | {"scales": [7]}, {"objective"}),
     ],
 )
 def test_a_setting_makes_stale_exactly_the_steps_that_read_it(key, value, stale):
     """Data and models reach later steps as files, not as settings; the report reads all that shaped its results."""
     before, after = fingerprints(RAW), fingerprints(with_entry(f"{EXPERIMENT}.{key}", value))
-    changed = {step for step in STEPS if before[step] != after[step]}
+    changed = {step for step in after if before[step] != after[step]}
     assert changed - {"report"} == stale
 
 
@@ -607,12 +645,12 @@ def test_whole_and_decimal_numbers_are_the_same_setting():
 
 @pytest.mark.parametrize("step", STEPS)
 def test_settings_files_round_trip(tmp_path, step):
-    part = PARTS.get(step)
-    path = config.write_step_settings(CONFIG, "quickstart", step, part, tmp_path)
-    expected = config.step_settings(CONFIG, "quickstart", step, part)
+    part, name = PARTS.get(step), "objectives" if step == "objective" else "quickstart"
+    path = config.write_step_settings(CONFIG, name, step, part, tmp_path)
+    expected = config.step_settings(CONFIG, name, step, part)
     assert config.read_step_settings(path, step) == expected
     assert expected.fingerprint() in Path(path).name
-    assert config.read_step_settings(ROOT / "config.yaml", step, "quickstart", part) == expected
+    assert config.read_step_settings(ROOT / "config.yaml", step, name, part) == expected
 
 
 def test_a_settings_file_is_written_once(tmp_path):

@@ -74,7 +74,9 @@ def test_a_stage_reads_the_sections_of_its_steps_where_they_stand():
         "defaults.ddpm.schedule", "experiments.quickstart.ddpm.schedule",
     }  # fmt: skip
     assert {"methods", "defaults.sampling", "experiments.quickstart.sampling"} <= params("samples", "quickstart")
-    assert {step for stage in template()["stages"].values() for step in stage["steps"]} | {"dataset"} == set(STEPS)
+    assert {step for stage in template()["stages"].values() for step in stage["steps"]} | {"dataset", "density"} == set(
+        STEPS
+    )
 
 
 @pytest.mark.parametrize("stage", ALL["stages"])

@@ -18,6 +18,7 @@ from workflow_runs import CONFIG, ROOT, command, copy_tree, planned, processes_i
 
 from nrcg import config
 from nrcg.cli import main
+from nrcg.layout import LIKELIHOOD_FILES, OBJECTIVES_FILES
 from nrcg.pipeline.plan import make_plan
 from nrcg.report.columns import FORWARD_COLUMNS, METRICS_COLUMNS
 from nrcg.tracking.journal import Journal
@@ -54,12 +55,18 @@ def test_the_threads_of_a_jobs_verb_are_those_that_snakemake_counts(tree, cores,
     output = snakemake(tree, "--dry-run", "toy", "--cores", str(cores), toy=toy).stdout
     job = r"^ *(?:local)?rule (\w+):\n(.+?)^Shell command: nrcg (.+?)$"
     jobs = re.findall(job, output, re.MULTILINE | re.DOTALL)
-    assert {name for name, *_ in jobs} == set(config.RULES) - {"all"}
+    assert {name for name, *_ in jobs} == set(config.RULES) - {"all", "density", "densities_table", "densities"}
     for name, about, shell in jobs:
         counted = int((re.search(r"^ +threads: (\d+)$", about, re.MULTILINE) or [0, 1])[1])
         assert counted <= cores
         told = re.search(r" --threads (\d+)", shell)
-        if name in ("collect", "figures", "report"):  # write tables and pictures
+        if name in (
+            "collect",
+            "figures",
+            "report",
+            "likelihood_table",
+            "objectives_table",
+        ):  # write tables and pictures
             assert (told, counted) == (None, 1)
         else:
             assert int(told[1]) == counted
@@ -80,11 +87,15 @@ def test_every_experiment_plans_the_whole_chain(tree, tmp_path, target):
     run = run_snakemake(tree, "--dry-run", *([target] if target else []), "--quiet", "rules")
     assert run.returncode == 0, run.stdout
     found = planned(run.stdout)
-    assert found == {
+    cells = len(experiment.objectives.cells) if experiment.objectives else 0
+    studies = {"train_objective": cells, "objective": cells, "objectives_table": 1} if cells else {}
+    assert found == studies | {
         "dataset": 1,
         "train_ddpm": 1,
         "train_classifier": 3,
         "forward": 1,
+        "likelihood": experiment.likelihood.num_shards,
+        "likelihood_table": 1,
         "sample": experiment.num_shards * sum(map(len, experiment.sweep.values())),
         "reference": 1,
         "evaluate": len(experiment.sweep),
@@ -124,7 +135,9 @@ def test_lint_is_clean(tree):
 def test_the_reserved_names_are_the_rules():
     """config.RULES is a list so that the configuration need not read the rules."""
     texts = [path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]]
-    rules = {name for text in texts for name in re.findall(r"^rule (\w+):", text, re.MULTILINE)}
+    rules = {
+        name for text in texts for name in re.findall(r"^(?:rule|use rule \w+ as) (\w+)(?: with)?:", text, re.MULTILINE)
+    }
     assert rules == set(config.RULES)
 
 
@@ -149,6 +162,9 @@ def test_the_results_are_where_the_docs_say(finished):
         "results/toy/samples/unconditional/scale0/shard0001.json",
         "results/toy/samples/non_robust_x0_ema99/scale2.5/shard0000.npy",
         "logs/toy/train_ddpm.log",
+        *(f"models/toy/objectives/epsilon-simple/{name}" for name in ("model_index.json", "training.json")),
+        *(f"results/toy/likelihood/{name}" for name in ("shard0001.npz", *LIKELIHOOD_FILES)),
+        *(f"results/toy/objectives/{name}" for name in ("v_prediction-simple.json", *OBJECTIVES_FILES)),
         *(f"benchmarks/toy/{name}.tsv" for name in ("train_ddpm", "forward", "report")),
     ]
     assert [name for name in expected if not (finished / name).stat().st_size] == []
@@ -170,6 +186,28 @@ def test_forward_csv_has_a_row_per_curve_and_step(finished):
     assert {"robust", "non_robust", "non_robust_x0"} < set(curves)
     assert all(sorted(steps) == list(range(1, 7)) for steps in curves.values())
     assert {int(row["num_images"]) for row in rows} == {8}
+
+
+def test_the_studies_hold_what_the_report_shows(finished):
+    """The objective that is the experiment's own is trained and measured as the experiment's own model is."""
+    folder = finished / "results/toy"
+    record = json.loads((folder / "likelihood/likelihood.json").read_text())
+    assert (record["num_images"], record["num_steps"]) == (20, 3)
+    assert len(rows_of(folder / "likelihood/images.csv")) == 20
+    rows = {row["objective"]: row for row in rows_of(folder / "objectives/objectives.csv")}
+    assert set(rows) == {"epsilon-simple", "v_prediction-simple"}
+    own = rows["epsilon-simple"]
+    assert float(own["bits_per_dim"]) == pytest.approx(record["bits_per_dim"][0], rel=1e-5)
+    metrics = {(row["method"], row["scale"]): row for row in rows_of(folder / "metrics.csv")}
+    for column, setting in (("fd_judge", ("unconditional", "0")), ("cfd_judge", ("non_robust_x0_ema99", "1"))):
+        assert float(own[column]) == pytest.approx(float(metrics[setting][column]), rel=1e-4)
+    forward = rows_of(folder / "forward.csv")
+    smooth = [float(row["gradient_sensitivity_mean"]) for row in forward if row["method"] == "non_robust_x0"]
+    assert float(own["gradient_sensitivity"]) == pytest.approx(np.mean(smooth), rel=1e-4)
+    assert float(rows["v_prediction-simple"]["bits_per_dim"]) != float(own["bits_per_dim"])
+    page = (folder / "report.html").read_text()
+    for words in ("bits per dimension", "Best for likelihood: ", 'id="likelihood"', 'id="objectives"'):
+        assert words in page
 
 
 def test_metrics_csv_has_a_row_per_method_and_scale(finished):

@@ -1,4 +1,4 @@
-# The validated configuration and what the rules ask of it. No rules here.
+# The validated configuration and what the rules ask of it.
 import os
 import sys
 from pathlib import Path
@@ -100,6 +100,10 @@ def settings_file(step, part=None):
         return nrcg_config.write_step_settings(CONFIG, experiment, step, values.get(part))
 
     return write
+
+
+def density_settings(wildcards):
+    return nrcg_config.write_step_settings(CONFIG, nrcg_config.DENSITIES, "density", wildcards.density)
 
 
 def setting(ask):
