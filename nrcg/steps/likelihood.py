@@ -133,7 +133,7 @@ def measure_shard(
         torch.inference_mode(False),
     ):
         log_dataset(run, manifest, data, "val", "likelihood")
-        predict, x0 = pipe.noise_predictor(precision), to_unit(images[first:stop])
+        predict, x0 = pipe.noise_predictor(precision), to_unit(np.array(images[first:stop]))
         found = _measure_part(pipe, predict, x0, first, how, variance_of(pipe), bar.set)
     atomic_save_arrays(out, found | {"record": np.array(json.dumps(_record(pipe, how)))})
     return found

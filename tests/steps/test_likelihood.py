@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from toys import TINY_SIZE, write_tiny_pipeline
+from toys import TINY_SIZE, toy_settings, write_balls, write_tiny_pipeline
 
 from nrcg import cli
 from nrcg.csv_files import read_csv
@@ -80,3 +80,52 @@ def test_mistakes_are_one_line(here, capsys, flags, words):
     assert run(*flags) == 1
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A data set of 12 validation images, a model, and an experiment that measures them in shards of 5."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_tiny_pipeline(folder / "ddpm")
+    write_balls(folder / "data", 8, 12, image_size=TINY_SIZE)
+    block = {"num_images": 11, "num_steps": 2, "num_traces": 1, "shard_size": 5, "batch_size": 4, "seed": 3}
+    raw = toy_settings(likelihood=block)
+    (folder / "toy.yaml").write_text(json.dumps(raw))
+    return folder
+
+
+def shard(folder, number, out):
+    flags = ["--config", str(folder / "toy.yaml"), "--experiment", "toy", "--shard", f"{number:04d}"]
+    return cli.main(
+        ["likelihood", *flags, "--data", str(folder / "data"), "--ddpm", str(folder / "ddpm"), "--out", out]
+    )
+
+
+def test_shards_give_the_numbers_of_one_run(workplace, tmp_path, monkeypatch):
+    monkeypatch.setenv("NRCG_TRACKING", "off")
+    monkeypatch.chdir(tmp_path)
+    shards = [f"shard{number:04d}.npz" for number in range(4)]
+    assert [shard(workplace, number, out) for number, out in enumerate(shards)] == [0, 0, 0, 0]
+    with np.load(shards[2]) as third, np.load(shards[3]) as past:
+        assert (len(third["nats"]), len(past["nats"])) == (1, 0)  # num_images ends within the third
+    flags = ["--config", str(workplace / "toy.yaml"), "--experiment", "toy", "--shards", *shards]
+    assert cli.main(["likelihood-table", *flags, "--out", "joined"]) == 0
+    images = str(workplace / "data/val/images.npy")
+    same = ["--num-images", "11", "--num-steps", "2", "--flow", "1", "--seed", "3", "--out", "whole"]
+    assert cli.main(["likelihood", "--ddpm", str(workplace / "ddpm"), "--data", images, *same]) == 0
+    joined, whole = (read_csv(tmp_path / name / "images.csv") for name in ("joined", "whole"))
+    for column in ("bits_per_dim", "flow_bits_per_dim"):
+        np.testing.assert_allclose([row[column] for row in joined], [row[column] for row in whole], rtol=1e-5)
+    assert (tmp_path / "joined/bits_per_dim.png").stat().st_size > 5000
+    (tmp_path / shards[1]).write_bytes(b"PK")
+    assert cli.main(["likelihood-table", *flags, "--out", "joined"]) == 1
+
+
+def test_a_shard_needs_its_number_and_an_experiment_that_measures(workplace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    same = ["--data", str(workplace / "data"), "--ddpm", str(workplace / "ddpm"), "--out", "a.npz"]
+    assert cli.main(["likelihood", "--config", str(workplace / "toy.yaml"), *same]) == 1
+    assert "--shard: missing" in capsys.readouterr().err
+    (tmp_path / "none.yaml").write_text(json.dumps(toy_settings(likelihood=None, objectives=None)))
+    assert cli.main(["likelihood", "--config", "none.yaml", "--experiment", "toy", "--shard", "0", *same]) == 1
+    assert "experiments.toy.likelihood: null; it measures none" in capsys.readouterr().err
