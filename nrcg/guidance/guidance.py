@@ -168,7 +168,7 @@ class ClassifierGuidance:
         if time_conditioned and input != "x_t":
             raise ValueError("time_conditioned: a denoised image has no step; it goes with input x_t")
         self.classifier = classifier
-        self.target = _class_of(classifier, target)
+        self.target = class_of(classifier, target)
         self.scale = scale if callable(scale) else float(scale)
         self.input = input
         self.stabilizer = stabilizer if stabilizer is not None else Identity()
@@ -335,7 +335,7 @@ class OneStepDenoised:
         return self._schedule.pred_x0(x, prediction.eps, self._t, clip=self._clip)
 
 
-def _class_of(classifier: Any, target: int | str) -> int:
+def class_of(classifier: Any, target: int | str) -> int:
     """A class by number, or by name where the classifier says its classes. Raises ValueError."""
     if not isinstance(target, str):
         return whole_number("target", target)

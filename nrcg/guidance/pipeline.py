@@ -306,7 +306,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
         num_samples = whole_number("num_samples", num_samples, least=1)
         first_sample = whole_number("first_sample", first_sample)
         self.sampler(eta)  # a scheduler that is not supported is refused first
-        timesteps, data_mean, shape = self.timesteps(num_inference_steps), self._start_mean(start), self.image_shape()
+        timesteps, data_mean, shape = self.timesteps(num_inference_steps), self.start_mean(start), self.image_shape()
         schedule, samples = self.schedule(), range(first_sample, first_sample + num_samples)
 
         def begin(places: Sequence[int]) -> Tensor:
@@ -406,7 +406,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
             self.unet.disable_gradient_checkpointing()
         return shape
 
-    def _start_mean(self, start: str) -> Tensor | None:
+    def start_mean(self, start: str) -> Tensor | None:
         if start not in ("auto", *STARTS):
             raise ValueError(f"start: {start!r} is unknown; allowed: auto, {', '.join(STARTS)}")
         if start == "data_mean" and self.data_mean is None:

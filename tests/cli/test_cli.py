@@ -31,7 +31,7 @@ CONFIG = str(ROOT / "config.yaml")
 VERBS = [
     *("run", "plan", "validate", "schema", "adopt", "compare", "track", "export-ddpm"),
     *("export-classifier", "dataset", "train-ddpm", "train-classifier", "forward", "sample", "reference", "evaluate"),
-    *("tune", "likelihood", "collect", "figures", "report"),
+    *("tune", "likelihood", "explain", "collect", "figures", "report"),
 ]
 
 
