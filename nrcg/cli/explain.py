@@ -22,7 +22,19 @@ from nrcg.explain.settings import ATTACKS, DISTANCES, KINDS, PULLINGS, SEARCHES
 
 SETTINGS = (
     *("tau", "scale", "weight", "distance", "pull", "normalize", "stabilizer", "joint", "cone_angle", "input"),
-    *("clip_pred_x0", "grad_mode", "every_k", "skip_above", "eta", "start", "search", "rounds", "attack", "budget"),
+    *(
+        "clip_pred_x0",
+        "grad_mode",
+        "every_k",
+        "skip_above",
+        "eta",
+        "start",
+        "search",
+        "rounds",
+        "confidence",
+        "attack",
+        "budget",
+    ),
     *("attack_step", "attack_steps", "seed"),
 )
 """Flags that are settings of the same name; where one is not given the kind's default holds."""
@@ -57,7 +69,8 @@ def add_explain(verbs: Verbs) -> None:
     how.add_argument("--joint", action="store_true", default=None, help="one stabilizer for the sum of both gradients")
     how.add_argument("--cone-angle", type=float, help="half-angle of the cone in degrees, 0..90; default 30")
     how.add_argument("--search", choices=SEARCHES, help="per image the least tau, or largest weight, that succeeds")
-    how.add_argument("--rounds", type=positive, help="most trials of the search")
+    how.add_argument("--rounds", type=positive, help="most trials of the search after the first")
+    how.add_argument("--confidence", type=float, metavar="P", help="the search also wants p(class) >= P")
     how.add_argument("--input", choices=INPUTS, help="what the classifier sees")
     how.add_argument("--no-clip-pred-x0", dest="clip_pred_x0", action="store_false", default=None)
     how.add_argument("--grad-mode", choices=GRAD_MODES)

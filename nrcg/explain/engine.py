@@ -219,8 +219,9 @@ class _Engine:
                 where = rows[at]
                 chosen = (starts[where], originals[where], targets[where], [samples[row] for row in where])
                 part.put(at, self._draw(*chosen, steps[:first][::-1], weights[at], seed))
-            good = probabilities(self.classifier, part.images).argmax(axis=1) == targets[rows]
-            good &= ~part.nonfinite
+            probability, aims = probabilities(self.classifier, part.images), targets[rows]
+            good = (probability.argmax(axis=1) == aims) & ~part.nonfinite
+            good &= probability[np.arange(len(rows)), aims] >= settings.confidence
             keep = good | ~tried[rows]
             part.seconds += made.seconds[rows]
             made.put(rows[keep], _Made(**{name: values[keep] for name, values in vars(part).items()}))

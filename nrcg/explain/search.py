@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-FARTHEST = 64.0
+FARTHEST = 16.0
 """The weight is searched up to so many times the one that was given."""
 
 

@@ -51,6 +51,7 @@ class ExplainSettings:
         start: image: x_tau is the noised image. Others, with tau 1: noise, as in sampling.
         search: tau, weight: for each image, by bisection, the smallest tau, or the largest weight, that still succeeds.
         rounds: most steps of the bisection.
+        confidence: what a search takes for success beside the class: at least this probability of it.
         attack: adversarial: sign (L-infinity) or gradient (L2) steps, projected (Madry et al. 2018).
         budget: adversarial: largest change, as a share of the range of pixel values; for `gradient` in the root mean
             square.
@@ -82,7 +83,8 @@ class ExplainSettings:
     eta: float = 0.0
     start: str = "image"
     search: str = "none"
-    rounds: int = 6
+    rounds: int = 5
+    confidence: float = 0.0
     attack: str = "gradient"
     budget: float = 0.5
     attack_step: float = 8 / 255
@@ -95,8 +97,9 @@ class ExplainSettings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}")
-        if not 0.0 <= self.tau <= 1.0:
-            raise ValueError(f"tau: {self.tau} is not in [0, 1]")
+        for name in ("tau", "confidence"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1]")
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"scale: {self.scale} is not a finite number >= 0")
         if not math.isfinite(self.weight):
