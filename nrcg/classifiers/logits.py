@@ -31,19 +31,24 @@ def two_sided(logits: Logits) -> Logits:
     return np.concatenate([np.zeros_like(logits), logits], axis=1)
 
 
-def class_log_prob(logits: Tensor, target: int) -> Tensor:
+def class_log_prob(logits: Tensor, target: int | Tensor) -> Tensor:
     """log p(target | x) from logits.
 
     Args:
         logits: (B, K); K = 1 is binary.
-        target: Class index, 0..K-1 (0 or 1 for one logit).
+        target: Class index, 0..K-1 (0 or 1 for one logit), or each sample's own, (B,) int64.
 
     Returns:
         (B,) log-probabilities: log-softmax at the target, or log-sigmoid of plus or minus the one logit.
     """
     if logits.shape[1] == 1:  # two_sided's, but its gradient does not vanish where float32 rounds p to 1
+        if isinstance(target, Tensor):
+            return F.logsigmoid(logits[:, 0] * (2 * target - 1))
         return F.logsigmoid(logits[:, 0] if target == 1 else -logits[:, 0])
-    return F.log_softmax(logits, dim=1)[:, target]
+    log_probs = F.log_softmax(logits, dim=1)
+    if isinstance(target, Tensor):
+        return log_probs.gather(1, target.reshape(-1, 1))[:, 0]
+    return log_probs[:, target]
 
 
 def predicted_class(logits: Logits) -> Logits:

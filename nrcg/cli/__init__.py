@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nrcg import __version__
-from nrcg.cli import evaluate, likelihood, report, sample, steps, train, workflow
+from nrcg.cli import evaluate, explain, likelihood, report, sample, steps, train, workflow
 from nrcg.errors import NrcgError
 from nrcg.layout import COMPILED
 from nrcg.pipeline.remedies import explained
@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_objectives_table(verbs)
     steps.add_density(verbs)
     steps.add_densities_table(verbs)
+    explain.add_explain(verbs)
     steps.add_collect(verbs)
     steps.add_step(verbs, "figures")
     steps.add_step(verbs, "report")

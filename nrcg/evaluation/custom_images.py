@@ -28,7 +28,7 @@ from nrcg.evaluation.features import (
 from nrcg.evaluation.frechet import rank_warning
 from nrcg.evaluation.pairwise import DENSITY_K
 from nrcg.evaluation.references import Reference, ReferenceCollector
-from nrcg.evaluation.sides import ImageList, Side, numbered
+from nrcg.evaluation.sides import ImageList, Side, numbered, with_channels
 
 GIVEN = "given"
 """`features` of sides that hold feature vectors already."""
@@ -235,7 +235,7 @@ def _by_shape(
     """work((n, H, W, C)) -> (n, D) on images of equal shape together, the rows in the images' order."""
     size = AUTO_BATCH if batch_size == "auto" else batch_size
     places: dict[tuple[int, ...], list[int]] = {}
-    images = [_with_channels(image, channels) for image in images]
+    images = [with_channels(image, channels) for image in images]
     for place, image in enumerate(images):
         places.setdefault(image.shape, []).append(place)
     result = None
@@ -254,17 +254,6 @@ def _by_shape(
             result = np.empty((len(images), rows.shape[1]), rows.dtype)
         result[at] = rows
     return result
-
-
-def _with_channels(image: np.ndarray, channels: int | None) -> np.ndarray:
-    """An image with the channels that a network takes, where that loses nothing."""
-    if channels == 3 and image.shape[2] == 1:
-        return np.repeat(image, 3, axis=2)
-    if channels == 1 and image.shape[2] == 3:
-        if (image != image[..., :1]).any():
-            raise DataError("the classifier takes grey images, these are coloured")
-        return image[..., :1]
-    return image
 
 
 def _warnings(extractors: Sequence[Extractor | Given], row: dict, vectors: np.ndarray) -> list[str]:

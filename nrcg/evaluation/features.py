@@ -273,7 +273,7 @@ class ClassifierExtractor:
         self.channels: int | None = getattr(classifier, "channels", None)
         size = getattr(classifier, "image_size", None)
         resized = f", resized to {size}" if size else ""
-        self.protocol = f"penultimate features, [-1, 1]{resized}, weights {_weights_digest(classifier)[:12]}"
+        self.protocol = f"penultimate features, [-1, 1]{resized}, weights {weights_digest(classifier)[:12]}"
         self._classifier = classifier
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -300,7 +300,7 @@ def _channels_first(images: np.ndarray, repeat_grey: bool) -> torch.Tensor:
     return x.expand(-1, 3, -1, -1) if repeat_grey and x.shape[1] == 1 else x
 
 
-def _weights_digest(module: torch.nn.Module) -> str:
+def weights_digest(module: torch.nn.Module) -> str:
     """SHA-256 over names, shapes and values of a network's parameters and buffers, in hexadecimal."""
     digest = hashlib.sha256()
     for name, value in (*module.named_parameters(), *module.named_buffers()):

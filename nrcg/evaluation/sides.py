@@ -38,6 +38,7 @@ class Side:
         chunks: Reads the images from the first on.
         features: (count, dim), where the side holds these instead of images.
         image_size: Size that images are resized to.
+        names: Of the files, relative to the folder, in the order of `chunks`; None for arrays.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Side:
     chunks: Callable[[], Iterator[ImageList]] = lambda: iter(())
     features: np.ndarray | None = None
     image_size: int | None = None
+    names: list[str] | None = None
 
 
 def open_side(path: str | Path, *, labels: str | Path | None = None, image_size: int | None = None) -> Side:
@@ -102,7 +104,14 @@ def _open_folder(path: Path, names: list[str], labels: str | Path | None, image_
     def chunks() -> Iterator[ImageList]:
         yield from _chunked(in_threads(read, [names[i] for i in order], min(8, processors())))
 
-    return Side(path, len(names), None, None if found is None else found[order], chunks, image_size=image_size)
+    return Side(
+        path,
+        len(names),
+        labels=None if found is None else found[order],
+        chunks=chunks,
+        image_size=image_size,
+        names=[names[i] for i in order],
+    )
 
 
 def _chunked(images: Iterator[np.ndarray]) -> Iterator[ImageList]:
@@ -261,6 +270,21 @@ def _is_header(texts: list[str]) -> bool:
     """Whether the first is a word where the others are numbers, or a usual heading."""
     numbers = all(text.lstrip("+-").isdecimal() for text in texts[1:])
     return texts[0].lower() in HEADINGS or (numbers and not texts[0].lstrip("+-").isdecimal())
+
+
+def with_channels(image: np.ndarray, channels: int | None, what: str = "the classifier") -> np.ndarray:
+    """An (H, W, C) image with the channels that a network takes, where that loses nothing; None: as it is.
+
+    Raises:
+        DataError: a coloured image where `what` takes grey ones.
+    """
+    if channels == 3 and image.shape[2] == 1:
+        return np.repeat(image, 3, axis=2)
+    if channels == 1 and image.shape[2] == 3:
+        if (image != image[..., :1]).any():
+            raise DataError(f"{what} takes grey images, these are coloured")
+        return image[..., :1]
+    return image
 
 
 def numbered(side: Side, count: int) -> Iterator[tuple[int, ImageList | np.ndarray]]:

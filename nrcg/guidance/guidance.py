@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from nrcg.devices import floating_type, frozen
 from nrcg.diffusion.objectives import Prediction, as_prediction
 from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import DataError, whole_number
+from nrcg.guidance.samplers import Pull
 from nrcg.guidance.scales import ScaleSchedule
 from nrcg.guidance.stabilizers import Identity, Stabilizer
 
@@ -39,31 +41,71 @@ class GuidedStep:
     logits: Tensor
 
 
-def log_prob_gradient(
-    classifier: Callable[[Tensor], Tensor], target: int, x: Tensor, see: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """grad_x log p(target | see(x)): of x itself, or through what the classifier is shown (eqs. 4 and 6).
+Term = Callable[[Tensor], Tensor]
+"""What is differentiated: images (B, C, H, W) to (B,), each sample's number by itself."""
+
+
+class LogProb:
+    """log p(target | x) of a classifier, as a term of a gradient.
+
+    Args:
+        classifier: images (B, C, H, W) to logits.
+        target: class index, or each sample's own, (B,).
+
+    Attributes:
+        logits: (B, K) of the last call, detached, in float32 or float64.
+    """
+
+    def __init__(self, classifier: Callable[[Tensor], Any], target: int | Tensor):
+        self.classifier, self.target = classifier, target
+        self.logits: Tensor | None = None
+
+    def __call__(self, seen: Tensor) -> Tensor:
+        logits = logits_of(self.classifier(seen.clone()))  # a copy: some classifiers normalise their input in place
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self.logits = logits.detach()
+        return class_log_prob(logits, self.target)
+
+
+def term_gradients(x: Tensor, terms: Sequence[Term], see: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """grad_x term(see(x)) of each term: of x itself, or through what the terms are shown (eqs. 4 and 6).
+
+    The first costs a pass of `see` forward and one backward, each further one a pass backward.
 
     Args:
         x: (B, C, H, W) float32.
-        see: maps x to the classifier's images, differentiably; None shows x itself.
+        terms: at least one.
+        see: maps x to the images that the terms take, differentiably; None shows x itself.
 
     Returns:
-        The gradient (B, C, H, W), in float32 unless x is float64, and the logits (B, K), detached.
+        A gradient (B, C, H, W) for each, in float32 unless x is float64.
     """
+    found = []
     # Also where the caller is in inference mode, which keeps no graph.
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_(True)
         seen = x if see is None else see(x)
-        logits = logits_of(classifier(seen.clone()))  # a copy: some classifiers normalise their input in place
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # One sum over the batch: no sample's log-probability depends on another's image.
-        (grad,) = torch.autograd.grad(class_log_prob(logits, target).sum(), seen)
-        if see is not None:
-            # Each sample's gradient goes through the U-Net at size one: a float16 U-Net flushes small ones to zero.
-            size = grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
-            grad = torch.autograd.grad(seen, x, grad / size)[0] * size
-    return grad.to(torch.promote_types(grad.dtype, torch.float32)), logits.detach()
+        for left, term in zip(reversed(range(len(terms))), terms, strict=True):
+            # One sum over the batch: no sample's term depends on another's image.
+            (grad,) = torch.autograd.grad(term(seen).sum(), seen)
+            if see is not None:
+                # Each sample's gradient goes through the U-Net at size one: a float16 U-Net flushes small ones to zero.
+                size = grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+                grad = torch.autograd.grad(seen, x, grad / size, retain_graph=left > 0)[0] * size
+            found.append(grad.to(torch.promote_types(grad.dtype, torch.float32)))
+    return found
+
+
+def log_prob_gradient(
+    classifier: Callable[[Tensor], Tensor],
+    target: int | Tensor,
+    x: Tensor,
+    see: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """grad_x log p(target | see(x)), by `term_gradients`: the gradient (B, C, H, W) and the logits (B, K), detached."""
+    term = LogProb(classifier, target)
+    (grad,) = term_gradients(x, [term], see)
+    return grad, term.logits
 
 
 class ClassifierGuidance:
@@ -126,7 +168,7 @@ class ClassifierGuidance:
         if time_conditioned and input != "x_t":
             raise ValueError("time_conditioned: a denoised image has no step; it goes with input x_t")
         self.classifier = classifier
-        self.target = _class_of(classifier, target)
+        self.target = class_of(classifier, target)
         self.scale = scale if callable(scale) else float(scale)
         self.input = input
         self.stabilizer = stabilizer if stabilizer is not None else Identity()
@@ -144,6 +186,21 @@ class ClassifierGuidance:
         self.last: GuidedStep | None = None
         self.guide: Tensor | None = None
         self.fresh = False
+
+    def select(self, places: Sequence[int]) -> None:
+        """Say which samples of a run the next batch holds, by their places: for a guidance that differs by sample."""
+
+    def only(self, rows: Tensor) -> contextlib.AbstractContextManager[object]:
+        """While it lasts, the batch is these rows of it: for a guidance that differs by sample."""
+        return contextlib.nullcontext()
+
+    def acts_at(self, share_left: float) -> bool:
+        """Whether a step at a share t / T of the trajectory is guided at all."""
+        return self.scale_at(share_left) > 0
+
+    def pull_at(self, t: int, schedule: Schedule) -> Pull | None:
+        """What moves the x0hat that the step from t goes to, after the gradient; nothing here."""
+        return None
 
     def scale_at(self, share_left: float) -> float:
         """s at a share t / T of the trajectory. Raises ValueError: a schedule gives no finite number >= 0."""
@@ -182,8 +239,8 @@ class ClassifierGuidance:
         """
         with frozen(self.classifier):
             num_classes = probe(self.classifier_at(1), x[:1])
-        if self.target >= num_classes:
-            raise ValueError(f"target: {self.target} is no class of the classifier, which has {num_classes}")
+        if (highest := int(torch.as_tensor(self.target).max())) >= num_classes:
+            raise ValueError(f"target: {highest} is no class of the classifier, which has {num_classes}")
 
     def __call__(
         self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule
@@ -200,8 +257,12 @@ class ClassifierGuidance:
             with torch.no_grad():
                 prediction = as_prediction(predict_noise(x_t, t))
         self._steps += 1
+        return prediction, self._shift(x_t, t, prediction, schedule)
+
+    def _shift(self, x_t: Tensor, t: int, prediction: Prediction, schedule: Schedule) -> Tensor:
+        """What the last gradient moves the step by, (B, C, H, W)."""
         self.guide = self.stabilizer(self.last.grad)
-        return prediction, self.scale_at(t / schedule.num_steps) * self.guide
+        return self.scale_at(t / schedule.num_steps) * self.guide
 
     def _gated_gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
         """`gradient` of the samples that skip_above lets through; zero, and no gradient's cost, for the others."""
@@ -210,10 +271,10 @@ class ClassifierGuidance:
         confident = class_log_prob(self.last.logits, self.target) > math.log(self.skip_above)
         doubtful, sure = (~confident).nonzero()[:, 0], confident.nonzero()[:, 0]
         parts = []
-        if len(doubtful):
-            parts.append(self.gradient(x_t[doubtful], t, predict_noise, schedule))
-        if len(sure):
-            parts.append(self._no_gradient(x_t[sure], t, predict_noise, schedule))
+        for rows, take in ((doubtful, self.gradient), (sure, self._no_gradient)):
+            if len(rows):
+                with self.only(rows):
+                    parts.append(take(x_t[rows], t, predict_noise, schedule))
         back = torch.cat([doubtful, sure]).argsort()
         shares = [part.prediction.log_variance_share for part in parts]
         return GuidedStep(
@@ -247,19 +308,34 @@ class ClassifierGuidance:
             with frozen(self.classifier):
                 grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t)
             return GuidedStep(grad, prediction, logits)
-        predicted: list[Prediction] = []
-
-        def one_step_denoised(x: Tensor) -> Tensor:
-            with torch.set_grad_enabled(self.grad_mode != "no_jacobian"):
-                predicted.append(as_prediction(predict_noise(x, t)))
-            return schedule.pred_x0(x, predicted[0].eps, t, clip=self.clip_pred_x0)
-
+        see = OneStepDenoised(predict_noise, schedule, t, self.clip_pred_x0, self.grad_mode)
         with frozen(self.classifier):
-            grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t, one_step_denoised)
-        return GuidedStep(grad, predicted[0].detach(), logits)
+            grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t, see)
+        return GuidedStep(grad, see.prediction, logits)
 
 
-def _class_of(classifier: Any, target: int | str) -> int:
+class OneStepDenoised:
+    """x0hat(x_t) of eq. 5 as what a gradient goes through.
+
+    Args:
+        grad_mode: as of ClassifierGuidance.
+
+    Attributes:
+        prediction: the U-Net's of the last call, detached.
+    """
+
+    def __init__(self, predict_noise: PredictNoise, schedule: Schedule, t: int, clip: bool, grad_mode: GradMode):
+        self._predict, self._schedule, self._t, self._clip, self._mode = predict_noise, schedule, t, clip, grad_mode
+        self.prediction: Prediction | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self._mode != "no_jacobian"):
+            prediction = as_prediction(self._predict(x, self._t))
+        self.prediction = prediction.detach()
+        return self._schedule.pred_x0(x, prediction.eps, self._t, clip=self._clip)
+
+
+def class_of(classifier: Any, target: int | str) -> int:
     """A class by number, or by name where the classifier says its classes. Raises ValueError."""
     if not isinstance(target, str):
         return whole_number("target", target)

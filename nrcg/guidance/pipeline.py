@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,10 @@ class GuidedOutput(BaseOutput):
     trace: Trace | None = None
 
 
+Start = Callable[[Sequence[int]], Tensor]
+"""Places of samples in a run to their x at its first timestep, (B, C, H, W) float32."""
+
+
 @dataclass
 class _Batches:
     """Draws a call's samples, batch by batch."""
@@ -82,30 +86,30 @@ class _Batches:
     timesteps: list[int]
     guidance: ClassifierGuidance | None
     seed: int
-    first_sample: int
+    samples: Sequence[int]
+    start: Start
     trace: bool
     report: Callable[[int], None]
-    shape: tuple[int, int, int]
-    device: torch.device
-    data_mean: Tensor | None
-    one_shape: bool  # the last batch is filled up with samples that nobody asked for
+    one_shape: bool  # the last batch is filled up with copies of the last sample
     traces: list[Trace] = field(default_factory=list)
     whole: int = 0  # samples of the last batch that fitted into the memory
 
     def __call__(self, batch: range) -> tuple[Tensor, Tensor]:
         """Samples (B, C, H, W) in [-1, 1], and which are not finite."""
         count = max(len(batch), self.whole) if self.one_shape else len(batch)
-        indices = range(self.first_sample + batch.start, self.first_sample + batch.start + count)
-        schedule, seed, steps = self.sampler.schedule, self.seed, self.timesteps
+        places = [min(place, len(self.samples) - 1) for place in range(batch.start, batch.start + count)]
+        steps = self.timesteps
+        if self.guidance is not None:
+            self.guidance.select(places)
         recorder = TraceRecorder() if self.trace else None
         done = itertools.count(batch.start * len(steps) + len(batch), len(batch))
         x, nonfinite = guided_sample(
-            start_samples(schedule, seed, indices, self.shape, self.device, self.data_mean, steps[0]),
+            self.start(places),
             self.predict_noise,
             self.sampler,
             steps,
-            seed=seed,
-            samples=indices,
+            seed=self.seed,
+            samples=[self.samples[place] for place in places],
             guidance=self.guidance,
             recorder=recorder,
             on_step=lambda: self.report(next(done)),
@@ -301,33 +305,77 @@ class GuidedDDPMPipeline(DDPMPipeline):
         """
         num_samples = whole_number("num_samples", num_samples, least=1)
         first_sample = whole_number("first_sample", first_sample)
+        self.sampler(eta)  # a scheduler that is not supported is refused first
+        timesteps, data_mean, shape = self.timesteps(num_inference_steps), self.start_mean(start), self.image_shape()
+        schedule, samples = self.schedule(), range(first_sample, first_sample + num_samples)
+
+        def begin(places: Sequence[int]) -> Tensor:
+            drawn = [samples[place] for place in places]
+            return start_samples(schedule, seed, drawn, shape, self.device, data_mean, timesteps[0])
+
+        return self.denoise(
+            begin,
+            samples,
+            timesteps,
+            batch_size=batch_size,
+            seed=seed,
+            guidance=guidance,
+            eta=eta,
+            precision=precision,
+            compile=compile,
+            trace=trace,
+            on_step=on_step,
+        )
+
+    def denoise(
+        self,
+        start: Start,
+        samples: Sequence[int],
+        timesteps: list[int],
+        *,
+        batch_size: BatchSize = 16,
+        seed: int = 0,
+        guidance: ClassifierGuidance | None = None,
+        eta: float = 0.0,
+        precision: torch.dtype | str = torch.float32,
+        compile: Compile = "off",
+        trace: bool = False,
+        on_step: Callable[[int], None] | None = None,
+    ) -> GuidedOutput:
+        """The trajectories of a call from any start, such as noised images, whose chain begins below T.
+
+        Args:
+            start: gives x at the first timestep.
+            samples: global index of each sample, on which its noise depends.
+            timesteps: falling, some of 1..T (`timesteps`).
+            batch_size, seed, guidance, eta, precision, compile, trace, on_step: as of a call.
+
+        Raises:
+            ValueError, DataError: as a call.
+        """
         if batch_size != "auto":
             batch_size = whole_number("batch_size", batch_size, least=1)
         if trace and (guidance is None or guidance.scale == 0):
             raise ValueError("trace: needs guidance with a scale above 0")
-        sampler, timesteps = self.sampler(eta), self.timesteps(num_inference_steps)
-        data_mean, shape = self._start_mean(start), self._prepare(guidance)
+        sampler, shape, count = self.sampler(eta), self._prepare(guidance), len(samples)
         began = time.perf_counter()
-        with self._running(guidance, on_step, len(timesteps) * num_samples) as report:
+        with self._running(guidance, on_step, len(timesteps) * count) as report:
             dtype = _dtype_of(precision, self.device)
-            compiled = self.wants_compiling(compile, num_samples * len(timesteps) * _forwards(guidance))
+            compiled = self.wants_compiling(compile, count * len(timesteps) * _forwards(guidance))
             batches = _Batches(
                 self.noise_predictor(dtype, compiled),
                 sampler,
                 timesteps,
                 guidance,
                 seed,
-                first_sample,
+                samples,
+                start,
                 trace,
                 report,
-                shape,
-                self.device,
-                data_mean,
                 # Kernels of half precision round by the shape of the batch, compiled ones are made for it.
                 one_shape=compiled or {dtype, floating_type(self.unet)} != {torch.float32},
             )
-            size = min(first_batch(batch_size, self.device, shape[1] * shape[2]), num_samples)
-            drawn = in_batches(num_samples, size, batches)
+            drawn = in_batches(count, min(first_batch(batch_size, self.device, shape[1] * shape[2]), count), batches)
         return _output(drawn, time.perf_counter() - began, Trace.join(batches.traces) if trace else None)
 
     @contextlib.contextmanager
@@ -358,7 +406,7 @@ class GuidedDDPMPipeline(DDPMPipeline):
             self.unet.disable_gradient_checkpointing()
         return shape
 
-    def _start_mean(self, start: str) -> Tensor | None:
+    def start_mean(self, start: str) -> Tensor | None:
         if start not in ("auto", *STARTS):
             raise ValueError(f"start: {start!r} is unknown; allowed: auto, {', '.join(STARTS)}")
         if start == "data_mean" and self.data_mean is None:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
 from nrcg.diffusion.objectives import Prediction
 from nrcg.diffusion.schedule import VARIANCES, Schedule
+
+Pull = Callable[[Tensor], Tensor]
+"""Moves the guided x0hat (B, C, H, W) that a step goes to: the implicit part of a guidance, such as a proximal step
+towards an image. It comes last, after the gradient's shift, so that no shift can undo it."""
 
 
 class Sampler(ABC):
@@ -33,7 +38,14 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(
-        self, x: Tensor, t: int, t_prev: int, prediction: Prediction, shift: Tensor | None, noise: Tensor | None
+        self,
+        x: Tensor,
+        t: int,
+        t_prev: int,
+        prediction: Prediction,
+        shift: Tensor | None,
+        noise: Tensor | None,
+        pull: Pull | None = None,
     ) -> Tensor:
         """One step.
 
@@ -43,6 +55,7 @@ class Sampler(ABC):
             t_prev: the step reached, 0 <= t_prev < t.
             shift: s * g_t, the scaled and smoothed guidance gradient; None without guidance.
             noise: standard normal like x; None where the step needs none (`needs_noise`).
+            pull: moves the guided x0hat; None leaves it.
         """
 
     @abstractmethod
@@ -93,11 +106,21 @@ class DDPM(Sampler):
         return t_prev > 0 or self.kind != "fixed_small"  # the posterior's variance at x_0 is 0
 
     def step(
-        self, x: Tensor, t: int, t_prev: int, prediction: Prediction, shift: Tensor | None, noise: Tensor | None
+        self,
+        x: Tensor,
+        t: int,
+        t_prev: int,
+        prediction: Prediction,
+        shift: Tensor | None,
+        noise: Tensor | None,
+        pull: Pull | None = None,
     ) -> Tensor:
         a, b, _ = self.schedule.posterior(t, t_prev)
         variance = self.variance(t, t_prev, prediction)
-        mean = a * self.pred_x0(x, prediction.eps, t) + b * x
+        x0 = self.pred_x0(x, prediction.eps, t)
+        if pull is not None:  # the shift of the mean as one of x0hat, which the mean holds a times
+            x0, shift = pull(x0 if shift is None else x0 + variance / a * shift), None
+        mean = a * x0 + b * x
         if shift is not None:
             mean = mean + variance * shift
         return mean if noise is None else mean + variance**0.5 * noise
@@ -138,13 +161,23 @@ class DDIM(Sampler):
         return self.eta > 0 and t_prev > 0
 
     def step(
-        self, x: Tensor, t: int, t_prev: int, prediction: Prediction, shift: Tensor | None, noise: Tensor | None
+        self,
+        x: Tensor,
+        t: int,
+        t_prev: int,
+        prediction: Prediction,
+        shift: Tensor | None,
+        noise: Tensor | None,
+        pull: Pull | None = None,
     ) -> Tensor:
         eps = prediction.eps
         if shift is not None and self.clip_pred_x0:
             abar = float(self.schedule.abar[t])
             eps = (x - math.sqrt(abar) * self.pred_x0(x, eps, t)) / math.sqrt(1.0 - abar)
         eps, x0 = self.guided(x, eps, shift, t)
+        if pull is not None:
+            x0, abar = pull(x0), float(self.schedule.abar[t])
+            eps = (x - math.sqrt(abar) * x0) / math.sqrt(1.0 - abar)
         abar_prev = float(self.schedule.abar[t_prev])
         std = self.eta * math.sqrt(self.schedule.posterior(t, t_prev)[2])
         direction = math.sqrt(max(1.0 - abar_prev - std**2, 0.0)) * eps
@@ -165,9 +198,18 @@ class DPMSolverPP(Sampler):
         return False
 
     def step(
-        self, x: Tensor, t: int, t_prev: int, prediction: Prediction, shift: Tensor | None, noise: Tensor | None
+        self,
+        x: Tensor,
+        t: int,
+        t_prev: int,
+        prediction: Prediction,
+        shift: Tensor | None,
+        noise: Tensor | None,
+        pull: Pull | None = None,
     ) -> Tensor:
         _, x0 = self.guided(x, prediction.eps, shift, t)
+        if pull is not None:
+            x0 = pull(x0)
         if t_prev == 0:
             return x0
         now, then = self._half_log_snr(t), self._half_log_snr(t_prev)

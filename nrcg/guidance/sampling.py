@@ -71,7 +71,7 @@ def guided_sample(
         shift = None
         # Where the scale is zero the gradient would be multiplied by it: none is taken, and the stabilizer waits.
         guided = guidance is not None and sampler.takes_guidance(t_prev)
-        if guided and guidance.scale_at(t / sampler.schedule.num_steps) > 0:
+        if guided and guidance.acts_at(t / sampler.schedule.num_steps):
             prediction, shift = guidance(x, t, predict_noise, sampler.schedule)
             if recorder is not None:
                 recorder.record(x, t, prediction, guidance, sampler.schedule)
@@ -79,7 +79,8 @@ def guided_sample(
             with torch.no_grad():
                 prediction = as_prediction(predict_noise(x, t))
         noise = sample_noise(seed, samples, t, x.shape[1:], x.device) if sampler.needs_noise(t_prev) else None
-        new = sampler.step(x, t, t_prev, prediction, shift, noise)
+        pull = None if guidance is None else guidance.pull_at(t, sampler.schedule)
+        new = sampler.step(x, t, t_prev, prediction, shift, noise, pull)
         alive = alive & new.isfinite().flatten(1).all(dim=1)
         x = torch.where(alive.reshape(-1, 1, 1, 1), new, x)
         if on_step is not None:
