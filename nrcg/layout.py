@@ -41,6 +41,9 @@ LIKELIHOOD_FILES = ("likelihood.json", "likelihood.csv", "images.csv", "bits_per
 OBJECTIVES_FILES = ("objectives.csv", "objectives.png", "objectives.svg", "samples.png")
 """What is made of the records of a grid of objectives."""
 
+EXPLANATIONS_FILES = ("explanations.csv", "explanations.png", "explanations.svg", "pictures.png")
+"""What is made of the measured explanations."""
+
 REFERENCE_CACHE = ".nrcg/references"
 """Where features of reference images are kept; safe to delete."""
 
@@ -184,6 +187,18 @@ class ExperimentPaths:
     def objective(self, objective: str) -> Path:
         """The record of an objective; its samples and its numbers by t stand beside it."""
         return self.objectives / f"{objective}.json"
+
+    @property
+    def explanations(self) -> Path:
+        """Explanations by method, a table of each, explanations.csv, and the figures."""
+        return self.results / "explanations"
+
+    def explanation_shard(self, explainer: str, number: int) -> Path:
+        return self.explanations / explainer / f"shard{number:04d}.npz"
+
+    def explainer_table(self, explainer: str) -> Path:
+        """The metrics of a way to explain."""
+        return self.explanations / f"{explainer}.csv"
 
     @property
     def tune(self) -> Path:

@@ -78,6 +78,21 @@ VERBS = {
         CACHE,
         compute=True,
     ),
+    "explain-shard": StepVerb(
+        "explain_shard.explain_shard",
+        "explain",
+        "Explain a shard of an experiment's validation images in one of its ways.",
+        DATA | DDPM | CLASSIFIERS | {"out": "results/<experiment>/explanations/<explainer>/shard<number>.npz"},
+        compute=True,
+    ),
+    "evaluate-explanations": StepVerb(
+        "evaluate_explanations.measure_explanations",
+        "evaluate_explanations",
+        "Metrics of one way to explain.",
+        DATA | DDPM | CLASSIFIERS | {"out": "results/<experiment>/explanations/<explainer>.csv"},
+        CACHE,
+        compute=True,
+    ),
     "figures": StepVerb(
         "figures.draw_figures",
         "report",
@@ -111,6 +126,12 @@ def add_step(verbs: Verbs, name: str) -> None:
     add_files(sub, required=False, **verb.optional)
     if name == "dataset":
         sub.add_argument("--threads", type=positive, help="CPU threads")
+    if name in ("explain-shard", "evaluate-explanations"):
+        sub.add_argument("--explainer", metavar="NAME", help="a key of explain.methods")
+    if name == "explain-shard":
+        sub.add_argument("--shard", type=int, required=True, help="number of the shard, from 0")
+    if name == "evaluate-explanations":
+        sub.add_argument("--shards", type=Path, nargs="+", required=True, help="the shards, in order")
     if name == "objective":
         sub.add_argument("--objective", metavar="NAME", help="which of the grid")
     if name == "train-classifier":
@@ -118,7 +139,8 @@ def add_step(verbs: Verbs, name: str) -> None:
 
 
 def _run(verb: StepVerb, arguments: argparse.Namespace) -> None:
-    part = getattr(arguments, "role", None) or getattr(arguments, "objective", None)
+    parts = (getattr(arguments, name, None) for name in ("role", "objective", "explainer"))
+    part = next(filter(None, parts), None)
     run_step(arguments, verb.function, verb.step, part, verb.compute)
 
 
@@ -133,6 +155,20 @@ def objectives_table(arguments: argparse.Namespace) -> None:
     from nrcg.steps.objectives import compare_objectives
 
     compare_objectives(arguments.records, out=arguments.out)
+
+
+def add_explanations_table(verbs: Verbs) -> None:
+    sub = add_verb(verbs, "explanations-table", explanations_table)
+    tables = "results/<experiment>/explanations/<explainer>.csv"
+    sub.add_argument("--tables", type=Path, nargs="+", required=True, help=tables)
+    add_files(sub, out="results/<experiment>/explanations")
+
+
+def explanations_table(arguments: argparse.Namespace) -> None:
+    """Compare the ways to explain: table, figures, pictures."""
+    from nrcg.steps.explanations_table import compare_explanations
+
+    compare_explanations(arguments.tables, out=arguments.out)
 
 
 def add_density(verbs: Verbs) -> None:

@@ -48,7 +48,9 @@ from nrcg.config.steps import (
     STEPS,
     DatasetStep,
     DensityStep,
+    EvaluateExplanationsStep,
     EvaluateStep,
+    ExplainStep,
     ForwardStep,
     LikelihoodStep,
     ObjectiveStep,
@@ -62,4 +64,11 @@ from nrcg.config.steps import (
     step_settings,
     write_step_settings,
 )
-from nrcg.config.studies import DensitiesConfig, LikelihoodConfig, ObjectivesConfig
+from nrcg.config.studies import (
+    NEAREST,
+    DensitiesConfig,
+    ExplainConfig,
+    ExplainMethodConfig,
+    LikelihoodConfig,
+    ObjectivesConfig,
+)

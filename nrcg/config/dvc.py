@@ -26,7 +26,8 @@ SECTIONS_OF_FIELD: dict[str, list[str]] = {
     "schedule": ["ddpm.schedule"],
     "classes": ["dataset"],
     "guidance": ["methods"],
-} | {field: [] for field in ("experiment", "device", "compile", "role", "method", "objective")}
+    "how": ["explain"],
+} | {field: [] for field in ("experiment", "device", "compile", "role", "method", "objective", "explainer")}
 
 
 def template() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from nrcg.config.basics import (
 from nrcg.config.data import DatasetConfig
 from nrcg.config.methods import MethodConfig, StabilizerConfig, stabilizer_name
 from nrcg.config.models import ClassifiersConfig, DDPMConfig
-from nrcg.config.studies import DensitiesConfig, LikelihoodConfig, ObjectivesConfig
+from nrcg.config.studies import DensitiesConfig, ExplainConfig, LikelihoodConfig, ObjectivesConfig
 from nrcg.errors import ConfigError
 
 RULES = (
@@ -46,6 +46,9 @@ RULES = (
     "train_objective",
     "objective",
     "objectives_table",
+    "explain",
+    "evaluate_explanations",
+    "explanations_table",
     "density",
     "densities_table",
     "densities",
@@ -162,6 +165,7 @@ class ExperimentConfig(Section):
     sweep: dict[str, list[float]] = Field(description="Guidance scales per method; [] leaves a method out.")
     likelihood: LikelihoodConfig | None = Field(default=None, description="null measures no likelihood.")
     objectives: ObjectivesConfig | None = Field(default=None, description="null compares no training objectives.")
+    explain: ExplainConfig | None = Field(default=None, description="null explains nothing.")
 
     @field_validator("device")
     @classmethod
@@ -187,6 +191,19 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"target: {self.target!r} is no class of the data set; allowed: {', '.join(self.dataset.classes)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs(self) -> ExperimentConfig:
+        for pair in (self.explain.pairs or []) if self.explain is not None else []:
+            for name in pair:
+                if name not in self.dataset.classes:
+                    raise ValueError(
+                        f"explain.pairs: {name!r} is no class of the data set; allowed: "
+                        f"{', '.join(self.dataset.classes)}"
+                    )
+            if pair[0] == pair[1]:
+                raise ValueError(f"explain.pairs: {pair[0]} is aimed at itself")
         return self
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from nrcg.config.messages import explain
 from nrcg.config.methods import MethodConfig
 from nrcg.config.models import ClassifierConfig, ClassifiersConfig, DDPMConfig, ObjectiveConfig, ScheduleConfig
 from nrcg.config.reading import parse, read_yaml
-from nrcg.config.studies import DensitiesConfig, LikelihoodConfig, ObjectivesConfig
+from nrcg.config.studies import DensitiesConfig, ExplainConfig, ExplainMethodConfig, LikelihoodConfig, ObjectivesConfig
 from nrcg.errors import ConfigError
 from nrcg.files import atomic_write_text
 
@@ -171,6 +171,36 @@ class ObjectiveStep(StepSettings):
     objectives: ObjectivesConfig
 
 
+class ExplainStep(StepSettings):
+    """One way to explain, `explainer`."""
+
+    UNAFFECTING = ("device", "compile", "explain.batch_size", "explain.bits")
+    device: str
+    precision: Precision
+    unet_weights: WeightsType | None
+    compile: Compile
+    target: str
+    evaluation: EvaluationConfig
+    explainer: str
+    how: ExplainMethodConfig
+    explain: ExplainConfig
+
+    def fingerprint(self) -> str:
+        return fingerprint(self._shaping({"evaluation"}))
+
+    def _shaping(self, left_out: set[str]) -> dict[str, Any]:
+        """What shapes the explanations: not the other methods."""
+        settings = self.model_dump(mode="json", exclude={"device", "compile", *left_out})
+        for key in ("methods", "batch_size", "bits"):
+            settings["explain"].pop(key)
+        return settings
+
+
+class EvaluateExplanationsStep(ExplainStep):
+    def fingerprint(self) -> str:
+        return fingerprint(self._shaping(set()) | {"bits": self.explain.bits})
+
+
 class DensityStep(StepSettings):
     """One distribution of the plane; the experiment is called densities."""
 
@@ -194,6 +224,7 @@ class ReportStep(StepSettings):
     sweep: dict[str, list[float]]
     likelihood: LikelihoodConfig | None
     objectives: ObjectivesConfig | None
+    explain: ExplainConfig | None
 
 
 STEPS: dict[str, type[StepSettings]] = {
@@ -206,6 +237,8 @@ STEPS: dict[str, type[StepSettings]] = {
     "evaluate": EvaluateStep,
     "likelihood": LikelihoodStep,
     "objective": ObjectiveStep,
+    "explain": ExplainStep,
+    "evaluate_explanations": EvaluateExplanationsStep,
     "density": DensityStep,
     "report": ReportStep,
 }
@@ -241,6 +274,13 @@ def step_settings(config: Config, experiment: str, step: str, part: str | None =
     if step == "objective":
         _objective(settings, part)
         values |= {"objective": part, "guidance": config.methods[settings.objectives.method]}
+    if step in ("explain", "evaluate_explanations"):
+        methods = settings.explain.methods if settings.explain is not None else {}
+        if part not in methods:
+            raise ConfigError(
+                f"explainer {part!r} is unknown; allowed: {', '.join(methods) or 'none, explain is null'}"
+            )
+        values |= {"explainer": part, "how": methods[part]}
     if step == "likelihood" and settings.likelihood is None:
         raise ConfigError(f"experiments.{experiment}.likelihood: null; it measures none")
     if step in ("sample", "evaluate"):

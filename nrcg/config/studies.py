@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nrcg.config.basics import Count, Fraction, Positive, Section, Seed, Target, Weighting
+from nrcg.config.basics import Count, Fraction, Input, Name, Positive, Section, Seed, Target, Weighting
+from nrcg.config.explaining import Attack, DistanceName, ExplainSettings, Kind, Pulling, Search, settings_of
 from nrcg.config.models import ObjectiveConfig, OptimizerConfig, ScheduleConfig
 
+NEAREST = "nearest"
+"""A baseline beside the kinds: the nearest training image of the class aimed at."""
 DensityName = Literal["eight_gaussians", "checkerboard", "two_moons"]
 
 
@@ -104,3 +107,78 @@ class DensitiesConfig(ObjectiveGrid):
     num_blocks: Positive = Field(description="Its residual blocks.")
     ema_decay: Fraction = Field(description="Largest decay of the average of its weights.")
     seed: Seed = Field(description="Seed of points, network and training.")
+
+
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
+class ExplainMethodConfig(Section):
+    """A way to explain: a guide and a kind with its settings; those left out are the kind's; docs/explanations.md."""
+
+    kind: Kind | Literal["nearest"] = Field(
+        description="counterfactual, affirmative, semifactual, adversarial, prototype; nearest: the nearest training "
+        "image of the class aimed at, a baseline."
+    )
+    classifier: Literal["non_robust", "robust"] = Field(
+        default="non_robust", description="The guide, whose decisions are explained."
+    )
+    cone: bool = Field(default=False, description="Project its gradient on the cone around the robust classifier's.")
+    tau: Fraction | None = Field(default=None, description="Share of the steps that the image is noised by.")
+    scale: Annotated[float, Field(ge=0)] | None = Field(default=None, description="s of the classifier's gradient.")
+    weight: float | None = Field(default=None, description="lambda of the distance; negative drives away.")
+    distance: DistanceName | None = Field(default=None, description="d(x0hat, x*).")
+    pull: Pulling | None = Field(default=None, description="The distance as an implicit step, or by its gradient.")
+    normalize: bool | None = Field(default=None, description="Gradients at norm one (DVCE).")
+    stabilizer: str | None = Field(default=None, description="As of nrcg sample --stabilizer; betas at 400 steps.")
+    joint: bool | None = Field(default=None, description="One stabilizer for the sum of both gradients.")
+    cone_angle: Annotated[float, Field(ge=0, le=90)] | None = Field(default=None, description="Half-angle, degrees.")
+    input: Input | None = Field(default=None, description="What the classifier sees.")
+    num_inference_steps: Positive | None = Field(default=None, description="Steps of a whole trajectory.")
+    search: Search | None = Field(
+        default=None, description="For each image the smallest tau, or the largest weight, that still succeeds."
+    )
+    confidence: Fraction | None = Field(default=None, description="What a search wants p(class) to be at least.")
+    attack: Attack | None = Field(default=None, description="adversarial: sign or gradient steps.")
+    budget: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="adversarial: largest change, as a share of the range of pixel values."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ExplainMethodConfig:
+        self.settings()
+        if self.cone and self.classifier == "robust":
+            raise ValueError("cone: the robust classifier guides already")
+        return self
+
+    def settings(self, seed: int = 0) -> ExplainSettings | None:
+        """Of the engine; None for the baseline. Raises ValueError for settings that exclude each other."""
+        if self.kind == NEAREST:
+            return None
+        given = self.model_dump(exclude={"kind", "classifier", "cone"})
+        return settings_of(self.kind, **given, seed=seed)
+
+
+class ExplainConfig(Section):
+    """Explanations of the classifiers' decisions about validation images; docs/explanations.md."""
+
+    methods: Annotated[dict[Name, ExplainMethodConfig], Field(min_length=1)] = Field(description="By name.")
+    pairs: Annotated[list[Pair], Field(min_length=1)] | None = Field(
+        default=None,
+        description="[class of the images, class aimed at]; null: images of every other class, aimed at the target.",
+    )
+    num_images: Annotated[int, Field(ge=2)] = Field(description="Validation images of each pair, the first ones.")
+    num_seeds: Positive = Field(default=1, description="Explanations of each image, for their diversity.")
+    shard_size: Positive = Field(default=256, description="Images per job.")
+    batch_size: Count = Field(default="auto", description="Images at once on the device. auto: as many as fit.")
+    bits: bool = Field(default=False, description="Also bits per dimension of the explanations.")
+    seed: Seed = Field(default=0, description="With an image's number gives all of its noise.")
+
+    @model_validator(mode="after")
+    def _names(self) -> ExplainConfig:
+        if "explanations" in self.methods:
+            raise ValueError("methods: explanations is the name of the table of all; choose another")
+        return self
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.num_images * len(self.pairs or [None]) / self.shard_size)

@@ -25,6 +25,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nrcg.config.explaining import DISTANCES, KINDS, ExplainSettings, settings_of
     from nrcg.explain.adversarial import attack
     from nrcg.explain.baselines import judged, nearest_images
     from nrcg.explain.cone import cone_projection
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     from nrcg.explain.explanations import Explanations
     from nrcg.explain.guidance import ExplanationGuidance
     from nrcg.explain.metrics import evaluate_explanations
-    from nrcg.explain.settings import DISTANCES, KINDS, ExplainSettings, settings_of
 
+SETTINGS = "nrcg.config.explaining"
 _HOMES = {
-    "DISTANCES": "settings",
-    "KINDS": "settings",
-    "ExplainSettings": "settings",
+    "DISTANCES": SETTINGS,
+    "KINDS": SETTINGS,
+    "ExplainSettings": SETTINGS,
     "ExplanationGuidance": "guidance",
     "Explanations": "explanations",
     "attack": "adversarial",
@@ -48,7 +49,7 @@ _HOMES = {
     "judged": "baselines",
     "load_distance": "distances",
     "nearest_images": "baselines",
-    "settings_of": "settings",
+    "settings_of": SETTINGS,
 }
 
 __all__ = [
@@ -71,4 +72,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nrcg.explain' has no attribute {name!r}")
-    return getattr(import_module(f"nrcg.explain.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    return getattr(import_module(home if "." in home else f"nrcg.explain.{home}"), name)

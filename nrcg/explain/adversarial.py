@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nrcg.classifiers.logits import class_log_prob
+from nrcg.config.explaining import ATTACKS
 from nrcg.devices import floating_type, frozen
-from nrcg.explain.settings import ATTACKS
 from nrcg.guidance.guidance import log_prob_gradient
 from nrcg.guidance.stabilizers import NormClip, UnitNorm
 

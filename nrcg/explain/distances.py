@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from nrcg.config.explaining import DISTANCES, EXPONENTS
 from nrcg.devices import floating_type
-from nrcg.explain.settings import DISTANCES, EXPONENTS
 
 
 class Distance(ABC):

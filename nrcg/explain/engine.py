@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nrcg.batching import BatchSize, first_batch, in_batches
 from nrcg.config import PUBLISHED_STEPS, Compile
+from nrcg.config.explaining import OWN_CLASS, ExplainSettings
 from nrcg.data.arrays import to_uint8, to_unit
 from nrcg.diffusion.noise import sample_noise, spawn_seed
 from nrcg.errors import DataError
@@ -20,7 +21,6 @@ from nrcg.explain.distances import load_distance
 from nrcg.explain.explanations import Explanations, probabilities, runner_up
 from nrcg.explain.guidance import ExplanationGuidance
 from nrcg.explain.search import FARTHEST, bisect, middle_size, middle_step
-from nrcg.explain.settings import OWN_CLASS, ExplainSettings
 from nrcg.guidance import stabilizers
 from nrcg.guidance.guidance import class_of
 from nrcg.guidance.pipeline import GuidedDDPMPipeline

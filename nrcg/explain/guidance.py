@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from nrcg.classifiers.adapter import probe
 from nrcg.classifiers.logits import class_log_prob
+from nrcg.config.explaining import PULLINGS
 from nrcg.devices import floating_type, frozen
 from nrcg.diffusion.objectives import Prediction, as_prediction
 from nrcg.diffusion.schedule import Schedule
 from nrcg.explain.cone import CONE_ANGLE, checked_angle, cone_projection
 from nrcg.explain.distances import Distance
-from nrcg.explain.settings import PULLINGS
 from nrcg.guidance.guidance import (
     ClassifierGuidance,
     GuidedStep,

@@ -103,8 +103,14 @@ class JobResources:
         terms = (likelihood.num_steps or num_steps) + 2 * num_steps * bool(likelihood.num_traces)
         return self._minutes(samples * num_steps + likelihood.num_images * terms)
 
+    def explain_minutes(self) -> int:
+        """Of a shard of explanations: both legs of an affirmative one, by each seed."""
+        config = self.settings.explain
+        steps = 2 * self.settings.ddpm.schedule.num_train_timesteps * config.num_seeds
+        return self._minutes(min(config.shard_size, config.num_images * len(config.pairs or [None])) * steps)
+
     def guided_mb(self, section: str) -> int:
-        """Memory of a job that takes gradients of the batches of `sampling`, `forward` or `likelihood`."""
+        """Memory of a job that takes gradients of the batches of `sampling`, `forward`, `likelihood` or `explain`."""
         if self.gpus:
             return GPU_JOB_MB
         batch = getattr(self.settings, section).batch_size

@@ -9,6 +9,7 @@ from nrcg.config import ROLES, Config, ExperimentConfig
 from nrcg.layout import (
     CLASSIFIER_FILES,
     DDPM_FILES,
+    EXPLANATIONS_FILES,
     FIGURES,
     LIKELIHOOD_FILES,
     OBJECTIVES_FILES,
@@ -91,6 +92,21 @@ class Targets:
         config = self.settings.objectives
         return _texts(self.paths.objective(name) for name in (config.cells if config is not None else ()))
 
+    def explanation_shards(self, explainer: str) -> list[str]:
+        """The shards of a way to explain."""
+        return _texts(self.paths.explanation_shard(explainer, n) for n in range(self.settings.explain.num_shards))
+
+    def explainer_tables(self) -> list[str]:
+        """The metrics of each way to explain; none where nothing is explained."""
+        config = self.settings.explain
+        return _texts(map(self.paths.explainer_table, config.methods if config is not None else ()))
+
+    def all_explanations(self) -> list[str]:
+        """Every shard of every way to explain."""
+        config = self.settings.explain
+        names = config.methods if config is not None else ()
+        return [shard for name in names for shard in self.explanation_shards(name)]
+
     def studies(self) -> list[str]:
         """What the report shows beside the paper's comparison, where the experiment asks for it."""
         found = []
@@ -98,6 +114,8 @@ class Targets:
             found += [self.paths.likelihood / name for name in LIKELIHOOD_FILES]
         if self.settings.objectives is not None:
             found += [self.paths.objectives / name for name in OBJECTIVES_FILES]
+        if self.settings.explain is not None:
+            found += [self.paths.explanations / name for name in EXPLANATIONS_FILES]
         return _texts(found)
 
     def results(self) -> list[str]:
@@ -114,6 +132,7 @@ class Targets:
         figures = [paths.figure(name, ending) for name in FIGURES for ending in ("png", "svg")]
         files = [self.data.manifest, *self.data.arrays, *models, *tables, *figures]
         studies = [*self.likelihood_shards(), *self.objective_records(), *self.studies()]
+        studies += [*self.all_explanations(), *self.explainer_tables()]
         return [*_texts(files), *self.method_metrics(), *self.samples(), *studies]
 
     def shard_size(self, shard: int) -> int:

@@ -83,7 +83,7 @@ def write_report(
         classifiers=sections.classifier_records(Path(models_dir, "classifiers"), context.get("T"), reference_json),
         settings=sections.flatten(context.get("settings", {})),
         betas=sections.betas(context),
-        studies=[STUDIES[name](Path(out).parent / name) for name in studies],
+        studies=[read(Path(out).parent / folder) for folder, read in map(STUDIES.__getitem__, studies)],
     )
     atomic_write(out, page.encode())
     if comparison_md is not None:

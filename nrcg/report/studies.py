@@ -11,6 +11,7 @@ from pathlib import Path
 from nrcg.csv_files import Row, read_csv
 from nrcg.errors import DataError
 from nrcg.report.columns import interval
+from nrcg.report.explanations import COLUMNS, realism_column
 from nrcg.report.objectives import questions, verdicts
 from nrcg.report.sections import data_uri
 from nrcg.report.tables import format_number
@@ -92,6 +93,42 @@ def objectives_study(folder: Path) -> Study:
     return Study("objectives", "Training objectives", [text, *verdicts(rows)], pictures, titles, lines)
 
 
+def explanations_study(folder: Path) -> Study:
+    """Explanations: table, validity and realism against closeness, pictures."""
+    rows = read_csv(folder / "explanations.csv", COLUMNS)
+    realism = realism_column(rows)
+    shown = {
+        "validity": "validity, guide",
+        "validity_judge": "validity, judge",
+        "validity_robust": "validity, robust",
+        "l1": "L1",
+        "changed": "pixels changed",
+        **({realism: realism, f"s{realism[1:]}": f"s{realism[1:]}"} if realism else {}),
+        "bits_per_dim": "bits per dimension",
+        "seconds": "seconds each",
+    }
+    known = [name for name in shown if any(math.isfinite(row.get(name, math.nan)) for row in rows)]
+    lines = [
+        [
+            (f"{row['method']}, {row['pair']}", ""),
+            *((format_number(row.get(name, math.nan), 3), interval_text(row, name)) for name in known),
+        ]
+        for row in rows
+    ]
+    count = sum(int(row["num_images"] - row["num_skipped"]) for row in rows if row["method"] == rows[0]["method"])
+    text = (
+        f"What would have to change in an image for another answer? {count} validation images, explained by each way "
+        "and judged by the classifier that guided and by those that never did. An explanation should flip both, stay "
+        "near its image and look real; an adversarial example flips the guide alone."
+    )
+    pictures = [
+        (figure_address(folder, "explanations"), "Validity and realism against closeness, with 95 % intervals."),
+        (figure_address(folder, "pictures"), "The first images, and what each way makes of them; none picked by hand."),
+    ]
+    titles = ["way, classes", *(shown[name] for name in known)]
+    return Study("explanations", "Explanations", [text], pictures, titles, lines)
+
+
 def interval_text(row: Row, column: str) -> str:
     """The 95 % interval of a value as text, "" where there is none."""
     low, high = interval(row, column)
@@ -110,5 +147,9 @@ def figure_address(folder: Path, name: str) -> str:
     raise DataError("no such figure", folder / f"{name}.png")
 
 
-STUDIES: Mapping[str, Callable[[Path], Study]] = {"likelihood": likelihood_study, "objectives": objectives_study}
-"""Section of an experiment that asks for it -> what makes the report's, of the folder of that name."""
+STUDIES: Mapping[str, tuple[str, Callable[[Path], Study]]] = {
+    "likelihood": ("likelihood", likelihood_study),
+    "objectives": ("objectives", objectives_study),
+    "explain": ("explanations", explanations_study),
+}
+"""Section of an experiment that asks for it -> folder beside the report, and what makes the report's section of it."""

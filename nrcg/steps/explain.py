@@ -16,6 +16,7 @@ from torch import nn
 
 from nrcg.batching import BatchSize
 from nrcg.config import Compile, fingerprint
+from nrcg.config.explaining import ExplainSettings
 from nrcg.csv_files import write_csv
 from nrcg.data.pictures import save_png
 from nrcg.devices import device_name
@@ -27,7 +28,6 @@ from nrcg.explain.explanations import Explanations, probabilities
 from nrcg.explain.metrics import evaluate_explanations, explanation_bits
 from nrcg.explain.page import difference_map, explanations_page
 from nrcg.explain.perceptual import Perceptual
-from nrcg.explain.settings import ExplainSettings
 from nrcg.files import atomic_save_arrays, atomic_write_text
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress

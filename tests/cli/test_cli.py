@@ -32,7 +32,7 @@ VERBS = [
     *("run", "plan", "validate", "schema", "adopt", "compare", "track", "export-ddpm"),
     *("export-classifier", "dataset", "train-ddpm", "train-classifier", "forward", "sample", "reference", "evaluate"),
     *("tune", "likelihood", "likelihood-table", "objective", "objectives-table", "density", "densities-table"),
-    *("explain", "collect", "figures", "report"),
+    *("explain", "explain-shard", "evaluate-explanations", "explanations-table", "collect", "figures", "report"),
 ]
 
 

@@ -11,7 +11,7 @@ from nrcg.data.arrays import to_uint8, to_unit
 from nrcg.errors import DataError
 from nrcg.explain.engine import work_of
 from nrcg.explain.search import bisect, middle_size, middle_step
-from nrcg.explain.settings import KINDS, settings_of
+from nrcg.config.explaining import KINDS, settings_of
 
 COUNT = 6
 

@@ -44,12 +44,12 @@ wildcard_constraints:
     method="|".join(CONFIG.methods),
     role="|".join(ROLES),
     objective=r"[a-z0-9_]+-[a-z0-9_]+",
+    explainer=r"(?!explanations\.)\w+",
     scale=r"[0-9.e+-]+",
     shard=r"\d+",
 
 
-# `exec`: the job takes the shell's place, so that it is Snakemake's child and ends with it, also when that is killed by
-# kill -9. A rule's command must therefore be one command: whatever came after it would never run.
+# `exec`: the job takes the shell's place and ends with Snakemake, also at kill -9. A rule has one command: no other runs.
 shell.prefix(startup.job_prefix(workflow.deployment_settings.deployment_method))
 
 

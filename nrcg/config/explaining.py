@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from nrcg.config import GRAD_MODES, INPUTS, STARTS, fingerprint
+from nrcg.config.basics import GRAD_MODES, INPUTS, STARTS, fingerprint
 
 Kind = Literal["counterfactual", "affirmative", "semifactual", "adversarial", "prototype"]
 DistanceName = Literal["l1", "l15", "l2", "features"]

@@ -1,0 +1,128 @@
+"""Metrics of one way to explain, pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nrcg import tracking
+from nrcg.classifiers.storage import open_classifier
+from nrcg.config import ROLES, EvaluateExplanationsStep
+from nrcg.csv_files import write_csv
+from nrcg.data.arrays import open_split
+from nrcg.errors import DataError
+from nrcg.evaluation.sides import UNREADABLE
+from nrcg.explain.explanations import Explanations
+from nrcg.explain.metrics import evaluate_explanations, explanation_bits
+from nrcg.explain.perceptual import Perceptual
+from nrcg.files import atomic_save_arrays
+from nrcg.guidance.pipeline import GuidedDDPMPipeline
+from nrcg.layout import REFERENCE_CACHE
+from nrcg.steps.common import checked_data
+from nrcg.steps.explain_shard import choose_images
+from nrcg.steps.reference import open_references
+
+SHOWN = 16
+"""Explanations kept for the picture."""
+BITS_STEPS = 20
+"""Terms of the bound per image."""
+
+
+def measure_explanations(
+    settings: EvaluateExplanationsStep,
+    *,
+    shards: Sequence[Path],
+    data: Path,
+    ddpm: Path,
+    classifiers: Path,
+    out: Path,
+    device: torch.device,
+    cache: Path = Path(REFERENCE_CACHE),
+) -> list[dict[str, Any]]:
+    """A row of metrics for each pair of classes: by the guide, and by the classifiers that did not guide.
+
+    Args:
+        settings: The way's settings.
+        shards: What `explain_shard` wrote, in order.
+        data: Folder of the data set.
+        ddpm: Folder of the diffusion model.
+        classifiers: Folder of the classifiers.
+        out: The table; the first images stand beside it (.npz).
+        device: Device that computes.
+        cache: Folder of the references.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: A shard is damaged.
+    """
+    manifest, how = checked_data(data), settings.how
+    models = {role: open_classifier(classifiers / role).to(device) for role in ROLES}
+    guide = models[how.classifier]
+    found = _read(shards, guide.classes, how.kind)
+    _, labels = open_split(data, "val")
+    chosen = choose_images(settings, labels, guide.classes)
+    if len(found[0]) != len(chosen.rows):
+        raise DataError(f"{len(found[0])} explanations where {len(chosen.rows)} are asked for; delete them", shards[0])
+    bits = None
+    if settings.explain.bits:
+        pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device)
+        bits = explanation_bits(pipe, found[0].images, num_steps=BITS_STEPS, seed=settings.explain.seed)
+    rows = []
+    params = settings.model_dump(exclude={"explain"})
+    tags = {"explainer": settings.explainer, "dataset": manifest["name"]}
+    with tracking.run(
+        settings.experiment, f"explain {settings.explainer}", kind="explain", params=params, tags=tags, deferred=True
+    ) as run:
+        for number, pair in enumerate(chosen.pairs):
+            places = chosen.pair == number
+            target = guide.classes[int(chosen.targets[places][0])]
+            aimed = settings.model_copy(update={"target": target})
+            extractors, references = open_references(aimed, data, manifest, models["judge"], cache, device)
+            row = evaluate_explanations(
+                found[0].take(places),
+                judges={role: model for role, model in models.items() if role != how.classifier},
+                extractor=extractors[0],
+                reference=references[0],
+                labels=labels[chosen.rows[places]],
+                bits_per_dim=None if bits is None else bits[places],
+                seeds=[one.take(places) for one in found[1:]],
+                perceptual=Perceptual(),
+            )
+            rows.append({"method": settings.explainer, "pair": pair} | row)
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            finite = {key: value for key, value in numbers.items() if np.isfinite(value)}
+            run.log_metrics(finite | {"pair": number}, step=number)
+        run.log_artifact(_write(out, rows, found[0]))
+    return rows
+
+
+def _write(out: Path, rows: list[dict[str, Any]], found: Explanations) -> Path:
+    write_csv(out, rows, list(dict.fromkeys(column for row in rows for column in row)))
+    shown = found.take(slice(0, SHOWN))
+    pictures = {"originals": shown.originals, "images": shown.images, "succeeded": shown.succeeded}
+    atomic_save_arrays(out.with_suffix(".npz"), pictures)
+    return out
+
+
+def _read(shards: Sequence[Path], classes: list[str], kind: str) -> list[Explanations]:
+    """The explanations of all shards, for each seed."""
+    parts: list[list[Explanations]] = []
+    for path in shards:
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                seeds = sorted({int(name.partition(".")[0]) for name in arrays.files if "." in name})
+                own = [{name: arrays[f"{seed}.{name}"] for name in _names(arrays, seed)} for seed in seeds]
+            parts.append([Explanations.from_arrays(one, classes, kind) for one in own])
+        except (*UNREADABLE, KeyError) as error:
+            raise DataError(f"damaged ({error})", path) from None
+    return [Explanations.join(list(of_seed)) for of_seed in zip(*parts, strict=True)]
+
+
+def _names(arrays: np.lib.npyio.NpzFile, seed: int) -> list[str]:
+    return [name.partition(".")[2] for name in arrays.files if name.startswith(f"{seed}.")]
