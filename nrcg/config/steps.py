@@ -193,6 +193,7 @@ class ExplainStep(StepSettings):
         settings = self.model_dump(mode="json", exclude={"device", "compile", *left_out})
         for key in ("methods", "batch_size", "bits"):
             settings["explain"].pop(key)
+        settings.get("evaluation", {}).pop("best_by", None)
         return settings
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from nrcg.config.basics import Count, Fraction, Input, Name, Positive, Section, Seed, Target, Weighting
-from nrcg.config.explaining import Attack, DistanceName, ExplainSettings, Kind, Pulling, Search, settings_of
+from nrcg.config.explaining import KINDS, Attack, DistanceName, ExplainSettings, Pulling, Search, settings_of
 from nrcg.config.models import ObjectiveConfig, OptimizerConfig, ScheduleConfig
 
 NEAREST = "nearest"
@@ -115,7 +115,7 @@ Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 class ExplainMethodConfig(Section):
     """A way to explain: a guide and a kind with its settings; those left out are the kind's; docs/explanations.md."""
 
-    kind: Kind | Literal["nearest"] = Field(
+    kind: Literal[*KINDS, NEAREST] = Field(
         description="counterfactual, affirmative, semifactual, adversarial, prototype; nearest: the nearest training "
         "image of the class aimed at, a baseline."
     )

@@ -197,6 +197,7 @@ def make_plan(
         *(_sample(settings, method, config.methods[method], paths) for method in settings.sweep),
         _reference(settings, counts, paths),
         _evaluate(settings, config.methods, paths),
+        *_explanations(settings, paths),
         *_objectives(settings, config.methods, counts, paths, parameters.get("unet")),
         Step("report", 3, None, {"start": 3}, done=made),
     ]
@@ -280,6 +281,27 @@ def _likelihood_work(settings: ExperimentConfig, images: int) -> dict[str, float
     terms = 1 + min(config.num_steps or num_steps, num_steps - 1)
     flow = 2 * num_steps * config.num_traces
     return {"unet_forward": images * terms, "unet_gradient": images * flow}
+
+
+def _explanations(settings: ExperimentConfig, paths: ExperimentPaths) -> list[Step]:
+    """Each way to explain, and its evaluation; none where nothing is explained. Searches take more."""
+    config = settings.explain
+    if config is None:
+        return []
+    images, num_steps = config.num_images * len(config.pairs or [None]), settings.ddpm.schedule.num_train_timesteps
+    shares = {name: how.settings() for name, how in config.methods.items()}
+    legs = {"adversarial": 0, "affirmative": 2}
+    steps = sum(
+        legs.get(one.kind, 1) * one.tau * (one.num_inference_steps or num_steps) for one in shares.values() if one
+    )
+    shards = [paths.explanation_shard(name, n) for name in config.methods for n in range(config.num_shards)]
+    tables, count = list(map(paths.explainer_table, config.methods)), len(config.methods)
+    work = {"start": len(shards), "unet_gradient": round(steps * images * config.num_seeds)}
+    bound = ">=" if any(one and one.search != "none" for one in shares.values()) else ""
+    return [
+        Step("explain", len(shards), count * images * config.num_seeds, work, done=_there(*shards), bound=bound),
+        Step("evaluate_explanations", count, count * images, {"start": count}, done=_there(*tables)),
+    ]
 
 
 def _objectives(

@@ -160,6 +160,16 @@ MISTAKES = [
     (f"{EXPERIMENT}.objectives", GRID | {"predicts": ["noise"]}, "=.predicts.0: input should be 'sample', 'epsilon', "),
     (f"{EXPERIMENT}.objectives", GRID | {"weightings": ["vlb", "vlb"]}, "=.weightings: an entry is listed twice"),
     (f"{EXPERIMENT}.likelihood.num_steps", 0, "=: input should be greater than 0, got 0"),
+    (f"{EXPERIMENT}.explain.methods.counterfactual.kind", "other", "input should be 'counterfactual', "),
+    (f"{EXPERIMENT}.explain.methods.counterfactual.tau", 2, "input should be less than or equal to 1, got 2"),
+    (f"{EXPERIMENT}.explain.methods.counterfactual.weight", -1.0, "-1.0 drives away, which pull proximal"),
+    (
+        f"{EXPERIMENT}.explain.methods.counterfactual",
+        {"kind": "adversarial", "search": "tau"},
+        "neither tau nor weight",
+    ),
+    (f"{EXPERIMENT}.explain.pairs", [["soccer", "tennis"]], "'tennis' is no class of the data set"),
+    (f"{EXPERIMENT}.explain.pairs", [["soccer", "soccer"]], "soccer is aimed at itself"),
     ("densities.names", ["moons"], "=.0: input should be 'eight_gaussians', 'checkerboard' or 'two_moons'"),
     (f"{EXPERIMENT}.sweep.robust", ["a"], "=.0: input should be a valid number, got 'a'"),
     (f"{EXPERIMENT}.sweep.robust", [-1], "-1.0 is no guidance scale; a finite number >= 0 is allowed"),
@@ -514,6 +524,9 @@ def test_objectives_that_are_one_training_are_listed_once():
 
 PARTS = {"train_classifier": "robust", "sample": "non_robust_x0_ema99", "evaluate": "non_robust_x0_ema99"}
 PARTS |= {"objective": "epsilon-simple", "density": "two_moons"}
+PARTS |= {"explain": "counterfactual", "evaluate_explanations": "counterfactual"}
+REFERRING = {"reference", "evaluate", "objective", "evaluate_explanations"}
+EXPLAINED = {"explain", "evaluate_explanations"}
 
 
 def fingerprints(raw: dict) -> dict[str, str]:
@@ -546,9 +559,13 @@ def fingerprints(raw: dict) -> dict[str, str]:
         ("sweep.robust", [1, 2, 3], set()),
         ("sweep.non_robust_x0_ema99", [1, 2, 3], set()),
         ("description", "Other words.", set()),
-        ("target", "soccer", {"forward", "sample", "reference", "evaluate", "objective"}),
+        ("target", "soccer", {"forward", "sample", "reference", "evaluate", "objective"} | EXPLAINED),
         ("evaluation.best_by", "fid", set()),
-        ("evaluation.features", ["judge", "torcheval"], {"reference", "evaluate", "objective"}),
+        (
+            "evaluation.features",
+            ["judge", "torcheval"],
+            REFERRING,
+        ),
         ("precision", "float32", set(STEPS) - {"dataset", "reference", "density", "report"}),
         ("dataset.seed", 5, {"dataset"}),
         ("dataset.num_train", 5000, {"dataset"}),
@@ -557,12 +574,17 @@ def fingerprints(raw: dict) -> dict[str, str]:
         ("classifiers.robust.epochs", 2, {"train_classifier"}),
         ("classifiers.judge.epochs", 3, set()),
         ("forward.num_images", 5, {"forward", "objective"}),
-        ("evaluation.num_reference", 50, {"reference", "evaluate", "objective"}),
+        ("evaluation.num_reference", 50, REFERRING),
         ("likelihood.num_images", 5, {"objective"}),
         ("likelihood.batch_size", 5, set()),
         ("likelihood.seed", 5, {"likelihood", "objective"}),
         ("objectives", GRID | {"weightings": ["simple"]}, set()),
         ("objectives", GRID | {"scales": [7]}, {"objective"}),
+        ("explain.methods.prototype.scale", 5.0, set()),
+        ("explain.methods.counterfactual.scale", 5.0, EXPLAINED),
+        ("explain.batch_size", 3, set()),
+        ("explain.bits", True, {"evaluate_explanations"}),
+        ("explain.num_images", 9, EXPLAINED),
     ],
 )
 def test_a_setting_makes_stale_exactly_the_steps_that_read_it(key, value, stale):

@@ -7,11 +7,11 @@ from torch import nn
 from toys import BALLS, TINY_SIZE, TINY_STEPS, SmoothCNN, write_tiny_pipeline
 
 from nrcg import EMA, Classifier, ClassifierGuidance, GuidedDDPMPipeline, explain
+from nrcg.config.explaining import KINDS, settings_of
 from nrcg.data.arrays import to_uint8, to_unit
 from nrcg.errors import DataError
 from nrcg.explain.engine import work_of
 from nrcg.explain.search import bisect, middle_size, middle_step
-from nrcg.config.explaining import KINDS, settings_of
 
 COUNT = 6
 

@@ -18,7 +18,7 @@ from workflow_runs import CONFIG, ROOT, command, copy_tree, planned, processes_i
 
 from nrcg import config
 from nrcg.cli import main
-from nrcg.layout import LIKELIHOOD_FILES, OBJECTIVES_FILES
+from nrcg.layout import EXPLANATIONS_FILES, LIKELIHOOD_FILES, OBJECTIVES_FILES
 from nrcg.pipeline.plan import make_plan
 from nrcg.report.columns import FORWARD_COLUMNS, METRICS_COLUMNS
 from nrcg.tracking.journal import Journal
@@ -89,6 +89,10 @@ def test_every_experiment_plans_the_whole_chain(tree, tmp_path, target):
     found = planned(run.stdout)
     cells = len(experiment.objectives.cells) if experiment.objectives else 0
     studies = {"train_objective": cells, "objective": cells, "objectives_table": 1} if cells else {}
+    if experiment.explain:
+        ways = len(experiment.explain.methods)
+        studies |= {"explain": ways * experiment.explain.num_shards, "evaluate_explanations": ways}
+        studies |= {"explanations_table": 1}
     assert found == studies | {
         "dataset": 1,
         "train_ddpm": 1,
@@ -165,6 +169,7 @@ def test_the_results_are_where_the_docs_say(finished):
         *(f"models/toy/objectives/epsilon-simple/{name}" for name in ("model_index.json", "training.json")),
         *(f"results/toy/likelihood/{name}" for name in ("shard0001.npz", *LIKELIHOOD_FILES)),
         *(f"results/toy/objectives/{name}" for name in ("v_prediction-simple.json", *OBJECTIVES_FILES)),
+        *(f"results/toy/explanations/{name}" for name in ("nearest/shard0001.npz", *EXPLANATIONS_FILES)),
         *(f"benchmarks/toy/{name}.tsv" for name in ("train_ddpm", "forward", "report")),
     ]
     assert [name for name in expected if not (finished / name).stat().st_size] == []
@@ -206,7 +211,13 @@ def test_the_studies_hold_what_the_report_shows(finished):
     assert float(own["gradient_sensitivity"]) == pytest.approx(np.mean(smooth), rel=1e-4)
     assert float(rows["v_prediction-simple"]["bits_per_dim"]) != float(own["bits_per_dim"])
     page = (folder / "report.html").read_text()
-    for words in ("bits per dimension", "Best for likelihood: ", 'id="likelihood"', 'id="objectives"'):
+    ways = {row["method"]: row for row in rows_of(folder / "explanations/explanations.csv")}
+    assert {way["num_images"] for way in ways.values()} == {"6"} and set(ways) == {"counterfactual", "nearest"}
+    assert all(
+        np.isfinite(float(way[name])) for way in ways.values() for name in ("l1", "validity_judge", "bits_per_dim")
+    )
+    assert float(ways["nearest"]["l1"]) > 0
+    for words in ("Best for likelihood: ", 'id="likelihood"', 'id="objectives"', 'id="explanations"'):
         assert words in page
 
 
