@@ -21,21 +21,9 @@ from nrcg.config import COMPILE, GRAD_MODES, INPUTS, PRECISIONS, SAMPLERS, START
 from nrcg.config.explaining import ATTACKS, DISTANCES, KINDS, PULLINGS, SEARCHES
 
 SETTINGS = (
-    *("tau", "scale", "weight", "distance", "pull", "normalize", "stabilizer", "joint", "cone_angle", "input"),
-    *(
-        "clip_pred_x0",
-        "grad_mode",
-        "every_k",
-        "skip_above",
-        "eta",
-        "start",
-        "search",
-        "rounds",
-        "confidence",
-        "attack",
-        "budget",
-    ),
-    *("attack_step", "attack_steps", "seed"),
+    *("tau", "scale", "weight", "distance", "pull", "normalize", "stabilizer", "joint", "cone_angle", "input", "eta"),
+    *("clip_pred_x0", "grad_mode", "every_k", "skip_above", "start", "search", "rounds", "confidence"),
+    *("attack", "budget", "attack_step", "attack_steps", "seed"),
 )
 """Flags that are settings of the same name; where one is not given the kind's default holds."""
 

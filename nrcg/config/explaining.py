@@ -64,9 +64,9 @@ class ExplainSettings:
     """
 
     kind: str = "counterfactual"
-    tau: float = 0.5
-    scale: float = 2.0
-    weight: float = 300.0
+    tau: float = 0.8
+    scale: float = 15.0
+    weight: float = 400.0
     distance: str = "l1"
     pull: str = "proximal"
     normalize: bool = False
@@ -83,7 +83,7 @@ class ExplainSettings:
     eta: float = 0.0
     start: str = "image"
     search: str = "none"
-    rounds: int = 5
+    rounds: int = 6
     confidence: float = 0.0
     attack: str = "gradient"
     budget: float = 0.5
@@ -136,14 +136,15 @@ class ExplainSettings:
         return fingerprint(asdict(self))
 
 
+_LEAST = {"search": "weight", "confidence": 0.9}
 KIND_SETTINGS: dict[str, dict[str, Any]] = {
-    "counterfactual": {},
-    "affirmative": {},
-    "semifactual": {"pull": "gradient", "distance": "l2", "weight": -100.0},
+    "counterfactual": _LEAST,
+    "affirmative": _LEAST,
+    "semifactual": {"pull": "gradient", "distance": "l2", "weight": -100.0, "tau": 0.5},
     "adversarial": {"skip_above": 0.95},
-    "prototype": {"tau": 1.0, "weight": 0.0, "start": "auto"},
+    "prototype": {"tau": 1.0, "weight": 0.0, "start": "auto", "scale": 2.0},
 }
-"""Kind -> what it sets."""
+"""Kind -> what it sets. Found on the quickstart's models (docs/explanations.md)."""
 
 
 def settings_of(kind: str, **changes: Any) -> ExplainSettings:

@@ -21,6 +21,7 @@ RAW = config.read_yaml(ROOT / "config.yaml")
 TOY = config.read_yaml(ROOT / "tests/data/toy.yaml")
 CONFIG = config.parse(RAW)
 EXPERIMENT = "experiments.quickstart"
+ATTACK = {"kind": "adversarial", "search": "tau"}
 GRID = RAW["experiments"]["objectives"]["objectives"]
 
 
@@ -163,11 +164,7 @@ MISTAKES = [
     (f"{EXPERIMENT}.explain.methods.counterfactual.kind", "other", "input should be 'counterfactual', "),
     (f"{EXPERIMENT}.explain.methods.counterfactual.tau", 2, "input should be less than or equal to 1, got 2"),
     (f"{EXPERIMENT}.explain.methods.counterfactual.weight", -1.0, "-1.0 drives away, which pull proximal"),
-    (
-        f"{EXPERIMENT}.explain.methods.counterfactual",
-        {"kind": "adversarial", "search": "tau"},
-        "neither tau nor weight",
-    ),
+    (f"{EXPERIMENT}.explain.methods.counterfactual", ATTACK, "=.search: an adversarial example has neither tau nor"),
     (f"{EXPERIMENT}.explain.pairs", [["soccer", "tennis"]], "'tennis' is no class of the data set"),
     (f"{EXPERIMENT}.explain.pairs", [["soccer", "soccer"]], "soccer is aimed at itself"),
     ("densities.names", ["moons"], "=.0: input should be 'eight_gaussians', 'checkerboard' or 'two_moons'"),

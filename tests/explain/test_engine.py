@@ -32,7 +32,7 @@ def guide(seed=0):
 
 def make(pipe, images, kind="counterfactual", target=None, samples=None, **changes):
     run = {"batch_size": changes.pop("batch_size", 4), "robust": changes.pop("robust", None)}
-    settings = settings_of(kind, **changes)
+    settings = settings_of(kind, **{"search": "none", "tau": 0.5, "scale": 2.0} | changes)
     return explain.explain_images(
         pipe, guide(), images, target, settings, samples=samples, on_step=lambda done: None, **run
     )
@@ -191,15 +191,15 @@ def test_a_cone_needs_a_robust_classifier_and_changes_the_way(pipe, images):
     assert np.abs(plain.images.astype(int) - same.images).max() <= 1  # a gradient lies in the cone around itself
 
 
-def test_work_covers_the_steps(pipe, images):
-    for changes in ({}, {"kind": "affirmative"}, {"search": "tau"}, {"kind": "adversarial"}):
-        said = []
-        settings = settings_of(
-            changes.get("kind", "counterfactual"), **{k: v for k, v in changes.items() if k != "kind"}
-        )
-        explain.explain_images(pipe, guide(), images, None, settings, on_step=said.append)
-        assert said == sorted(said) and 0 < said[-1] <= work_of(settings, pipe) * COUNT
-    assert work_of(settings_of("counterfactual", tau=0.5), pipe) == TINY_STEPS // 2
+@pytest.mark.parametrize(
+    ("kind", "search"),
+    [("counterfactual", "none"), ("counterfactual", "tau"), ("affirmative", "weight"), ("adversarial", "none")],
+)
+def test_work_covers_the_steps(pipe, images, kind, search):
+    said, settings = [], settings_of(kind, search=search)
+    explain.explain_images(pipe, guide(), images, None, settings, on_step=said.append)
+    assert said == sorted(said) and 0 < said[-1] <= work_of(settings, pipe) * COUNT
+    assert work_of(settings_of("counterfactual", tau=0.5, search="none"), pipe) == TINY_STEPS // 2
 
 
 @pytest.mark.parametrize(

@@ -140,11 +140,12 @@ class Logistic(nn.Module):
         return self.w * x.flatten(1)
 
 
-@pytest.mark.parametrize("exponent, weight, bias", [(2.0, 3.0, 0.02), (1.0, 1.5, 0.04)])
+@pytest.mark.parametrize("exponent, weight", [(2.0, 3.0), (1.0, 1.5)])
 @pytest.mark.parametrize("num_steps", [50, 200])
-def test_a_gaussian_with_a_logistic_classifier_is_near_the_integral(num_steps, exponent, weight, bias):
+def test_a_gaussian_with_a_logistic_classifier_is_near_the_integral(num_steps, exponent, weight):
     """What is not exact, and how much: the classifier is asked about x0hat instead of all x_0 that x_t may come from,
-    and for L1 the proximal step is the mode where the mean is wanted. The bias does not fall with the steps."""
+    and for L1 the proximal step is the mode where the mean is wanted. Of the mean 0.004 and of the spread 0.01 are lost
+    whatever the steps (measured at T = 2000); the rest falls as 5 / T."""
     std, w, original = 0.4, 4.0, -0.5
     data = TwoGaussians(vp_schedule(num_steps), 0.0, std)
     settings = {"distance": PixelDistance(exponent), "weight": weight, "prior_std": std, "scale": 1.0}
@@ -152,8 +153,7 @@ def test_a_gaussian_with_a_logistic_classifier_is_near_the_integral(num_steps, e
     mean, spread, share = integrated(
         lambda x: -(x**2) / (2 * std**2) + nn.functional.logsigmoid(w * x) - weight * (x - original).abs() ** exponent
     )
-    print(num_steps, exponent, float(x.mean()), mean, float(x.std()), spread, float((x > 0).float().mean()), share)
-    tolerance = 5 / num_steps + 3 * spread / math.sqrt(len(x)) + bias
+    tolerance = 5 / num_steps + 3 * spread / math.sqrt(len(x)) + 0.01
     assert float(x.mean()) == pytest.approx(mean, abs=tolerance)
     assert float(x.std()) == pytest.approx(spread, abs=tolerance)
     assert float((x > 0).float().mean()) == pytest.approx(share, abs=2 * tolerance)
