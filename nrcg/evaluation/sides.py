@@ -304,3 +304,37 @@ def numbered(side: Side, count: int) -> Iterator[tuple[int, ImageList | np.ndarr
         first += len(chunk)
         if first == count:
             return
+
+
+def in_parts(side: Side, count: int, size: int, shape: tuple[int, int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """The first `count` images in parts of `size`, as a diffusion model takes them.
+
+    Args:
+        side: Images; grey ones get three channels where the model has these.
+        count: Images in all.
+        size: Images of a part; the last may have fewer.
+        shape: (C, H, W) of the model's images.
+
+    Yields:
+        Number of the first, and the images (n, H, W, C) uint8.
+
+    Raises:
+        DataError: features instead of images, or an image of another size.
+    """
+    channels, height, width = shape
+    if side.features is not None:
+        raise DataError(f"{side.path}: holds features, images are needed")
+    waiting: list[np.ndarray] = []
+    first = 0
+    for _, chunk in numbered(side, count):
+        for image in chunk:
+            image = with_channels(image, channels, "the diffusion model")
+            if image.shape != (height, width, channels):
+                raise DataError(
+                    f"{side.path}: holds an image of {' x '.join(map(str, image.shape))}, the model's are {height} x"
+                    f" {width} x {channels}; --image-size resizes"
+                )
+            waiting.append(image)
+        while len(waiting) >= size or (waiting and first + len(waiting) == count):
+            yield first, np.stack(waiting[:size])
+            first, waiting = first + min(size, len(waiting)), waiting[size:]

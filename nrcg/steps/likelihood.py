@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from nrcg.config import LikelihoodStep, fingerprint
 from nrcg.data.arrays import open_split, to_unit
 from nrcg.devices import device_name
 from nrcg.diffusion.likelihood import bound, flow_bits_per_dim
-from nrcg.errors import DataError
-from nrcg.evaluation.sides import UNREADABLE, Side, numbered
+from nrcg.evaluation.sides import UNREADABLE, Side, in_parts
 from nrcg.files import atomic_save_arrays, weights_sha256
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
@@ -78,14 +77,14 @@ def measure_likelihood(pipe: GuidedDDPMPipeline, images: Side, how: Measure, *, 
     found: list[dict[str, np.ndarray]] = []
     with Progress("likelihood", how.num_images * per_image, "step") as bar, torch.inference_mode(False):
         predict = pipe.noise_predictor(how.precision)
-        for number, x0 in _parts(pipe, images, how.num_images):
-            path = out / "parts" / f"part{number:05d}.npz"
-            part = _read_part(path, known, len(x0))
+        for first, pixels in in_parts(images, how.num_images, PART, pipe.image_shape()):
+            path = out / "parts" / f"part{first // PART:05d}.npz"
+            part = _read_part(path, known, len(pixels))
             if part is None:
-                part = _measure_part(pipe, predict, x0, number * PART, how, variance_of(pipe), bar.set)
+                part = _measure_part(pipe, predict, to_unit(pixels), first, how, variance_of(pipe), bar.set)
                 atomic_save_arrays(path, part | {"known": np.array(known)})
             found.append(part)
-            bar.set(min((number + 1) * PART, how.num_images) * per_image)
+            bar.set((first + len(pixels)) * per_image)
     whole = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     return write_tables(whole, _record(pipe, how), out)
 
@@ -162,24 +161,6 @@ def _record(pipe: GuidedDDPMPipeline, how: Measure) -> dict[str, Any]:
         "device": device_name(pipe.device),
         "versions": versions(),
     }
-
-
-def _parts(pipe: GuidedDDPMPipeline, images: Side, count: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Number and images (B, C, H, W) in [-1, 1] of each part."""
-    shape = pipe.image_shape()
-    waiting: list[np.ndarray] = []
-    done = 0
-    for _, chunk in numbered(images, count):
-        for image in chunk:
-            if image.shape != (*shape[1:], shape[0]):
-                raise DataError(
-                    f"{images.path}: holds an image of {' x '.join(map(str, image.shape))}, the model's are"
-                    f" {shape[1]} x {shape[2]} x {shape[0]}; --image-size resizes"
-                )
-            waiting.append(image)
-        while len(waiting) >= PART or (waiting and done * PART + len(waiting) == count):
-            yield done, to_unit(np.stack(waiting[:PART]))
-            waiting, done = waiting[PART:], done + 1
 
 
 def _measure_part(

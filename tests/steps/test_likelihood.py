@@ -20,6 +20,8 @@ def here(tmp_path, monkeypatch):
     write_tiny_pipeline(tmp_path / "ddpm")
     images = np.random.default_rng(0).integers(0, 256, (7, TINY_SIZE, TINY_SIZE, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "features.npy", np.zeros((4, 9), np.float32))
+    np.save(tmp_path / "wide.npy", np.full((2, TINY_SIZE, TINY_SIZE, 3), 300, np.int16))
     monkeypatch.chdir(tmp_path)
     return images
 
@@ -72,6 +74,8 @@ def test_a_killed_run_goes_on_and_other_settings_start_anew(here, tmp_path, monk
     ("flags", "words"),
     [
         (("--image-size", "4"), "holds an image of 4 x 4 x 3, the model's are 8 x 8 x 3; --image-size resizes"),
+        (("--data", "features.npy"), "features.npy: holds features, images are needed"),
+        (("--data", "wide.npy"), "wide.npy: int16 of shape (2, 8, 8, 3); images must be uint8, 0 to 255"),
         (("--data", "nowhere"), "nowhere: no such file or folder"),
         (("--ddpm", "images.npy"), "images.npy"),
     ],
