@@ -72,7 +72,7 @@ class Grids:
         rows = [self._sample(unet, columns, guidance) for guidance in (None, *guidances)]
         _save(np.concatenate(rows), columns, guided)
         names = classifier.classes or list(map(str, targets))
-        show_picture(guided, f"First guidance; its rows: unguided, {', '.join(names[: len(targets)])}")
+        show_picture(guided, f"The same guided; its rows: unguided, {', '.join(names[: len(targets)])}")
         return [path, guided]
 
     def _costly(self, unet: nn.Module) -> bool:

@@ -46,7 +46,7 @@ def test_the_first_classifier_that_is_there_guides_to_each_class(drawn, tmp_path
     config = {"architecture": "small_cnn", "classes": list("abcd"), "image_size": TINY_SIZE}
     save_classifier(tmp_path / "robust", build_module("small_cnn", 4, 0.1), config)
     (unguided, guided), said = drawn(tmp_path / "missing", tmp_path / "robust")
-    assert said[1].startswith("First guidance; its rows: unguided, a, b, c: ")
+    assert said[1].startswith("The same guided; its rows: unguided, a, b, c: ")
     assert len(guided) == 1 + PREVIEW_CLASSES
     np.testing.assert_array_equal(guided[0], unguided[0])  # the same seeds
     assert len({row.tobytes() for row in guided}) == len(guided)
