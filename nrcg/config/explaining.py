@@ -144,7 +144,7 @@ KIND_SETTINGS: dict[str, dict[str, Any]] = {
     "adversarial": {"skip_above": 0.95},
     "prototype": {"tau": 1.0, "weight": 0.0, "start": "auto", "scale": 2.0},
 }
-"""Kind -> what it sets. Found on the quickstart's models (docs/explanations.md)."""
+"""Kind -> what it sets; chosen on 32 images of the quickstart (docs/explanations.md says how far that carries)."""
 
 
 def settings_of(kind: str, **changes: Any) -> ExplainSettings:
