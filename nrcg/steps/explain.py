@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from nrcg.config.explaining import ExplainSettings
 from nrcg.csv_files import write_csv
 from nrcg.data.pictures import save_png
 from nrcg.devices import device_name
-from nrcg.errors import DataError
 from nrcg.evaluation.features import ClassifierExtractor, weights_digest
-from nrcg.evaluation.sides import UNREADABLE, Side, numbered, with_channels
+from nrcg.evaluation.sides import UNREADABLE, Side, in_parts
 from nrcg.explain.engine import explain_images, work_of
 from nrcg.explain.explanations import Explanations, probabilities
 from nrcg.explain.metrics import evaluate_explanations, explanation_bits
@@ -106,7 +105,7 @@ def explain_side(
     known = _identity(pipe, models, settings, target, precision)
     per_image, parts = work_of(settings, pipe), []
     with Progress(f"explain {settings.kind}", count * per_image, "step") as bar:
-        for first, originals in _parts(pipe, images, count):
+        for first, originals in in_parts(images, count, PART, pipe.image_shape()):
             path = out / "parts" / f"part{first // PART:05d}.npz"
             key = f"{known}-{hashlib.sha256(np.ascontiguousarray(originals)).hexdigest()[:16]}"
             part = _read_part(path, key, models.guide, settings)
@@ -135,25 +134,6 @@ def explain_side(
     notes = _notes(whole, labels)
     _write(out, whole, images, models, metrics, {**(record or {}), **_record(pipe, settings, target, precision)}, notes)
     return Explained(whole, metrics, notes)
-
-
-def _parts(pipe: GuidedDDPMPipeline, images: Side, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Number of the first, and the images (n, H, W, C) uint8, of each part."""
-    channels, height, width = pipe.image_shape()
-    waiting: list[np.ndarray] = []
-    first = 0
-    for _, chunk in numbered(images, count):
-        for image in chunk:
-            image = with_channels(image, channels, "the diffusion model")
-            if image.shape != (height, width, channels):
-                raise DataError(
-                    f"{images.path}: holds an image of {' x '.join(map(str, image.shape))}, the model's are"
-                    f" {height} x {width} x {channels}"
-                )
-            waiting.append(image)
-        while len(waiting) >= PART or (waiting and first + len(waiting) == count):
-            yield first, np.stack(waiting[:PART])
-            first, waiting = first + min(PART, len(waiting)), waiting[PART:]
 
 
 def _identity(
