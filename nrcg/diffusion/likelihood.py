@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:
     abar = float(schedule.abar[-1])
     rest = x0[0].numel() * ((1 - abar) - math.log(1 - abar) - 1)
     return 0.5 * (abar * x0.flatten(1).double().square().sum(dim=1) + rest)
+
+
+def variance_of(scheduler: Any) -> str:
+    """The variance of p(x_{t-1} | x_t) that a diffusers scheduler samples by, one of VARIANCES as far as it is known."""
+    return str(scheduler.config.get("variance_type", "fixed_small")).removesuffix("_log")
 
 
 def log_variance(schedule: Schedule, t: int, kind: str, prediction: Prediction) -> Tensor | float:

@@ -205,9 +205,9 @@ def explanation_bits(pipe, images: np.ndarray, *, num_steps: int | None, seed: i
         pipe: GuidedDDPMPipeline on its device.
         num_steps: Terms of the bound per image; None: all.
     """
-    from nrcg.diffusion.likelihood import bound
+    from nrcg.diffusion.likelihood import bound, variance_of
 
-    variance = str(pipe.scheduler.config.get("variance_type", "fixed_small")).removesuffix("_log")
+    variance = variance_of(pipe.scheduler)
     predict, found = pipe.noise_predictor(torch.float32), []
     for first in range(0, len(images), 64):
         x0 = to_unit(images[first : first + 64]).to(pipe.device)

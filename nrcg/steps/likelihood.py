@@ -17,7 +17,7 @@ from nrcg.batching import BatchSize, first_batch, in_batches
 from nrcg.config import LikelihoodStep, fingerprint
 from nrcg.data.arrays import open_split, to_unit
 from nrcg.devices import device_name
-from nrcg.diffusion.likelihood import bound, flow_bits_per_dim
+from nrcg.diffusion.likelihood import bound, flow_bits_per_dim, variance_of
 from nrcg.evaluation.sides import UNREADABLE, Side, in_parts
 from nrcg.files import atomic_save_arrays, weights_sha256
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
@@ -81,7 +81,7 @@ def measure_likelihood(pipe: GuidedDDPMPipeline, images: Side, how: Measure, *, 
             path = out / "parts" / f"part{first // PART:05d}.npz"
             part = _read_part(path, known, len(pixels))
             if part is None:
-                part = _measure_part(pipe, predict, to_unit(pixels), first, how, variance_of(pipe), bar.set)
+                part = _measure_part(pipe, predict, to_unit(pixels), first, how, variance_of(pipe.scheduler), bar.set)
                 atomic_save_arrays(path, part | {"known": np.array(known)})
             found.append(part)
             bar.set((first + len(pixels)) * per_image)
@@ -133,7 +133,7 @@ def measure_shard(
     ):
         log_dataset(run, manifest, data, "val", "likelihood")
         predict, x0 = pipe.noise_predictor(precision), to_unit(np.array(images[first:stop]))
-        found = _measure_part(pipe, predict, x0, first, how, variance_of(pipe), bar.set)
+        found = _measure_part(pipe, predict, x0, first, how, variance_of(pipe.scheduler), bar.set)
     atomic_save_arrays(out, found | {"record": np.array(json.dumps(_record(pipe, how)))})
     return found
 
@@ -142,12 +142,9 @@ def measure_images(pipe: GuidedDDPMPipeline, x0: torch.Tensor, how: Measure) -> 
     """ARRAYS of images (N, C, H, W) in [-1, 1]; nothing is kept."""
     total = len(x0) * how.passes(pipe.schedule().num_steps)
     with Progress("likelihood", total, "step") as bar, torch.inference_mode(False):
-        return _measure_part(pipe, pipe.noise_predictor(how.precision), x0, 0, how, variance_of(pipe), bar.set)
-
-
-def variance_of(pipe: GuidedDDPMPipeline) -> str:
-    """The variance of p(x_{t-1} | x_t), one of `nrcg.diffusion.schedule.VARIANCES`."""
-    return str(pipe.scheduler.config.get("variance_type", "fixed_small")).removesuffix("_log")
+        return _measure_part(
+            pipe, pipe.noise_predictor(how.precision), x0, 0, how, variance_of(pipe.scheduler), bar.set
+        )
 
 
 def _record(pipe: GuidedDDPMPipeline, how: Measure) -> dict[str, Any]:
