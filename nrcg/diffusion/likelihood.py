@@ -36,7 +36,7 @@ def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:
 
 
 def variance_of(scheduler: Any) -> str:
-    """The variance of p(x_{t-1} | x_t) that a diffusers scheduler samples by, one of VARIANCES as far as it is known."""
+    """The variance of p(x_{t-1} | x_t) that a diffusers scheduler samples by; VARIANCES are those that are known."""
     return str(scheduler.config.get("variance_type", "fixed_small")).removesuffix("_log")
 
 
