@@ -25,6 +25,7 @@ from nrcg.evaluation.intervals import Z95
 from nrcg.files import atomic_save_arrays
 from nrcg.guidance.guidance import PredictNoise
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
+from nrcg.guidance.sampling import guided_sample, start_samples
 from nrcg.pipeline.progress import Progress
 from nrcg.report.densities import PERFECT
 from nrcg.steps.likelihood_table import mean_and_error
@@ -75,8 +76,7 @@ def measure_density(settings: DensityStep, *, out: Path, models: Path, device: t
                 row = {"density": name, "objective": cell, "loss": loss}
                 row |= _measured(pipe.noise_predictor(torch.float32), pipe.schedule(), density, test, device)
                 rows.append(row)
-                drawn = pipe(config.num_drawn, batch_size=config.num_drawn, seed=config.seed, on_step=lambda done: None)
-                points[cell] = drawn.samples.flatten(1).cpu().numpy()
+                points[cell] = _drawn(pipe, config.num_drawn, config.seed)
                 run.log_metrics({key: value for key, value in row.items() if isinstance(value, float)})
     if isinstance(density, GaussianMixture):
         schedule = Schedule.from_config(config.schedule)
@@ -93,6 +93,15 @@ def _scheduler(settings: DensityStep, objective: ObjectiveConfig) -> DDPMSchedul
     scheduler = build_scheduler(settings.densities.schedule, NATIVE[objective.predicts])
     scheduler.register_to_config(clip_sample=False, variance_type=VARIANCE)  # points are not bounded
     return scheduler
+
+
+def _drawn(pipe: GuidedDDPMPipeline, count: int, seed: int) -> np.ndarray:
+    """(N, 2) points that a network draws: not clipped to the range of pixels, as the pipeline's samples are."""
+    samples, schedule = range(count), pipe.schedule()
+    start = start_samples(schedule, seed, samples, pipe.image_shape(), pipe.device)
+    predict, steps = pipe.noise_predictor(torch.float32), pipe.timesteps()
+    x, _ = guided_sample(start, predict, pipe.sampler(), steps, seed=seed, samples=samples)
+    return x.flatten(1).cpu().numpy()
 
 
 def _measured(
