@@ -206,7 +206,7 @@ class DensityStep(StepSettings):
     """One distribution of the plane; the experiment is called densities."""
 
     UNAFFECTING = ("device", "densities.names")
-    device: str = "auto"
+    device: str = "cpu"  # the networks are tiny
     density: str
     densities: DensitiesConfig
 
