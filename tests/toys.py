@@ -201,4 +201,6 @@ def write_balls(folder: str | Path, num_train: int, num_val: int, image_size: in
 def toy_settings(**changes: object) -> dict:
     """config.yaml with tests/data/toy.yaml, and changes of its experiment `toy`, laid over it."""
     raw = config.merge(config.read_yaml(ROOT / "config.yaml"), config.read_yaml(ROOT / "tests/data/toy.yaml"))
+    if {"pretrained", "init"} & set(changes.get("ddpm", {})):
+        changes.setdefault("objectives", None)  # they are trained from random weights
     return config.merge(raw, {"experiments": {"toy": changes}})

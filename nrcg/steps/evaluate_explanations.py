@@ -84,8 +84,12 @@ def measure_explanations(
             target = guide.classes[int(chosen.targets[places][0])]
             aimed = settings.model_copy(update={"target": target})
             extractors, references = open_references(aimed, data, manifest, models["judge"], cache, device)
+            own = found[0].take(places)
+            if own.skipped.all():
+                rows.append({"method": settings.explainer, "pair": pair} | _nothing(own))
+                continue
             row = evaluate_explanations(
-                found[0].take(places),
+                own,
                 judges={role: model for role, model in models.items() if role != how.classifier},
                 extractor=extractors[0],
                 reference=references[0],
@@ -100,6 +104,12 @@ def measure_explanations(
             run.log_metrics(finite | {"pair": number}, step=number)
         run.log_artifact(_write(out, rows, found[0]))
     return rows
+
+
+def _nothing(found: Explanations) -> dict[str, Any]:
+    """A row without metrics, where the guide calls every image the class aimed at already."""
+    counts = {"kind": found.kind, "num_images": len(found), "num_skipped": len(found), "num_nonfinite": 0}
+    return counts | {"validity": float("nan"), "l1": float("nan"), "missing": "all: every image was skipped"}
 
 
 def _write(out: Path, rows: list[dict[str, Any]], found: Explanations) -> Path:

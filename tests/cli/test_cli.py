@@ -113,7 +113,7 @@ MISTAKES = {
     "missing config": ("validate --config nope.yaml", "nrcg: nope.yaml: no such config file"),
     "unknown experiment": (
         "dataset --config {tiny}/toy.yaml --experiment nope --out out",
-        "nrcg: experiment 'nope' is unknown; allowed: quickstart, digits, sportballs, celeba, celebahq",
+        "nrcg: experiment 'nope' is unknown; allowed: quickstart, digits, objectives, objectives64, sportballs, ",
     ),
     "no experiment": ("dataset --config {tiny}/toy.yaml --out out", "holds several experiments; name one by --exp"),
     "unknown method": (f"{SHARD} --method nope --scale 1 --shard 0", "nrcg: method 'nope' is unknown; allowed: "),
@@ -228,7 +228,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 def test_validate_names_the_experiments(capsys):
     assert nrcg("validate", "--config", CONFIG) == 0
-    assert "valid; experiments: quickstart, digits, sportballs, celeba, celebahq" in capsys.readouterr().out
+    assert "valid; experiments: quickstart, digits, objectives, objectives64, sportballs, " in capsys.readouterr().out
 
 
 def test_schema_writes_the_models_schema(tmp_path):

@@ -49,7 +49,7 @@ wildcard_constraints:
     shard=r"\d+",
 
 
-# `exec`: the job takes the shell's place and ends with Snakemake, also at kill -9. A rule has one command: no other runs.
+# `exec`: the job takes the shell's place and ends with Snakemake, also at kill -9. One command each: no other would run.
 shell.prefix(startup.job_prefix(workflow.deployment_settings.deployment_method))
 
 

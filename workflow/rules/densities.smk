@@ -10,8 +10,8 @@ rule densities:
 rule density:
     """A distribution, learned by each objective: bound and ODE beside the truth."""
     output:
-        directory("models/densities/{density}"),
         "results/densities/{density}.npz",
+        models=directory("models/densities/{density}"),
         table="results/densities/{density}.csv",
     log:
         "logs/densities/{density}.log",
@@ -27,7 +27,7 @@ rule density:
         config=density_settings,
     shell:
         "nrcg density --config {params.config} --density {wildcards.density} --threads {threads} --out {output.table}"
-        " --models {output[0]} > {log} 2>&1"
+        " --models {output.models} > {log} 2>&1"
 
 
 rule densities_table:
