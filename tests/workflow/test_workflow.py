@@ -288,20 +288,27 @@ def test_what_a_dead_process_left_is_sent_at_the_next_start(finished, tmp_path):
 # What a change reruns. `END` is cheap and follows every change of results.
 END = {"collect": 1, "figures": 1, "report": 1}
 EMA = {"classifier": "non_robust", "input": "pred_x0", "stabilizer": {"name": "ema", "beta": 0.95}}
+OBJECTIVES = {"objective": 2, "objectives_table": 1}
+MEASURED = {"evaluate_explanations": 2, "explanations_table": 1}
+OF_THE_DDPM = {"likelihood": 2, "likelihood_table": 1, "explain": 4} | MEASURED
 ALL = {
     "dataset": 1,
+    "train_objective": 2,
     "train_ddpm": 1,
     "train_classifier": 3,
     "forward": 1,
     "sample": 6,
     "reference": 1,
     "evaluate": 2,
-} | END
+} | (END | OBJECTIVES | OF_THE_DDPM)
 CHANGES = {
     "device": ({"device": "auto"}, {}),
     "words": ({"description": "Other words."}, {"figures": 1, "report": 1}),
     "batch size": ({"sampling": {"batch_size": 3}}, {"figures": 1, "report": 1}),
-    "evaluation": ({"evaluation": {"num_reference": 90}}, {"reference": 1, "evaluate": 2} | END),
+    "evaluation": (
+        {"evaluation": {"num_reference": 90}},
+        {"reference": 1, "evaluate": 2} | END | OBJECTIVES | MEASURED,
+    ),
     "best by": ({"evaluation": {"best_by": "fid"}}, END),
     "a scale more": ({"sweep": {"non_robust_x0_ema99": [1, 2.5, 4]}}, {"sample": 2, "evaluate": 1} | END),
     "a scale less": ({"sweep": {"non_robust_x0_ema99": [1]}}, {"evaluate": 1} | END),
@@ -314,8 +321,11 @@ CHANGES = {
     ),
     "a shard more": ({"sampling": {"num_samples": 20}}, {"sample": 6, "evaluate": 2} | END),
     "fewer samples": ({"sampling": {"num_samples": 8}}, {"evaluate": 2} | END),
-    "forward": ({"forward": {"num_images": 6}}, {"forward": 1, "figures": 1, "report": 1}),
-    "judge": ({"classifiers": {"judge": {"epochs": 2}}}, {"train_classifier": 1, "reference": 1, "evaluate": 2} | END),
+    "forward": ({"forward": {"num_images": 6}}, {"forward": 1, "figures": 1, "report": 1} | OBJECTIVES),
+    "judge": (
+        {"classifiers": {"judge": {"epochs": 2}}},
+        {"train_classifier": 1, "reference": 1, "evaluate": 2} | END | OBJECTIVES | MEASURED,
+    ),
     "ddpm": (
         {"ddpm": {"epochs": 3}},
         {key: ALL[key] for key in ALL if key not in ("dataset", "train_classifier", "reference")},
@@ -323,7 +333,7 @@ CHANGES = {
     "dataset": ({"dataset": {"seed": 1}}, ALL),
 }
 
-DDPM_ANEW = {"train_ddpm": 1, "forward": 1, "sample": 6, "evaluate": 2} | END
+DDPM_ANEW = {"train_ddpm": 1, "forward": 1, "sample": 6, "evaluate": 2} | END | OF_THE_DDPM
 """What is made anew where a file of the diffusion model is lost."""
 
 
@@ -338,17 +348,20 @@ def test_a_change_reruns_only_what_depends_on_it(finished, change):
 def test_a_methods_change_reruns_that_methods_jobs_and_what_gives_the_same_samples_none(finished):
     toy, methods = {"device": "auto", "sampling": {"batch_size": 3}}, {"non_robust_x0_ema99": EMA}
     run = snakemake(finished, "--dry-run", "toy", "--quiet", "rules", toy=toy, methods=methods)
-    assert planned(run.stdout) == {"sample": 4, "evaluate": 1} | END
+    assert planned(run.stdout) == {"sample": 4, "evaluate": 1} | END | OBJECTIVES
 
 
-JUDGE_ANEW = {"train_classifier": 1, "reference": 1, "evaluate": 2} | END
+JUDGE_ANEW = {"train_classifier": 1, "reference": 1, "evaluate": 2} | END | OBJECTIVES | MEASURED
 LOST = {
     "figures/stabilizers.svg": {"figures": 1, "report": 1},
     "forward.csv": {"forward": 1, "figures": 1, "report": 1},
     "summary.json": END,
     "metrics/unconditional.csv": {"evaluate": 1} | END,
     "samples/unconditional/scale0/shard0001.npy": {"sample": 1, "evaluate": 1} | END,
-    "reference.json": {"reference": 1, "evaluate": 2} | END,
+    "reference.json": {"reference": 1, "evaluate": 2} | END | OBJECTIVES | MEASURED,
+    "likelihood/shard0001.npz": {"likelihood": 1, "likelihood_table": 1, "report": 1},
+    "objectives/epsilon-simple.csv": {"objective": 1, "objectives_table": 1, "report": 1},
+    "explanations/pictures.png": {"explanations_table": 1, "report": 1},
     "../../models/toy/classifiers/judge/model.safetensors": JUDGE_ANEW,
     "../../models/toy/classifiers/judge/accuracy_over_t.csv": JUDGE_ANEW,
     "../../models/toy/ddpm/data_mean.npy": DDPM_ANEW,
