@@ -133,6 +133,9 @@ class Targets:
         files = [self.data.manifest, *self.data.arrays, *models, *tables, *figures]
         studies = [*self.likelihood_shards(), *self.objective_records(), *self.studies()]
         studies += [*self.all_explanations(), *self.explainer_tables()]
+        # What stands beside a record or a table.
+        studies += _texts(Path(one).with_suffix(end) for one in self.objective_records() for end in (".csv", ".npz"))
+        studies += _texts(Path(one).with_suffix(".npz") for one in self.explainer_tables())
         return [*_texts(files), *self.method_metrics(), *self.samples(), *studies]
 
     def shard_size(self, shard: int) -> int:
