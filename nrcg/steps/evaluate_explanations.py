@@ -64,11 +64,9 @@ def measure_explanations(
     manifest, how = checked_data(data), settings.how
     models = {role: open_classifier(classifiers / role).to(device) for role in ROLES}
     guide = models[how.classifier]
-    found = _read(shards, guide.classes, how.kind)
     _, labels = open_split(data, "val")
     chosen = choose_images(settings, labels, guide.classes)
-    if len(found[0]) != len(chosen.rows):
-        raise DataError(f"{len(found[0])} explanations where {len(chosen.rows)} are asked for; delete them", shards[0])
+    found = _read(shards, guide.classes, how.kind, len(chosen.rows))
     bits = None
     if settings.explain.bits:
         pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device)
@@ -120,8 +118,8 @@ def _write(out: Path, rows: list[dict[str, Any]], found: Explanations) -> Path:
     return out
 
 
-def _read(shards: Sequence[Path], classes: list[str], kind: str) -> list[Explanations]:
-    """The explanations of all shards, for each seed."""
+def _read(shards: Sequence[Path], classes: list[str], kind: str, count: int) -> list[Explanations]:
+    """The explanations of all shards, `count` for each seed."""
     parts: list[list[Explanations]] = []
     for path in shards:
         try:
@@ -131,7 +129,10 @@ def _read(shards: Sequence[Path], classes: list[str], kind: str) -> list[Explana
             parts.append([Explanations.from_arrays(one, classes, kind) for one in own])
         except (*UNREADABLE, KeyError) as error:
             raise DataError(f"damaged ({error})", path) from None
-    return [Explanations.join(list(of_seed)) for of_seed in zip(*parts, strict=True)]
+    found = [Explanations.join(list(of_seed)) for of_seed in zip(*parts, strict=True)]
+    if len(found[0]) != count:
+        raise DataError(f"{len(found[0])} explanations where {count} are asked for; delete them", shards[0])
+    return found
 
 
 def _names(arrays: np.lib.npyio.NpzFile, seed: int) -> list[str]:
