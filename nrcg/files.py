@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +107,18 @@ def atomic_save_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def load_arrays(path: str | Path) -> dict[str, Any]:
+    """The numpy arrays of a .npz file by name, in memory. Raises DataError that names it where it cannot be read."""
+    import numpy as np
+
+    try:
+        # Opened here: np.load leaves a damaged file open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"damaged ({error})", path) from None
 
 
 SEAL = "record_sha256"

@@ -18,7 +18,7 @@ from nrcg.cli.arguments import (
 )
 from nrcg.cli.imports import lean_imports
 from nrcg.config import COMPILE, GRAD_MODES, INPUTS, PRECISIONS, SAMPLERS, STARTS, WEIGHTS_TYPES
-from nrcg.config.explaining import ATTACKS, DISTANCES, KINDS, PULLINGS, SEARCHES
+from nrcg.config.explaining import ATTACKS, DISTANCES, KINDS, PULLINGS, SEARCHES, settings_of
 
 SETTINGS = (
     *("tau", "scale", "weight", "distance", "pull", "normalize", "stabilizer", "joint", "cone_angle", "input", "eta"),
@@ -81,8 +81,6 @@ def add_explain(verbs: Verbs) -> None:
 
 def explain(arguments: argparse.Namespace) -> None:
     """Counterfactual and other explanations of a classifier's decisions about images."""
-    from nrcg.config.explaining import settings_of
-
     with one_line():
         given = {name: getattr(arguments, name) for name in SETTINGS}
         per_step = None if arguments.stabilizer is None else True

@@ -174,32 +174,21 @@ class ObjectiveStep(StepSettings):
 class ExplainStep(StepSettings):
     """One way to explain, `explainer`."""
 
-    UNAFFECTING = ("device", "compile", "explain.batch_size", "explain.bits")
+    # Not the other methods: each has its settings in `how`.
+    UNAFFECTING = ("device", "compile", "explain.methods", "explain.batch_size", "explain.bits")
     device: str
     precision: Precision
     unet_weights: WeightsType | None
     compile: Compile
     target: str
-    evaluation: EvaluationConfig
     explainer: str
     how: ExplainMethodConfig
     explain: ExplainConfig
 
-    def fingerprint(self) -> str:
-        return fingerprint(self._shaping({"evaluation"}))
-
-    def _shaping(self, left_out: set[str]) -> dict[str, Any]:
-        """What shapes the explanations: not the other methods."""
-        settings = self.model_dump(mode="json", exclude={"device", "compile", *left_out})
-        for key in ("methods", "batch_size", "bits"):
-            settings["explain"].pop(key)
-        settings.get("evaluation", {}).pop("best_by", None)
-        return settings
-
 
 class EvaluateExplanationsStep(ExplainStep):
-    def fingerprint(self) -> str:
-        return fingerprint(self._shaping(set()) | {"bits": self.explain.bits})
+    UNAFFECTING = ("device", "compile", "explain.methods", "explain.batch_size", "evaluation.best_by")
+    evaluation: EvaluationConfig
 
 
 class DensityStep(StepSettings):

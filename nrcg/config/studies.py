@@ -180,5 +180,10 @@ class ExplainConfig(Section):
         return self
 
     @property
+    def total_images(self) -> int:
+        """Of all pairs."""
+        return self.num_images * len(self.pairs or [None])
+
+    @property
     def num_shards(self) -> int:
-        return math.ceil(self.num_images * len(self.pairs or [None]) / self.shard_size)
+        return math.ceil(self.total_images / self.shard_size)

@@ -15,7 +15,7 @@ from nrcg.classifiers.logits import calibration_error, class_hits, predict, pred
 from nrcg.errors import DataError
 from nrcg.evaluation.features import Extractor, extract
 from nrcg.evaluation.frechet import FeatureStatistics, frechet_estimate, metric_names
-from nrcg.evaluation.intervals import Estimate, bootstrap_intervals, share, share_difference
+from nrcg.evaluation.intervals import Z95, Estimate, bootstrap_intervals, share, share_difference
 from nrcg.evaluation.pairwise import (
     across,
     fixed_choice,
@@ -146,6 +146,11 @@ def evaluate_features(
 def with_interval(name: str, value: float, interval: Sequence[float]) -> dict[str, float]:
     """A metric's columns: NAME, NAME_lo, NAME_hi."""
     return {name: value, f"{name}_lo": interval[0], f"{name}_hi": interval[1]}
+
+
+def with_error(name: str, value: float, error: float) -> dict[str, float]:
+    """The same from a standard error."""
+    return with_interval(name, value, (value - Z95 * error, value + Z95 * error))
 
 
 def _batches(samples: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:

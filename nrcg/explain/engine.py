@@ -118,13 +118,13 @@ def _targets(
     classifier: nn.Module, target: str | int | Sequence[int] | None, before: np.ndarray, settings: ExplainSettings
 ) -> np.ndarray:
     """(N,) int64 of what a counterfactual would aim at."""
-    count, classes = before.shape[1], before.shape[1]
+    classes = before.shape[1]
     if target is None:
         return before.argmax(axis=1) if settings.kind in ("prototype", "semifactual") else runner_up(before)
     if isinstance(target, str) or np.ndim(target) == 0:
         target = [class_of(classifier, target)] * len(before)
     targets = np.asarray(target, np.int64)
-    if targets.shape != (len(before),) or (len(targets) and not 0 <= targets.min() <= targets.max() < count):
+    if targets.shape != (len(before),) or (len(targets) and not 0 <= targets.min() <= targets.max() < classes):
         raise ValueError(f"target: {len(before)} classes in 0..{classes - 1} are needed, one for each image")
     return targets
 

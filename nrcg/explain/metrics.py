@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import nn
 
-from nrcg.data.arrays import to_unit
+from nrcg.config.explaining import EXPONENTS
 from nrcg.errors import DataError
 from nrcg.evaluation.evaluate import feature_estimates, with_interval
 from nrcg.evaluation.features import Extractor, extract
@@ -26,7 +25,6 @@ from nrcg.explain.perceptual import Perceptual
 
 CHANGED_LEVELS = 8
 """A pixel has changed where a channel differs by more than so many of the 256 grey levels."""
-EXPONENTS = {"l1": 1.0, "l15": 1.5, "l2": 2.0}
 
 
 def evaluate_explanations(
@@ -196,23 +194,3 @@ def split_frechet(explained: np.ndarray, originals: np.ndarray) -> Estimate:
         values.append(estimate.value)
         influence[half] = estimate.influence * (count / len(estimate.influence)) / 2
     return Estimate(float(np.mean(values)), influence, low=0.0)
-
-
-def explanation_bits(pipe, images: np.ndarray, *, num_steps: int | None, seed: int = 0) -> np.ndarray:
-    """(N,) bits per dimension of (N, H, W, C) uint8 images by the variational bound.
-
-    Args:
-        pipe: GuidedDDPMPipeline on its device.
-        num_steps: Terms of the bound per image; None: all.
-    """
-    from nrcg.diffusion.likelihood import bound, variance_of
-
-    variance = variance_of(pipe.scheduler)
-    predict, found = pipe.noise_predictor(torch.float32), []
-    for first in range(0, len(images), 64):
-        x0 = to_unit(images[first : first + 64]).to(pipe.device)
-        samples = range(first, first + len(x0))
-        with torch.no_grad():
-            part = bound(predict, pipe.schedule(), x0, samples, seed=seed, num_steps=num_steps, variance=variance)
-        found.append(part.bits_per_dim.cpu().numpy())
-    return np.concatenate(found)

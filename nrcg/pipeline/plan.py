@@ -288,16 +288,14 @@ def _explanations(settings: ExperimentConfig, paths: ExperimentPaths) -> list[St
     config = settings.explain
     if config is None:
         return []
-    images, num_steps = config.num_images * len(config.pairs or [None]), settings.ddpm.schedule.num_train_timesteps
-    shares = {name: how.settings() for name, how in config.methods.items()}
+    images, num_steps = config.total_images, settings.ddpm.schedule.num_train_timesteps
+    ways = [found for how in config.methods.values() if (found := how.settings()) is not None]
     legs = {"adversarial": 0, "affirmative": 2}
-    steps = sum(
-        legs.get(one.kind, 1) * one.tau * (one.num_inference_steps or num_steps) for one in shares.values() if one
-    )
+    steps = sum(legs.get(one.kind, 1) * one.tau * (one.num_inference_steps or num_steps) for one in ways)
     shards = [paths.explanation_shard(name, n) for name in config.methods for n in range(config.num_shards)]
     tables, count = list(map(paths.explainer_table, config.methods)), len(config.methods)
     work = {"start": len(shards), "unet_gradient": round(steps * images * config.num_seeds)}
-    bound = ">=" if any(one and one.search != "none" for one in shares.values()) else ""
+    bound = ">=" if any(one.search != "none" for one in ways) else ""
     return [
         Step("explain", len(shards), count * images * config.num_seeds, work, done=_there(*shards), bound=bound),
         Step("evaluate_explanations", count, count * images, {"start": count}, done=_there(*tables)),

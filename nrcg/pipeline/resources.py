@@ -91,23 +91,20 @@ class JobResources:
 
     def likelihood_minutes(self) -> int:
         """Of a shard of the likelihood: a pass for each term, two gradients a step where the flow is measured too."""
-        config, num_steps = self.settings.likelihood, self.settings.ddpm.schedule.num_train_timesteps
-        passes = (config.num_steps or num_steps) + 2 * num_steps * bool(config.num_traces)
-        return self._minutes(config.shard_size * passes)
+        return self._minutes(self.settings.likelihood.shard_size * self._likelihood_passes)
 
     def objective_minutes(self) -> int:
         """Of one objective: its samples at each scale and without guidance, its likelihood and its gradients."""
         settings, num_steps = self.settings, self.settings.ddpm.schedule.num_train_timesteps
-        config, likelihood = settings.objectives, settings.likelihood
+        config = settings.objectives
         samples = config.num_samples * (1 + len(config.scales)) + settings.forward.num_images
-        terms = (likelihood.num_steps or num_steps) + 2 * num_steps * bool(likelihood.num_traces)
-        return self._minutes(samples * num_steps + likelihood.num_images * terms)
+        return self._minutes(samples * num_steps + settings.likelihood.num_images * self._likelihood_passes)
 
     def explain_minutes(self) -> int:
         """Of a shard of explanations: both legs of an affirmative one, by each seed."""
         config = self.settings.explain
         steps = 2 * self.settings.ddpm.schedule.num_train_timesteps * config.num_seeds
-        return self._minutes(min(config.shard_size, config.num_images * len(config.pairs or [None])) * steps)
+        return self._minutes(min(config.shard_size, config.total_images) * steps)
 
     def guided_mb(self, section: str) -> int:
         """Memory of a job that takes gradients of the batches of `sampling`, `forward`, `likelihood` or `explain`."""
@@ -116,6 +113,12 @@ class JobResources:
         batch = getattr(self.settings, section).batch_size
         images = AUTO_IMAGES if batch == "auto" else batch
         return 2000 + round(images * self._pixels * CPU_MB_PER_IMAGE)
+
+    @property
+    def _likelihood_passes(self) -> int:
+        """Of an image."""
+        config, num_steps = self.settings.likelihood, self.settings.ddpm.schedule.num_train_timesteps
+        return (config.num_steps or num_steps) + 2 * num_steps * bool(config.num_traces)
 
     @property
     def _pixels(self) -> float:

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nrcg.csv_files import Row
-from nrcg.files import atomic_write
 from nrcg.report.best import differ
-from nrcg.report.drawing import legend, render
+from nrcg.report.drawing import blank_figure, legend, save_figure
 from nrcg.report.studies import Study, figure_address, interval_text
 from nrcg.report.tables import format_number
 
@@ -33,19 +31,15 @@ def save_density_figures(rows: Sequence[Row], points: Mapping[str, Mapping[str, 
         points: Distribution -> `true` and each objective -> (N, 2) points drawn.
         out: Folder.
     """
-    paths = [out / name for name in ("densities.png", "densities.svg", "points.png")]
-    for path in paths[:2]:
-        atomic_write(path, render(lambda: densities_figure(rows), path.suffix[1:]))
-    atomic_write(paths[2], render(lambda: points_figure(points), "png"))
-    return paths
+    drawn = save_figure(out / "densities", lambda: densities_figure(rows))
+    return drawn + save_figure(out / "points", lambda: points_figure(points), ["png"])
 
 
 def densities_figure(rows: Sequence[Row]) -> Figure:
     """What bound and ODE exceed the true cross-entropy by, in bits per dimension, for each objective."""
     names = list(dict.fromkeys(str(row["density"]) for row in rows))
     objectives = list(dict.fromkeys(str(row["objective"]) for row in rows))
-    figure = Figure(figsize=(3.1 * len(names) + 1.2, 0.6 + 0.33 * len(objectives)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(3.1 * len(names) + 1.2, 0.6 + 0.33 * len(objectives))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         for column, color, label, shift in (("bound_gap", BOUND, "bound", -0.12), ("flow_gap", FLOW, "ODE", 0.12)):
@@ -67,8 +61,7 @@ def densities_figure(rows: Sequence[Row]) -> Figure:
 def points_figure(points: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """A line of scatter plots for each distribution: its own points, and those that each network draws."""
     columns = list(dict.fromkeys(name for drawn in points.values() for name in drawn))
-    figure = Figure(figsize=(1.35 * len(columns), 1.5 * len(points)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(1.35 * len(columns), 1.5 * len(points))
     grid = figure.subplots(len(points), len(columns), squeeze=False)
     for line, (name, drawn) in zip(grid, points.items(), strict=True):
         for axes, column in zip(line, columns, strict=True):

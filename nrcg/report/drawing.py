@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from nrcg.csv_files import Row
+from nrcg.data.pictures import sample_grid
+from nrcg.files import atomic_write
 from nrcg.layout import format_scale
 from nrcg.report.best import best_per_method
 from nrcg.report.columns import has_intervals, method_label, sort_methods
@@ -97,11 +100,46 @@ def render(draw: Callable[[], Figure], kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def save_figure(stem: Path, draw: Callable[[], Figure], kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write a figure as STEM.png and STEM.svg; returns the files."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in kinds]
+    for path, kind in zip(paths, kinds, strict=True):
+        atomic_write(path, render(draw, kind))
+    return paths
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure without axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def picture_lines(lines: Mapping[str, np.ndarray], width: float, height: float) -> tuple[Figure, Axes]:
+    """Images in rows, each row with its name.
+
+    Args:
+        lines: Name -> (N, H, W, C) uint8, N the same for all.
+        width, height: Of the figure, inches.
+    """
+    grid = sample_grid(np.concatenate(list(lines.values())), len(next(iter(lines.values()))), 1)
+    figure = blank_figure(width, height)
+    axes = figure.subplots()
+    axes.imshow(grid if grid.shape[2] == 3 else grid[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    step = (grid.shape[0] - 1) / len(lines)
+    axes.set_yticks([step * (line + 0.5) for line in range(len(lines))], list(lines), fontsize=8)
+    axes.set_xticks([])
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure, axes
+
+
 def new_figure(
     width: float = 6.4, height: float = 4.2, columns: int = 1, sharey: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(width, height)
     axes = figure.subplots(1, columns, sharey=sharey and columns > 1, squeeze=False)[0]
     return figure, list(axes)
 

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nrcg.csv_files import Row
-from nrcg.data.pictures import sample_grid
-from nrcg.files import atomic_write
-from nrcg.report.drawing import FURTHER, legend, new_figure, render
+from nrcg.report.drawing import FURTHER, legend, new_figure, picture_lines, save_figure
 
 COLUMNS = ("method", "pair", "kind", "num_images", "num_skipped", "validity", "l1")
 MARKERS = "osDv^PX*h"
@@ -54,11 +51,8 @@ def save_explanation_figures(
         pictures: Way to explain -> `originals` and `images` (N, H, W, C) uint8.
         out: Folder.
     """
-    paths = [out / name for name in ("explanations.png", "explanations.svg", "pictures.png")]
-    for path in paths[:2]:
-        atomic_write(path, render(lambda: explanations_figure(rows), path.suffix[1:]))
-    atomic_write(paths[2], render(lambda: _pictures_figure(pictures), "png"))
-    return paths
+    drawn = save_figure(out / "explanations", lambda: explanations_figure(rows))
+    return drawn + save_figure(out / "pictures", lambda: _pictures_figure(pictures), ["png"])
 
 
 def explanations_figure(rows: Sequence[Row]) -> Figure:
@@ -102,18 +96,5 @@ def _pictures_figure(pictures: Mapping[str, Mapping[str, np.ndarray]]) -> Figure
     """The images, and below them each way's explanations of them."""
     first = next(iter(pictures.values()))["originals"]
     columns = min(len(one["images"]) for one in pictures.values())
-    lines = [first[:columns], *(one["images"][:columns] for one in pictures.values())]
-    grid = sample_grid(np.concatenate(lines), columns, 1)
-    height = grid.shape[0]
-    figure = Figure(figsize=(2.0 + 0.5 * columns, 0.3 + 0.5 * len(lines)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.imshow(grid if grid.shape[2] == 3 else grid[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    step = (height - 1) / len(lines)
-    axes.set_yticks([step * (line + 0.5) for line in range(len(lines))], ["image", *pictures], fontsize=8)
-    axes.set_xticks([])
-    axes.grid(False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return figure
+    lines = {"image": first[:columns]} | {name: one["images"][:columns] for name, one in pictures.items()}
+    return picture_lines(lines, 2.0 + 0.5 * columns, 0.3 + 0.5 * len(lines))[0]

@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 
 from nrcg.csv_files import Row
 from nrcg.data.pictures import load_samples, sample_grid
-from nrcg.files import atomic_write
 from nrcg.layout import format_scale
 from nrcg.report.best import best_per_method, best_rule, pareto_front
 from nrcg.report.columns import (
@@ -51,7 +50,7 @@ from nrcg.report.drawing import (
     new_figure,
     over_scale,
     plain_numbers,
-    render,
+    save_figure,
     series,
     setup,
     text,
@@ -101,10 +100,7 @@ def make_figures(
         ("pareto", lambda: pareto(metrics, styles, target=target)),
         ("best_samples", lambda: best_samples(metrics, samples_dir, target=target)),
     ):
-        for kind in ("png", "svg"):
-            path = out / f"{name}.{kind}"
-            atomic_write(path, render(draw, kind))
-            written.append(path)
+        written += save_figure(out / name, draw)
     return written
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nrcg.csv_files import Row, read_csv
-from nrcg.files import atomic_write
-from nrcg.report.drawing import legend, new_figure, render
+from nrcg.report.drawing import legend, new_figure, save_figure
 
 COLUMNS = ("t", "bits_per_dim", "bits_per_dim_se", "num_images", "mse_eps", "mse_x0")
 BITS, NOISE, IMAGE = "#0072b2", "#d1242f", "#009e73"
@@ -18,10 +17,7 @@ BITS, NOISE, IMAGE = "#0072b2", "#d1242f", "#009e73"
 def save_likelihood_figure(folder: Path) -> list[Path]:
     """Draw likelihood.csv of a folder as bits_per_dim.png and .svg beside it; returns these."""
     rows = read_csv(folder / "likelihood.csv", COLUMNS)
-    paths = [folder / f"bits_per_dim.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        atomic_write(path, render(lambda: likelihood_figure(rows), path.suffix[1:]))
-    return paths
+    return save_figure(folder / "bits_per_dim", lambda: likelihood_figure(rows))
 
 
 def likelihood_figure(rows: list[Row]) -> Figure:

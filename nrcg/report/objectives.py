@@ -9,17 +9,14 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from nrcg.config import TARGETS, WEIGHTINGS
 from nrcg.csv_files import Row
-from nrcg.data.pictures import sample_grid
-from nrcg.files import atomic_write
 from nrcg.report.best import differ
 from nrcg.report.columns import frechet_columns
-from nrcg.report.drawing import render
+from nrcg.report.drawing import blank_figure, picture_lines, save_figure
 from nrcg.report.tables import format_number, format_percent
 
 LABELS = {"sample": "x0", "epsilon": "eps", "v_prediction": "v", "score": "score", "mean": "mean"}
@@ -107,19 +104,15 @@ def save_objective_figures(rows: Sequence[Row], samples: Mapping[str, np.ndarray
     Returns:
         The files written.
     """
-    paths = [out / name for name in ("objectives.png", "objectives.svg", "samples.png")]
-    for path in paths[:2]:
-        atomic_write(path, render(lambda: objectives_figure(rows), path.suffix[1:]))
-    atomic_write(paths[2], render(lambda: _samples_figure(samples), "png"))
-    return paths
+    drawn = save_figure(out / "objectives", lambda: objectives_figure(rows))
+    return drawn + save_figure(out / "samples", lambda: _samples_figure(samples), ["png"])
 
 
 def objectives_figure(rows: Sequence[Row]) -> Figure:
     """A panel for each question: what is predicted against the weighting, coloured by rank."""
     predicts = [name for name in TARGETS if any(row["predicts"] == name for row in rows)]
     weightings = [name for name in WEIGHTINGS if any(row["weighting"] == name for row in rows)]
-    figure = Figure(figsize=(3.6 + 1.7 * len(predicts), 1.6 + 0.75 * len(weightings)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(3.6 + 1.7 * len(predicts), 1.6 + 0.75 * len(weightings))
     panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
     for axes, question in zip(panels, questions(rows), strict=True):
         _heat_map(axes, rows, question, predicts, weightings)
@@ -158,18 +151,10 @@ def _heat_map(
 def _samples_figure(samples: Mapping[str, np.ndarray]) -> Figure:
     """A line of samples for each objective, without guidance and with it."""
     columns = max(map(len, samples.values()))
-    grid = sample_grid(np.concatenate(list(samples.values())), columns, 1)
-    height, width = grid.shape[:2]
-    figure = Figure(figsize=(2.2 + 0.42 * columns, 0.6 + 0.42 * len(samples)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.imshow(grid if grid.shape[2] == 3 else grid[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    step = (height - 1) / len(samples)
-    axes.set_yticks([step * (line + 0.5) for line in range(len(samples))], list(samples), fontsize=7.5)
+    figure, axes = picture_lines(samples, 2.2 + 0.42 * columns, 0.6 + 0.42 * len(samples))
+    width = axes.get_xlim()[1]
     axes.set_xticks([width / 4, 3 * width / 4], ["without guidance", "guided"])
     axes.xaxis.tick_top()
-    axes.grid(False)
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.tick_params(axis="y", labelsize=7.5)
     return figure

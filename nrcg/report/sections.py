@@ -240,16 +240,22 @@ def _cell(column: str, value: float) -> str:
     return format_number(value, 4 if "d_" in column or "id" in column else 3)
 
 
+def drawing_uri(folder: Path, name: str) -> str | None:
+    """The address of a figure: its drawing where there is one, else its pixels; None where there is neither."""
+    for suffix, kind in ((".svg", "svg+xml"), (".png", "png")):
+        path = folder / f"{name}{suffix}"
+        if path.exists():
+            return data_uri(path.read_bytes(), kind)
+    return None
+
+
 def shown_figures(folder: Path) -> list[dict[str, str]]:
-    """The figures there are; the drawing where there is one, else the pixels."""
+    """The figures there are."""
     found = []
     for name, (source, caption) in CAPTIONS.items():
-        for suffix, kind in ((".svg", "svg+xml"), (".png", "png")):
-            path = folder / f"{name}{suffix}"
-            if path.exists():
-                uri = data_uri(path.read_bytes(), kind)
-                found.append({"name": name, "source": source, "caption": caption, "uri": uri})
-                break
+        uri = drawing_uri(folder, name)
+        if uri is not None:
+            found.append({"name": name, "source": source, "caption": caption, "uri": uri})
     return found
 
 

@@ -13,7 +13,7 @@ from nrcg.errors import DataError
 from nrcg.report.columns import interval
 from nrcg.report.explanations import COLUMNS, realism_column
 from nrcg.report.objectives import questions, verdicts
-from nrcg.report.sections import data_uri
+from nrcg.report.sections import drawing_uri
 from nrcg.report.tables import format_number
 
 
@@ -139,12 +139,11 @@ def interval_text(row: Row, column: str) -> str:
 
 
 def figure_address(folder: Path, name: str) -> str:
-    """The address of a figure's drawing, or of its pixels."""
-    for ending, kind in ((".svg", "svg+xml"), (".png", "png")):
-        path = folder / f"{name}{ending}"
-        if path.exists():
-            return data_uri(path.read_bytes(), kind)
-    raise DataError("no such figure", folder / f"{name}.png")
+    """The address of a figure. Raises DataError where there is none."""
+    uri = drawing_uri(folder, name)
+    if uri is None:
+        raise DataError("no such figure", folder / f"{name}.png")
+    return uri
 
 
 STUDIES: Mapping[str, tuple[str, Callable[[Path], Study]]] = {

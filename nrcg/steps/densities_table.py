@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from nrcg.csv_files import Row, read_csv, write_csv
-from nrcg.errors import DataError
-from nrcg.evaluation.sides import UNREADABLE
+from nrcg.files import load_arrays
 from nrcg.report.densities import COLUMNS, density_study, save_density_figures
 from nrcg.report.page import write_study_page
 
@@ -30,11 +27,7 @@ def compare_densities(tables: Sequence[Path], *, out: Path) -> list[Row]:
     rows, points = [], {}
     for path in tables:
         own = read_csv(path, COLUMNS)
-        try:
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
-                points[str(own[0]["density"])] = {name: arrays[name] for name in arrays.files}
-        except UNREADABLE as error:
-            raise DataError(f"damaged ({error})", path.with_suffix(".npz")) from None
+        points[str(own[0]["density"])] = load_arrays(path.with_suffix(".npz"))
         rows += own
     write_csv(out / "densities.csv", rows, list(rows[0]))
     save_density_figures(rows, points, out)

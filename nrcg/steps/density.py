@@ -20,8 +20,7 @@ from nrcg.diffusion.objectives import NATIVE
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.unet import build_scheduler
 from nrcg.errors import DataError
-from nrcg.evaluation.evaluate import with_interval
-from nrcg.evaluation.intervals import Z95
+from nrcg.evaluation.evaluate import with_error
 from nrcg.files import atomic_save_arrays
 from nrcg.guidance.guidance import PredictNoise
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
@@ -118,8 +117,7 @@ def _measured(
 
 
 def _column(name: str, values: np.ndarray) -> dict[str, float]:
-    value, error = mean_and_error(values)
-    return with_interval(name, value, (value - Z95 * error, value + Z95 * error))
+    return with_error(name, *mean_and_error(values))
 
 
 def _check(rows: list[dict[str, Any]], name: str) -> None:

@@ -15,21 +15,19 @@ from nrcg.config import ROLES, EvaluateExplanationsStep
 from nrcg.csv_files import write_csv
 from nrcg.data.arrays import open_split
 from nrcg.errors import DataError
-from nrcg.evaluation.sides import UNREADABLE
 from nrcg.explain.explanations import Explanations
-from nrcg.explain.metrics import evaluate_explanations, explanation_bits
+from nrcg.explain.metrics import evaluate_explanations
 from nrcg.explain.perceptual import Perceptual
-from nrcg.files import atomic_save_arrays
+from nrcg.files import atomic_save_arrays, load_arrays
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.layout import REFERENCE_CACHE
 from nrcg.steps.common import checked_data
 from nrcg.steps.explain_shard import choose_images
+from nrcg.steps.likelihood import image_bits
 from nrcg.steps.reference import open_references
 
 SHOWN = 16
 """Explanations kept for the picture."""
-BITS_STEPS = 20
-"""Terms of the bound per image."""
 
 
 def measure_explanations(
@@ -70,7 +68,7 @@ def measure_explanations(
     bits = None
     if settings.explain.bits:
         pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device)
-        bits = explanation_bits(pipe, found[0].images, num_steps=BITS_STEPS, seed=settings.explain.seed)
+        bits = image_bits(pipe, found[0].images, settings.explain.seed)
     rows = []
     params = settings.model_dump(exclude={"explain"})
     tags = {"explainer": settings.explainer, "dataset": manifest["name"]}
@@ -122,18 +120,16 @@ def _read(shards: Sequence[Path], classes: list[str], kind: str, count: int) -> 
     """The explanations of all shards, `count` for each seed."""
     parts: list[list[Explanations]] = []
     for path in shards:
+        seeds: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in load_arrays(path).items():
+            seed, dot, field = name.partition(".")
+            if dot:
+                seeds.setdefault(seed, {})[field] = array
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                seeds = sorted({int(name.partition(".")[0]) for name in arrays.files if "." in name})
-                own = [{name: arrays[f"{seed}.{name}"] for name in _names(arrays, seed)} for seed in seeds]
-            parts.append([Explanations.from_arrays(one, classes, kind) for one in own])
-        except (*UNREADABLE, KeyError) as error:
+            parts.append([Explanations.from_arrays(own, classes, kind) for own in seeds.values()])
+        except KeyError as error:
             raise DataError(f"damaged ({error})", path) from None
     found = [Explanations.join(list(of_seed)) for of_seed in zip(*parts, strict=True)]
     if len(found[0]) != count:
         raise DataError(f"{len(found[0])} explanations where {count} are asked for; delete them", shards[0])
     return found
-
-
-def _names(arrays: np.lib.npyio.NpzFile, seed: int) -> list[str]:
-    return [name.partition(".")[2] for name in arrays.files if name.startswith(f"{seed}.")]

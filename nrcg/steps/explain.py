@@ -16,26 +16,26 @@ from torch import nn
 
 from nrcg.batching import BatchSize
 from nrcg.config import Compile, fingerprint
-from nrcg.config.explaining import ExplainSettings
+from nrcg.config.explaining import OWN_CLASS, ExplainSettings
 from nrcg.csv_files import write_csv
 from nrcg.data.pictures import save_png
 from nrcg.devices import device_name
+from nrcg.errors import DataError
 from nrcg.evaluation.features import ClassifierExtractor, weights_digest
-from nrcg.evaluation.sides import UNREADABLE, Side, in_parts
+from nrcg.evaluation.sides import Side, in_parts
 from nrcg.explain.engine import explain_images, work_of
 from nrcg.explain.explanations import Explanations, probabilities
-from nrcg.explain.metrics import evaluate_explanations, explanation_bits
+from nrcg.explain.metrics import CHANGED_LEVELS, evaluate_explanations
 from nrcg.explain.page import difference_map, explanations_page
 from nrcg.explain.perceptual import Perceptual
-from nrcg.files import atomic_save_arrays, atomic_write_text
+from nrcg.files import atomic_save_arrays, atomic_write_text, load_arrays
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
 from nrcg.provenance import versions
+from nrcg.steps.likelihood import image_bits
 
 PART = 64
 """Images that are explained and kept at a time: a killed run goes on with the part that it was at."""
-BITS_STEPS = 20
-"""Terms of the bound per image."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,11 @@ def _identity(
 def _read_part(path: Path, key: str, guide: nn.Module, settings: ExplainSettings) -> Explanations | None:
     """A part that an earlier run of the same explanations wrote; None: there is none that is whole."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if str(arrays["known"]) != key:
-                return None
-            return Explanations.from_arrays(arrays, getattr(guide, "classes", None), settings.kind)
-    except (*UNREADABLE, KeyError):
+        arrays = load_arrays(path)
+        if str(arrays["known"]) != key:
+            return None
+        return Explanations.from_arrays(arrays, getattr(guide, "classes", None), settings.kind)
+    except (DataError, KeyError):
         return None
 
 
@@ -202,7 +202,7 @@ def _measure(
         judges=models.judges,
         extractor=None if judge is None else ClassifierExtractor(judge),
         labels=labels,
-        bits_per_dim=explanation_bits(pipe, whole.images, num_steps=BITS_STEPS) if bits else None,
+        bits_per_dim=image_bits(pipe, whole.images) if bits else None,
         perceptual=Perceptual(),
     )
 
@@ -233,7 +233,7 @@ def explanation_rows(
         target, own = whole.targets[place], whole.own[place]
         change = np.abs(whole.images[place].astype(int) - whole.originals[place])
         status = "flipped" if whole.succeeded[place] else "failed"
-        if whole.kind in ("semifactual", "affirmative") and whole.succeeded[place]:
+        if whole.kind in OWN_CLASS and whole.succeeded[place]:
             status = "kept"
         if whole.skipped[place]:
             status = "skipped"
@@ -248,7 +248,7 @@ def explanation_rows(
             "p_own_before": float(whole.before[place, own]),
             "p_own": float(whole.after[place, own]),
             "l1": float(change.mean() / 255),
-            "changed": float((change.max(axis=2) > 8).mean()),
+            "changed": float((change.max(axis=2) > CHANGED_LEVELS).mean()),
             "largest_change": float(change.max() / 255),
             "tau": float(whole.tau[place]),
             "weight": float(whole.weight[place]),

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from nrcg.csv_files import Row, read_csv, write_csv
-from nrcg.errors import DataError
-from nrcg.evaluation.sides import UNREADABLE
+from nrcg.files import load_arrays
 from nrcg.report.explanations import COLUMNS, save_explanation_figures
 
 
@@ -30,11 +27,7 @@ def compare_explanations(tables: Sequence[Path], *, out: Path) -> list[Row]:
     pictures = {}
     for path in tables:
         own = read_csv(path, COLUMNS)
-        try:
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
-                pictures[path.stem] = {name: arrays[name] for name in arrays.files}
-        except UNREADABLE as error:
-            raise DataError(f"damaged ({error})", path.with_suffix(".npz")) from None
+        pictures[path.stem] = load_arrays(path.with_suffix(".npz"))
         rows += own
     write_csv(out / "explanations.csv", rows, list(dict.fromkeys(column for row in rows for column in row)))
     save_explanation_figures(rows, pictures, out)

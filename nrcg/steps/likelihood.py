@@ -14,18 +14,21 @@ import torch
 
 from nrcg import tracking
 from nrcg.batching import BatchSize, first_batch, in_batches
-from nrcg.config import LikelihoodStep, fingerprint
+from nrcg.config import LikelihoodConfig, LikelihoodStep, fingerprint
 from nrcg.data.arrays import open_split, to_unit
 from nrcg.devices import device_name
 from nrcg.diffusion.likelihood import bound, flow_bits_per_dim, variance_of
-from nrcg.evaluation.sides import UNREADABLE, Side, in_parts
-from nrcg.files import atomic_save_arrays, weights_sha256
+from nrcg.errors import DataError
+from nrcg.evaluation.sides import Side, in_parts
+from nrcg.files import atomic_save_arrays, load_arrays, weights_sha256
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
 from nrcg.provenance import versions
 from nrcg.steps.common import checked_data, log_dataset
-from nrcg.steps.likelihood_table import ARRAYS, read_arrays, write_tables
+from nrcg.steps.likelihood_table import ARRAYS, write_tables
 
+BITS_STEPS = 20
+"""Terms of the bound per image where it is one number among others."""
 PART = 256
 """Images whose numbers are kept at a time: a killed run goes on with the part that it was at."""
 
@@ -49,6 +52,12 @@ class Measure:
     seed: int = 0
     batch_size: BatchSize = "auto"
     precision: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, config: LikelihoodConfig, num_images: int, precision: torch.dtype) -> Measure:
+        """As an experiment asks for it, of so many images."""
+        same = {name: getattr(config, name) for name in ("num_steps", "num_traces", "seed", "batch_size")}
+        return cls(num_images=num_images, precision=precision, **same)
 
     def passes(self, num_steps: int) -> int:
         """What an image counts for in the progress, of T = num_steps."""
@@ -118,11 +127,7 @@ def measure_shard(
     images, _ = open_split(data, "val")
     first = min(shard * config.shard_size, len(images))
     stop = min(first + config.shard_size, config.num_images, len(images))
-    how = Measure(
-        **{name: getattr(config, name) for name in ("num_steps", "num_traces", "seed", "batch_size")},
-        num_images=stop - first,
-        precision=precision,
-    )
+    how = Measure.of(config, stop - first, precision)
     params = settings.model_dump() | {"shard": shard, "weights_sha256": weights_sha256(ddpm)}
     with (
         tracking.run(
@@ -145,6 +150,12 @@ def measure_images(pipe: GuidedDDPMPipeline, x0: torch.Tensor, how: Measure) -> 
         return _measure_part(
             pipe, pipe.noise_predictor(how.precision), x0, 0, how, variance_of(pipe.scheduler), bar.set
         )
+
+
+def image_bits(pipe: GuidedDDPMPipeline, images: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(N,) bits per dimension of (N, H, W, C) uint8 images by BITS_STEPS terms of the bound each."""
+    how = Measure(num_images=len(images), num_steps=BITS_STEPS, seed=seed)
+    return measure_images(pipe, to_unit(images), how)["nats"] / (math.prod(pipe.image_shape()) * math.log(2))
 
 
 def _record(pipe: GuidedDDPMPipeline, how: Measure) -> dict[str, Any]:
@@ -194,8 +205,8 @@ def _measure_part(
 def _read_part(path: Path, known: str, count: int) -> dict[str, np.ndarray] | None:
     """A part that an earlier run of the same measurement wrote; None: there is none that is whole."""
     try:
-        arrays = read_arrays(path)
-    except (*UNREADABLE, KeyError):
+        arrays = load_arrays(path)
+    except DataError:
         return None
-    same = str(arrays.get("known")) == known and len(arrays["nats"]) == count
+    same = str(arrays.get("known")) == known and len(arrays.get("nats", ())) == count
     return {name: arrays[name] for name in ARRAYS if name in arrays} if same else None

@@ -14,20 +14,10 @@ from nrcg import tracking
 from nrcg.config import LikelihoodStep
 from nrcg.csv_files import write_csv
 from nrcg.errors import DataError
-from nrcg.evaluation.sides import UNREADABLE
-from nrcg.files import atomic_write_text
+from nrcg.files import atomic_write_text, load_arrays
 
 ARRAYS = ("nats", "terms", "mse_eps", "mse_x0", "flow")
 """Of N images and T steps: nats (N,), terms and errors (N, T + 1), and where it was measured flow (N,) in bits/dim."""
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What a part or shard holds. Raises one of `UNREADABLE` or KeyError where it is damaged."""
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        found = {name: arrays[name] for name in arrays.files}
-    if not {"nats", "terms", "mse_eps", "mse_x0"} <= set(found):
-        raise KeyError("nats")
-    return found
 
 
 def write_tables(whole: Mapping[str, np.ndarray], record: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -43,7 +33,7 @@ def write_tables(whole: Mapping[str, np.ndarray], record: Mapping[str, Any], out
     """
     unit = record["dims"] * math.log(2)
     bits = whole["nats"] / unit
-    rows = [_row(t, whole, unit) for t in range(whole["terms"].shape[1])]
+    rows = [row_of(t, whole, unit) for t in range(whole["terms"].shape[1])]
     write_csv(out / "likelihood.csv", rows, list(rows[0]))
     columns = {"bits_per_dim": bits} | ({"flow_bits_per_dim": whole["flow"]} if "flow" in whole else {})
     images = [{"image": i} | {name: float(column[i]) for name, column in columns.items()} for i in range(len(bits))]
@@ -70,13 +60,11 @@ def join_likelihood(settings: LikelihoodStep, *, shards: Sequence[Path], out: Pa
     """
     from nrcg.report.likelihood import save_likelihood_figure
 
-    parts = []
-    for path in shards:
-        try:
-            parts.append(read_arrays(path))
-            record = json.loads(str(parts[0]["record"]))
-        except (*UNREADABLE, KeyError) as error:
-            raise DataError(f"damaged ({error})", path) from None
+    parts = [load_arrays(path) for path in shards]
+    for path, part in zip(shards, parts, strict=True):
+        if missing := {*ARRAYS[:4], "record"} - set(part):
+            raise DataError(f"damaged (without {', '.join(sorted(missing))})", path)
+    record = json.loads(str(parts[0]["record"]))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS if name in parts[0]}
     found = write_tables(whole, record, out)
     save_likelihood_figure(out)
@@ -94,7 +82,7 @@ def join_likelihood(settings: LikelihoodStep, *, shards: Sequence[Path], out: Pa
     return found
 
 
-def _row(t: int, whole: Mapping[str, np.ndarray], unit: float) -> dict[str, float]:
+def row_of(t: int, whole: Mapping[str, np.ndarray], unit: float) -> dict[str, float]:
     """Column t of the terms, L_t: mean and standard error in bits per dimension; and the errors at t."""
     term, error = mean_and_error(whole["terms"][:, t] / unit)
     drawn = int(np.isfinite(whole["terms"][:, t]).sum())

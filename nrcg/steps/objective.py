@@ -14,14 +14,11 @@ from nrcg import tracking
 from nrcg.classifiers.adapter import Classifier
 from nrcg.classifiers.logits import class_index
 from nrcg.classifiers.storage import open_classifier
-from nrcg.config import PUBLISHED_STEPS, ObjectiveStep
+from nrcg.config import ObjectiveStep
 from nrcg.csv_files import read_csv, write_csv
 from nrcg.data.arrays import open_split, to_unit
-from nrcg.evaluation.evaluate import evaluate_images, with_interval
-from nrcg.evaluation.intervals import Z95
+from nrcg.evaluation.evaluate import evaluate_images, with_error, with_interval
 from nrcg.files import atomic_save_arrays, weights_sha256, write_record
-from nrcg.guidance.building import build_guidance
-from nrcg.guidance.guidance import ClassifierGuidance
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.guidance.sensitivity import DENOISED, forward_analysis
 from nrcg.layout import REFERENCE_CACHE, format_scale
@@ -29,9 +26,9 @@ from nrcg.pipeline.progress import Progress
 from nrcg.report.columns import frechet_columns
 from nrcg.steps.common import checked_data, data_tags
 from nrcg.steps.likelihood import Measure, measure_images
-from nrcg.steps.likelihood_table import mean_and_error
+from nrcg.steps.likelihood_table import mean_and_error, row_of
 from nrcg.steps.reference import open_references
-from nrcg.steps.sample import Drawing, draw
+from nrcg.steps.sample import draw, method_drawing, method_guidance
 
 SHOWN = 8
 """Samples kept of each setting, for the picture."""
@@ -102,25 +99,15 @@ def _likelihood(
     """Bits per dimension of validation images, with their interval; and by t the terms and errors."""
     images, _ = open_split(data, "val")
     config = settings.likelihood
-    how = Measure(
-        **{name: getattr(config, name) for name in ("num_steps", "num_traces", "seed", "batch_size")},
-        num_images=min(config.num_images, len(images)),
-        precision=precision,
-    )
+    how = Measure.of(config, min(config.num_images, len(images)), precision)
     found = measure_images(pipe, to_unit(images[: how.num_images]), how)
     unit = math.prod(pipe.image_shape()) * math.log(2)
-    columns = _with_error("bits_per_dim", *mean_and_error(found["nats"] / unit))
+    columns = with_error("bits_per_dim", *mean_and_error(found["nats"] / unit))
     if "flow" in found:
-        columns |= _with_error("flow_bits_per_dim", *mean_and_error(found["flow"]))
-    by_t = [
-        {
-            "t": t,
-            "bits_per_dim": mean_and_error(found["terms"][:, t] / unit)[0],
-            "mse_eps": mean_and_error(found["mse_eps"][:, t])[0],
-            "mse_x0": mean_and_error(found["mse_x0"][:, t])[0],
-        }
-        for t in range(found["terms"].shape[1])
-    ]
+        columns |= with_error("flow_bits_per_dim", *mean_and_error(found["flow"]))
+    kept = ("t", "bits_per_dim", "mse_eps", "mse_x0")
+    rows = (row_of(t, found, unit) for t in range(found["terms"].shape[1]))
+    by_t = [{name: row[name] for name in kept} for row in rows]
     return columns, by_t
 
 
@@ -152,11 +139,7 @@ def _sensitivity(
     own = [row for row in rows if row["method"] == DENOISED]
     mean, deviation = (np.array([row[f"gradient_sensitivity_{key}"] for row in own]) for key in ("mean", "std"))
     error = float(deviation.mean() / count**0.5)
-    return _with_error("gradient_sensitivity", float(mean.mean()), error), mean.tolist()
-
-
-def _with_error(name: str, value: float, error: float) -> dict[str, float]:
-    return with_interval(name, value, (value - Z95 * error, value + Z95 * error))
+    return with_error("gradient_sensitivity", float(mean.mean()), error), mean.tolist()
 
 
 def _samples(
@@ -170,29 +153,13 @@ def _samples(
 ) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
     """The first samples and the metrics: without guidance, then at each scale."""
     judge, guide = models
-    method, sampling = settings.guidance, settings.sampling
-    pipe.use_sampler(method.sampler.name)
-    steps = method.sampler.count(pipe.schedule().num_steps)
-    drawing = Drawing(
-        num_samples=settings.objectives.num_samples,
-        batch_size=sampling.batch_size,
-        seed=sampling.seed,
-        start=sampling.start,
-        precision=precision,
-        compile=settings.compile,
-        num_inference_steps=steps,
-        eta=method.sampler.eta,
-    )
+    pipe.use_sampler(settings.guidance.sampler.name)
+    drawing = method_drawing(settings, pipe, precision, num_samples=settings.objectives.num_samples)
     extractors, references = open_references(settings, data, manifest, judge, cache, pipe.device)
     target = class_index(judge.classes, settings.target)
     shown, rows = [], []
     for scale in (None, *settings.objectives.scales):
-        guidance: ClassifierGuidance | None = None
-        if scale is not None:
-            num_steps = PUBLISHED_STEPS if sampling.betas_per_step else len(pipe.timesteps(steps))
-            guidance = build_guidance(
-                method, guide, target, scale, num_steps=num_steps, clip_pred_x0=sampling.clip_pred_x0
-            )
+        guidance = None if scale is None else method_guidance(settings, guide, scale, pipe)
         label = f"objective {settings.objective}: " + ("samples" if scale is None else f"scale {format_scale(scale)}")
         images = draw(pipe, guidance, drawing, label=label).images
         found = evaluate_images(

@@ -9,8 +9,7 @@ import numpy as np
 
 from nrcg.csv_files import Row, write_csv
 from nrcg.errors import DataError
-from nrcg.evaluation.sides import UNREADABLE
-from nrcg.files import read_record
+from nrcg.files import load_arrays, read_record
 from nrcg.report.columns import check_comparable
 from nrcg.report.objectives import save_objective_figures
 
@@ -34,9 +33,9 @@ def compare_objectives(records: Sequence[Path], *, out: Path) -> list[Row]:
             record = read_record(path)
             row = record["row"]
             measured.append(record["scales"][0])
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
-                samples[row["objective"]] = np.concatenate([arrays["unconditional"], arrays["guided"]])
-        except (*UNREADABLE, KeyError, IndexError, TypeError) as error:
+            arrays = load_arrays(path.with_suffix(".npz"))
+            samples[row["objective"]] = np.concatenate([arrays["unconditional"], arrays["guided"]])
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(f"damaged ({error})", path) from None
         rows.append(row | {"mlflow_run_id": record.get("mlflow_run_id", "")})
     check_comparable(measured, [str(path) for path in records])

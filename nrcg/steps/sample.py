@@ -14,7 +14,7 @@ from PIL import Image
 from nrcg import tracking
 from nrcg.classifiers.logits import class_index
 from nrcg.classifiers.storage import open_classifier
-from nrcg.config import PUBLISHED_STEPS, Compile, SampleStep
+from nrcg.config import PUBLISHED_STEPS, Compile, ObjectiveStep, SampleStep
 from nrcg.data.arrays import to_uint8
 from nrcg.data.pictures import sample_grid, save_png
 from nrcg.data.shards import write_shard
@@ -115,7 +115,7 @@ def _precision_of(pipe: GuidedDDPMPipeline, autocast: torch.dtype) -> str:
 
 
 def method_guidance(
-    settings: SampleStep, classifier: Any, scale: float, pipe: GuidedDDPMPipeline
+    settings: SampleStep | ObjectiveStep, classifier: Any, scale: float, pipe: GuidedDDPMPipeline
 ) -> ClassifierGuidance:
     """Guidance as a method of the configuration asks for it, for a pipeline that uses the method's sampler."""
     method = settings.guidance
@@ -130,7 +130,9 @@ def method_guidance(
     )
 
 
-def method_drawing(settings: SampleStep, pipe: GuidedDDPMPipeline, precision: torch.dtype, **others: Any) -> Drawing:
+def method_drawing(
+    settings: SampleStep | ObjectiveStep, pipe: GuidedDDPMPipeline, precision: torch.dtype, **others: Any
+) -> Drawing:
     """How a method's samples are drawn by a model; `others` are further fields of Drawing."""
     sampling, sampler = settings.sampling, settings.guidance.sampler
     return Drawing(

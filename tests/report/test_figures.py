@@ -69,8 +69,8 @@ def test_equal_numbers_give_equal_files(kind):
         return figures.cfid_vs_scale(metric_rows(), styles(), target="baseball")
 
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):  # a matplotlibrc of the user's
-        first = figures.render(draw, kind)
-    assert first == figures.render(draw, kind)
+        first = drawing.render(draw, kind)
+    assert first == drawing.render(draw, kind)
 
 
 def test_a_method_has_one_colour_and_no_two_share_one():
@@ -115,8 +115,8 @@ def test_axis_names_the_metric_and_unconditional_is_a_level():
 
 def test_awkward_numbers_and_names_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "DPI", 40)
-    once = functools.cache(functools.partial(figures.render, kind="png"))
-    monkeypatch.setattr(figures, "render", lambda draw, kind: once(draw))  # its SVG is drawn by the same function
+    once = functools.cache(functools.partial(drawing.render, kind="png"))
+    monkeypatch.setattr(drawing, "render", lambda draw, kind: once(draw))  # its SVG is drawn by the same function
     rows = [row | {"cfd_judge": NAN, "fd_judge": NAN, "accuracy_judge": NAN} for row in metric_rows()]
     rows[-1]["method"] = "my_$_method"
     write_csv(tmp_path / "m.csv", rows, COLUMNS)
@@ -198,4 +198,4 @@ def test_training_figures_tolerate_gaps():
     tables = {"robust": [{"t": 2.0, "accuracy": 0.5}, {"t": 1.0, "accuracy": 1.0}]}
     line = figures.classifier_accuracy(tables).axes[0].lines[0]
     assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == [100, 50]
-    assert Image.open(io.BytesIO(figures.render(lambda: figures.training_loss(rows), "png"))).size[0] > 500
+    assert Image.open(io.BytesIO(drawing.render(lambda: figures.training_loss(rows), "png"))).size[0] > 500
