@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from nrcg.classifiers.adapter import Classifier
     from nrcg.classifiers.specs import load_classifier
     from nrcg.guidance.guidance import ClassifierGuidance
+    from nrcg.guidance.latent import GuidedLDMPipeline
+    from nrcg.guidance.opening import load_pipeline
     from nrcg.guidance.pipeline import GuidedDDPMPipeline
+    from nrcg.guidance.prompted import GuidedStableDiffusionPipeline
     from nrcg.guidance.scales import Cosine, Interval, Linear
     from nrcg.guidance.stabilizers import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, Stabilizer, UnitNorm
 
@@ -27,6 +30,8 @@ _HOMES = {
     "Cosine": "guidance.scales",
     "EMA": "guidance.stabilizers",
     "GuidedDDPMPipeline": "guidance.pipeline",
+    "GuidedLDMPipeline": "guidance.latent",
+    "GuidedStableDiffusionPipeline": "guidance.prompted",
     "Identity": "guidance.stabilizers",
     "Interval": "guidance.scales",
     "Linear": "guidance.scales",
@@ -34,6 +39,7 @@ _HOMES = {
     "Stabilizer": "guidance.stabilizers",
     "UnitNorm": "guidance.stabilizers",
     "load_classifier": "classifiers.specs",
+    "load_pipeline": "guidance.opening",
 }
 
 __all__ = [
@@ -45,6 +51,8 @@ __all__ = [
     "ClassifierGuidance",
     "Cosine",
     "GuidedDDPMPipeline",
+    "GuidedLDMPipeline",
+    "GuidedStableDiffusionPipeline",
     "Identity",
     "Interval",
     "Linear",
@@ -53,6 +61,7 @@ __all__ = [
     "UnitNorm",
     "__version__",
     "load_classifier",
+    "load_pipeline",
 ]
 
 

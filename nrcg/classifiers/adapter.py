@@ -125,10 +125,10 @@ class Classifier(nn.Module):
             "rebuild": self.rebuild,
         }
 
-    def count_classes(self) -> int:
-        """K, by a trial on one image. Raises as `probe` does."""
+    def count_classes(self, logits: bool = True) -> int:
+        """K, by a trial on one image; of logits, or of other outputs. Raises as `probe` does."""
         size = self.image_size or TRIAL_SIZE
-        return probe(self, torch.zeros(1, self.channels or 3, size, size))
+        return probe(self, torch.zeros(1, self.channels or 3, size, size), logits)
 
     @property
     def feature_dim(self) -> int:
@@ -155,11 +155,14 @@ def _agreed_channels(channels: int | None, mean: Sequence[float] | None, std: Se
     return counts.pop() if counts else None
 
 
-def probe(classifier: Callable[[Tensor], Any], x: Tensor) -> int:
+def probe(classifier: Callable[[Tensor], Any], x: Tensor, logits: bool = True) -> int:
     """Try a classifier on images shaped like x (1, C, H, W).
 
+    Args:
+        logits: Whether its outputs are to be logits of classes; else any numbers, of a regression or a score.
+
     Returns:
-        K, the number of classes; one logit means two.
+        K, the number of classes, where one logit means two; or of outputs.
 
     Raises:
         ValueError: it cannot take them, gives no (B, K) logits, gives probabilities, or has no gradient.
@@ -169,21 +172,23 @@ def probe(classifier: Callable[[Tensor], Any], x: Tensor) -> int:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             seen = torch.cat([torch.zeros_like(x), ramp.to(x.dtype)]).requires_grad_(True)
-            logits = logits_of(classifier(seen.clone()))
+            outputs = logits_of(classifier(seen.clone()))
     except (RuntimeError, AssertionError) as error:  # vision transformers assert their size
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"the classifier cannot take images of shape {tuple(x.shape[1:])}: {reason}; where it wants another size,"
             " wrap it: nrcg.Classifier(module, image_size=...)"
         ) from error
-    if len(logits) != 2:
-        raise ValueError(f"the classifier gave logits of shape {tuple(logits.shape)} for 2 images; expected (2, K)")
-    if not logits.requires_grad:
+    if len(outputs) != 2:
+        raise ValueError(f"the classifier gave logits of shape {tuple(outputs.shape)} for 2 images; expected (2, K)")
+    if not outputs.requires_grad:
         raise ValueError("the classifier's logits have no gradient with respect to its input")
-    found = logits.detach().float()
+    found = outputs.detach().float()
     if not found.isfinite().all():
         raise ValueError("the classifier's logits are not finite; are its weights?")
-    if "Sigmoid" in _last_operation(logits):
+    if not logits:
+        return found.shape[1]
+    if "Sigmoid" in _last_operation(outputs):
         raise ValueError("the classifier gives probabilities, not logits: leave its sigmoid out")
     total = found.sum(dim=1)
     if found.shape[1] > 1 and (found >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-4):

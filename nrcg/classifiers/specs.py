@@ -67,13 +67,14 @@ def parse(text: str) -> tuple[str, str, dict[str, str]]:
     return scheme, name, options
 
 
-def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None) -> Classifier:
+def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None, *, logits: bool = True) -> Classifier:
     """A classifier by its SPEC or folder, frozen, in eval mode, and tried on an image.
 
     Args:
         spec: Folder, or SPEC as the module's docstring has it.
         class_map: Our class names to the classifier's classes: a name, a number, or a list of them whose
             probabilities add up. The result has our classes, in the mapping's order.
+        logits: Whether its outputs are logits of classes; else numbers of a regression or a score.
 
     Raises:
         DataError: unknown, missing or damaged, or its output is not (B, K) logits with a gradient.
@@ -87,8 +88,8 @@ def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None
             classifier = freeze(_with_options(LOADERS[scheme](name, options), options))
         if class_map is not None:
             classifier.group(list(class_map), _groups(classifier, class_map))
-        count = classifier.count_classes()
-        if classifier.classes is not None and len(classifier.classes) != count:
+        count = classifier.count_classes(logits)
+        if logits and classifier.classes is not None and len(classifier.classes) != count:
             raise DataError(f"it has {count} classes, but {len(classifier.classes)} names of them are given")
     except (DataError, ValueError, TypeError) as error:
         raise DataError(f"classifier {text!r}: {error}") from error

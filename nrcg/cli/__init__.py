@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nrcg import __version__
-from nrcg.cli import evaluate, explain, likelihood, report, sample, steps, train, workflow
+from nrcg.cli import evaluate, explain, likelihood, publish, report, sample, steps, train, workflow
 from nrcg.errors import NrcgError
 from nrcg.layout import COMPILED
 from nrcg.pipeline.remedies import explained
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_step(verbs, "train-classifier")
     steps.add_step(verbs, "forward")
     sample.add_sample(verbs)
+    publish.add_publish(verbs)
     steps.add_step(verbs, "reference")
     evaluate.add_evaluate(verbs)
     evaluate.add_tune(verbs)

@@ -25,6 +25,9 @@ from nrcg.errors import ConfigError
 if TYPE_CHECKING:
     from nrcg.guidance.guidance import ClassifierGuidance
 
+CONDITIONS = ("prompt", "negative_prompt", "guidance_scale")
+"""Flags for models of text."""
+
 
 def add_sample(verbs: Verbs) -> None:
     sub = add_verb(verbs, "sample", sample, compute=True)
@@ -37,7 +40,14 @@ def add_sample(verbs: Verbs) -> None:
     sub.add_argument("--scale", type=nonnegative, help="guidance scale s of eq. 1; default 1")
     add_files(sub, out="a folder; for a shard the .npy file")
     own = sub.add_argument_group("anybody's model")
-    own.add_argument("--target", help="class by name or number")
+    own.add_argument(
+        "--target",
+        help="class by name or number; any of several, A|B; a probability, CLASS=0.5; a regression's value, value=V; a"
+        " score, score",
+    )
+    own.add_argument("--prompt", help="for a model of text, such as Stable Diffusion; default: none")
+    own.add_argument("--negative-prompt", help="what the images are to be unlike")
+    own.add_argument("--guidance-scale", type=nonnegative, help="of the prompt's own guidance; default 7.5")
     own.add_argument("--input", choices=INPUTS, default="pred_x0", help="what the classifier sees")
     own.add_argument("--stabilizer", default="none", help="none, ema:BETA, adam, ...; betas per step; join by +")
     own.add_argument("--grad-mode", choices=GRAD_MODES, default="full")
@@ -51,7 +61,7 @@ def add_sample(verbs: Verbs) -> None:
     )
     own.add_argument("--trace", action="store_true", help="also record what the guidance did in each step")
     own.add_argument("--sampler", choices=SAMPLERS, default="model", help="model: its own scheduler")
-    own.add_argument("--steps", type=positive, help="sampling steps; default: all")
+    own.add_argument("--steps", type=positive, help="sampling steps; default: all, with a prompt 50")
     own.add_argument("--eta", type=nonnegative, default=0.0, help="ddim: share of the ancestral noise, 0..1")
     own.add_argument("--num-samples", type=positive, default=16)
     own.add_argument("--batch-size", type=positive_or_auto, default="auto", help="auto: as many as fit")
@@ -83,7 +93,7 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
 
 def _sample_images(arguments: argparse.Namespace) -> None:
     with lean_imports():
-        from nrcg.guidance.pipeline import GuidedDDPMPipeline
+        from nrcg.guidance.opening import load_pipeline
         from nrcg.steps.sample import Drawing, sample_images
 
     if arguments.ddpm is None:
@@ -92,17 +102,23 @@ def _sample_images(arguments: argparse.Namespace) -> None:
     if arguments.trace and guidance is None:
         raise ConfigError("--trace: nothing guides; give --classifier")
     device, precision = choose_device(arguments, None)
-    pipe = GuidedDDPMPipeline.from_pretrained(arguments.ddpm).to(device).use_sampler(arguments.sampler)
+    pipe = load_pipeline(arguments.ddpm).to(device).use_sampler(arguments.sampler)
     pipe.with_weights(arguments.unet_weights)
+    conditions = {name: getattr(arguments, name) for name in CONDITIONS if getattr(arguments, name) is not None}
+    if conditions and not pipe.takes_prompt:
+        flag = next(iter(conditions)).replace("_", "-")
+        raise ConfigError(f"--{flag}: {arguments.ddpm} is a model without text; leave it out")
     same = {
         name: getattr(arguments, name)
         for name in ("num_samples", "batch_size", "seed", "start", "eta", "compile", "trace")
     }
-    drawing = Drawing(precision=precision, num_inference_steps=arguments.steps, **same)
+    drawing = Drawing(
+        precision=precision, num_inference_steps=arguments.steps or pipe.default_steps, conditions=conditions, **same
+    )
     # What was asked for, as the flags name it.
     asked = (
         *("ddpm", "classifier", "target", "scale", "scale_schedule", "input", "stabilizer", "grad_mode", "every_k"),
-        *("skip_above", "clip_pred_x0", "sampler", "eta"),
+        *("skip_above", "clip_pred_x0", "sampler", "eta", *CONDITIONS),
     )
     record = {name: getattr(arguments, name) for name in asked}
     drawn = sample_images(pipe, guidance, drawing, out=arguments.out, record=record)
@@ -121,9 +137,8 @@ def _sample_images(arguments: argparse.Namespace) -> None:
 
 def _guidance(arguments: argparse.Namespace) -> ClassifierGuidance | None:
     """Guidance as the flags ask for it."""
-    from nrcg.classifiers.logits import class_index
     from nrcg.classifiers.specs import load_classifier
-    from nrcg.guidance import scales, stabilizers
+    from nrcg.guidance import scales, stabilizers, targets
     from nrcg.guidance.building import build_guidance
 
     parsed = {}
@@ -134,16 +149,14 @@ def _guidance(arguments: argparse.Namespace) -> ClassifierGuidance | None:
             raise ConfigError(f"--{name.replace('_', '-')}: {error}") from None
     if arguments.classifier is None:
         return None
-    classifier = load_classifier(arguments.classifier)
+    classifier = load_classifier(arguments.classifier, logits=targets.needs_logits(arguments.target or ""))
     if arguments.target is None:
         names = f"{', '.join(classifier.classes[:20])} or a number" if classifier.classes else "a number"
         raise ConfigError(f"--target: missing; allowed: {names}")
-    if classifier.classes is not None:
-        target = class_index(classifier.classes, arguments.target)
-    elif arguments.target.isdecimal():
-        target = int(arguments.target)
-    else:
-        raise ConfigError(f"--target: {arguments.target!r}: the classifier's classes have no names; give a number")
+    try:
+        target = targets.parse(arguments.target, classifier.classes)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("target: ", "--target: ", 1)) from None
     flags = {name: getattr(arguments, name) for name in ("input", "grad_mode", "every_k", "skip_above")}
     method = MethodConfig.model_construct(**flags, **parsed)
     scale = 1.0 if arguments.scale is None else arguments.scale

@@ -39,13 +39,14 @@ def wants_compiling(choice: str, device: torch.device, work: Callable[[], float]
 
 
 @torch.no_grad()
-def forward_flop(unet: nn.Module, shape: Sequence[int]) -> float:
-    """Floating-point operations of one image (C, H, W) through a U-Net, by a pass that counts them."""
+def forward_flop(unet: nn.Module, shape: Sequence[int], *others: Tensor) -> float:
+    """Floating-point operations of one image (C, H, W), and what else it takes, through a U-Net, by a pass that counts
+    them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     one = next(unet.parameters())
     with FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(1, *shape, device=one.device, dtype=one.dtype), torch.zeros(1, device=one.device))
+        unet(torch.zeros(1, *shape, device=one.device, dtype=one.dtype), torch.zeros(1, device=one.device), *others)
     return float(counter.get_total_flops())
 
 
@@ -54,24 +55,24 @@ def compile_in_place(module: nn.Module) -> None:
     module.compile(backend=BACKEND)
 
 
-def compiled_unet(unet: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x_t, timesteps) -> what the U-Net says, compiled at the first call; again once, for any size, where the size of
-    the batch changes. Where the compiler fails, such as without a C compiler, the network runs as it is."""
+def compiled_unet(unet: nn.Module) -> Callable[..., Tensor]:
+    """(x_t, timesteps, ...) -> what the U-Net says, compiled at the first call; again once, for any size, where the
+    size of the batch changes. Where the compiler fails, such as without a C compiler, the network runs as it is."""
 
-    def forward(x: Tensor, timesteps: Tensor) -> Tensor:
-        return unet(x, timesteps, return_dict=False)[0]
+    def forward(*inputs: Tensor) -> Tensor:
+        return unet(*inputs, return_dict=False)[0]
 
     run = torch.compile(forward, backend=BACKEND)
 
-    def compiled_or_not(x: Tensor, timesteps: Tensor) -> Tensor:
+    def compiled_or_not(*inputs: Tensor) -> Tensor:
         nonlocal run
         try:
-            return run(x, timesteps)
+            return run(*inputs)
         except Exception as error:
             if run is forward or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             logger.warning("the U-Net is not compiled: %s", " ".join(str(error).split())[:200])
             run = forward
-            return run(x, timesteps)
+            return run(*inputs)
 
     return compiled_or_not

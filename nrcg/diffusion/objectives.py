@@ -8,6 +8,7 @@ weight can be said of any target. A U-Net puts out noise, x_0 or v, as diffusers
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +27,32 @@ class Prediction:
         eps: the noise, (B, C, H, W) float32.
         log_variance_share: for learned variances, where log Sigma_t lies between the posterior's (0) and beta_t's (1);
             None where the variance is not learned.
+        x0: x0hat itself, where the network says it otherwise than by eps: where abar_t is 0, eps does not tell it.
     """
 
     eps: Tensor
     log_variance_share: Tensor | None = None
+    x0: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Prediction:
+        """The same change of each tensor."""
+        parts = (self.eps, self.log_variance_share, self.x0)
+        return Prediction(*(None if part is None else change(part) for part in parts))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Prediction]) -> Prediction:
+        """One of some samples after the other."""
+        columns = zip(*((part.eps, part.log_variance_share, part.x0) for part in parts), strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def detach(self) -> Prediction:
-        share = self.log_variance_share
-        return Prediction(self.eps.detach(), None if share is None else share.detach())
+        return self.map(Tensor.detach)
+
+    def pred_x0(self, x_t: Tensor, t: Tensor | int, schedule: Schedule, *, clip: bool = False) -> Tensor:
+        """x0hat of eq. 5; clip: to [-1, 1]."""
+        if self.x0 is None:
+            return schedule.pred_x0(x_t, self.eps, t, clip=clip)
+        return self.x0.clamp(-1.0, 1.0) if clip else self.x0
 
 
 def as_prediction(output: Tensor | Prediction) -> Prediction:
@@ -62,6 +81,17 @@ def to_eps(output: Tensor, x_t: Tensor, t: Tensor | int, schedule: Schedule, pre
     if prediction_type == "v_prediction":
         return abar.sqrt() * output + (1.0 - abar).sqrt() * x_t
     raise ValueError(f"prediction_type {prediction_type!r} is not supported; allowed: {', '.join(PREDICTION_TYPES)}")
+
+
+def to_x0(output: Tensor, x_t: Tensor, t: Tensor | int, schedule: Schedule, prediction_type: str) -> Tensor | None:
+    """x0hat, not clipped, of a network that says it without dividing by sqrt(abar), as one of x_0 or v does; None: by
+    its eps."""
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "v_prediction":
+        abar = schedule.at(t, x_t)
+        return abar.sqrt() * x_t - (1.0 - abar).sqrt() * output
+    return None
 
 
 def target_of(kind: str, x0: Tensor, noise: Tensor, t: Tensor | int, schedule: Schedule) -> Tensor:

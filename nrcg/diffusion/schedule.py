@@ -37,6 +37,13 @@ class Schedule:
         self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
+    def of_levels(cls, abar: Tensor) -> Schedule:
+        """A schedule by its levels, (T + 1,) from abar_0, each in [0, 1]: those that a sampler steps through."""
+        schedule = cls.__new__(cls)
+        schedule.abar, schedule.num_steps, schedule._tables = abar.detach().to("cpu", torch.float64), len(abar) - 1, {}
+        return schedule
+
+    @classmethod
     def linear(cls, num_steps: int, beta_start: float, beta_end: float) -> Schedule:
         """Betas linear from beta_start to beta_end (Ho et al. 2020)."""
         return cls(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))

@@ -22,9 +22,10 @@ from nrcg.explain.explanations import Explanations, probabilities, runner_up
 from nrcg.explain.guidance import ExplanationGuidance
 from nrcg.explain.search import FARTHEST, bisect, middle_size, middle_step
 from nrcg.guidance import stabilizers
-from nrcg.guidance.guidance import class_of
+from nrcg.guidance.chains import Chain
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.guidance.sampling import START_STREAM, start_samples
+from nrcg.guidance.targets import class_of
 
 SECOND_LEG = 1
 """Word of the seed of the way back from a counterfactual: its noise is not the way there's."""
@@ -64,6 +65,8 @@ def explain_images(
         DataError: Images of another shape; one image alone does not fit into the memory.
     """
     settings = settings or ExplainSettings()
+    if pipe.decoder() is not None:
+        raise ValueError(f"explanations need a model of pixels; a {type(pipe).__name__} draws latents")
     channels, height, width = pipe.image_shape()
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, channels):
         raise DataError(
@@ -110,8 +113,13 @@ def work_of(settings: ExplainSettings, pipe: GuidedDDPMPipeline) -> int:
 
 def _steps_of(settings: ExplainSettings, pipe: GuidedDDPMPipeline) -> list[int]:
     """The steps from tau down, falling."""
-    first = round(settings.tau * pipe.schedule().num_steps)
-    return [t for t in pipe.timesteps(settings.num_inference_steps) if t <= first]
+    chain = _chain_of(settings, pipe)
+    first = round(settings.tau * chain.schedule.num_steps)
+    return [t for t in chain.timesteps if t <= first]
+
+
+def _chain_of(settings: ExplainSettings, pipe: GuidedDDPMPipeline) -> Chain:
+    return pipe.chain(settings.num_inference_steps, settings.eta)
 
 
 def _targets(
@@ -257,14 +265,16 @@ class _Engine:
         made.weight[:] = weights
         if not timesteps:
             return made
-        schedule, x = pipe.schedule(), to_unit(starts)
+        chain, x = _chain_of(settings, pipe), to_unit(starts)
+        schedule = chain.schedule
         guidance = self._guidance(originals, targets, weights)
 
         def begin(places: Sequence[int]) -> Tensor:
             numbers = [samples[place] for place in places]
             if settings.start != "image":
                 mean = pipe.start_mean(settings.start)
-                return start_samples(schedule, seed, numbers, x.shape[1:], pipe.device, mean, timesteps[0])
+                start = start_samples(schedule, seed, numbers, x.shape[1:], pipe.device, mean, timesteps[0])
+                return start if mean is not None else chain.start_scale * start
             noise = sample_noise(seed, numbers, START_STREAM, x.shape[1:], pipe.device)
             return schedule.q_sample(x[list(places)].to(pipe.device), timesteps[0], noise)
 
@@ -272,11 +282,10 @@ class _Engine:
         found = pipe.denoise(
             begin,
             samples,
-            timesteps,
+            replace(chain, timesteps=timesteps),
             batch_size=self.batch_size,
             seed=seed,
             guidance=guidance,
-            eta=settings.eta,
             precision=self.precision,
             compile=self.compile,
             on_step=lambda steps: self._report(before + steps - self.done),

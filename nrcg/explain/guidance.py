@@ -182,7 +182,7 @@ class ExplanationGuidance(ClassifierGuidance):
 
     def _shift(self, x_t: Tensor, t: int, prediction: Prediction, schedule: Schedule) -> Tensor:
         scale, towards = self.scale_at(t / schedule.num_steps), self.last.grad
-        x0 = schedule.pred_x0(x_t, prediction.eps, t, clip=self.clip_pred_x0)
+        x0 = prediction.pred_x0(x_t, t, schedule, clip=self.clip_pred_x0)
         unit = 1.0
         if self.normalize:
             a, b, _ = schedule.posterior(t)

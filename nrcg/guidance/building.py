@@ -7,12 +7,13 @@ from torch import nn
 from nrcg.config import PUBLISHED_STEPS, MethodConfig
 from nrcg.guidance import scales, stabilizers
 from nrcg.guidance.guidance import ClassifierGuidance
+from nrcg.guidance.targets import AnyTarget
 
 
 def build_guidance(
     method: MethodConfig,
     classifier: nn.Module,
-    target: int,
+    target: AnyTarget,
     scale: float,
     *,
     num_steps: int = PUBLISHED_STEPS,
@@ -23,7 +24,7 @@ def build_guidance(
     Args:
         method: What the classifier sees, and how its gradient is taken, smoothed and scaled.
         classifier: Network that guides.
-        target: Class to generate, 0..K-1.
+        target: Class to generate, 0..K-1, or another target.
         scale: Guidance scale s of eq. 1, which the method's schedule multiplies.
         num_steps: Steps of a trajectory. The method's betas hold at 400 steps; with the default they hold per step.
         clip_pred_x0: Whether the image that the classifier sees is clipped to [-1, 1].

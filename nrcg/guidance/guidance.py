@@ -10,20 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nrcg.classifiers.adapter import probe
-from nrcg.classifiers.logits import class_index, class_log_prob, logits_of
+from nrcg.classifiers.logits import logits_of
 from nrcg.config import GRAD_MODES, INPUTS, GradMode, Input
 from nrcg.devices import floating_type, frozen
 from nrcg.diffusion.objectives import Prediction, as_prediction
 from nrcg.diffusion.schedule import Schedule
-from nrcg.errors import DataError, whole_number
+from nrcg.errors import whole_number
 from nrcg.guidance.samplers import Pull
 from nrcg.guidance.scales import ScaleSchedule
 from nrcg.guidance.stabilizers import Identity, Stabilizer
+from nrcg.guidance.targets import AnyTarget, Target, check_class, log_prob_of, target_of
 
 PredictNoise = Callable[[Tensor, int], Tensor | Prediction]
 """eps_theta: (x_t (B, C, H, W), t in 1..T) to eps (B, C, H, W) in float32, or to a Prediction."""
+
+Decode = Callable[[Tensor], Tensor]
+"""Latents (B, c, h, w) to images (B, C, H, W), differentiable."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,17 @@ Term = Callable[[Tensor], Tensor]
 
 
 class LogProb:
-    """log p(target | x) of a classifier, as a term of a gradient.
+    """log p(target | x) of a classifier, or what another target says of its outputs, as a term of a gradient.
 
     Args:
         classifier: images (B, C, H, W) to logits.
-        target: class index, or each sample's own, (B,).
+        target: class index, each sample's own, (B,), or a Target.
 
     Attributes:
         logits: (B, K) of the last call, detached, in float32 or float64.
     """
 
-    def __init__(self, classifier: Callable[[Tensor], Any], target: int | Tensor):
+    def __init__(self, classifier: Callable[[Tensor], Any], target: AnyTarget):
         self.classifier, self.target = classifier, target
         self.logits: Tensor | None = None
 
@@ -64,7 +69,7 @@ class LogProb:
         logits = logits_of(self.classifier(seen.clone()))  # a copy: some classifiers normalise their input in place
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.logits = logits.detach()
-        return class_log_prob(logits, self.target)
+        return log_prob_of(logits, self.target)
 
 
 def term_gradients(x: Tensor, terms: Sequence[Term], see: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
@@ -98,7 +103,7 @@ def term_gradients(x: Tensor, terms: Sequence[Term], see: Callable[[Tensor], Ten
 
 def log_prob_gradient(
     classifier: Callable[[Tensor], Tensor],
-    target: int | Tensor,
+    target: AnyTarget,
     x: Tensor,
     see: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +121,8 @@ class ClassifierGuidance:
             one logit means binary. A module of any floating type, or a function. Wrap a model that expects other values
             or sizes in `nrcg.Classifier`. While it guides it is in eval mode (batch statistics would couple the
             samples) and its parameters are frozen; what it had before is given back.
-        target: class index, or name where the classifier has `classes`.
+        target: class index, or name where the classifier has `classes`; several of them, any of which will do; or a
+            `nrcg.guidance.targets` Target: a probability, a regression's value, a score.
         scale: s of eq. 1, >= 0; or a function of the share of the trajectory that is left, t / T in (0, 1], such as
             `nrcg.guidance.scales.Linear(10.0, 0.0)`.
         input: `pred_x0`, the classifier sees the one-step denoised image and the gradient goes through the U-Net
@@ -138,6 +144,8 @@ class ClassifierGuidance:
         last: the GuidedStep of the last gradient.
         fresh: whether the last step took a new gradient (see every_k).
         guide: what the stabilizer made of it, (B, C, H, W), not scaled.
+        decode: makes images of what is denoised, where that is latents; a pipeline sets it while it draws. What is
+            clipped are the images then.
 
     Raises:
         ValueError: a setting out of its range.
@@ -146,7 +154,7 @@ class ClassifierGuidance:
     def __init__(
         self,
         classifier: nn.Module | Callable[[Tensor], Any],
-        target: int | str,
+        target: str | AnyTarget | Sequence[int | str],
         scale: float | ScaleSchedule = 1.0,
         input: Input = "pred_x0",
         stabilizer: Stabilizer | None = None,
@@ -165,10 +173,12 @@ class ClassifierGuidance:
             raise ValueError(f"skip_above: {skip_above} is no probability in (0, 1]")
         if not callable(scale) and not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"scale: {scale} is not a finite number >= 0")
+        if skip_above < 1.0 and isinstance(target, Target) and not target.is_probability:
+            raise ValueError(f"skip_above: {type(target).__name__} is no probability; it goes with classes")
         if time_conditioned and input != "x_t":
             raise ValueError("time_conditioned: a denoised image has no step; it goes with input x_t")
         self.classifier = classifier
-        self.target = class_of(classifier, target)
+        self.target: AnyTarget = target_of(classifier, target)
         self.scale = scale if callable(scale) else float(scale)
         self.input = input
         self.stabilizer = stabilizer if stabilizer is not None else Identity()
@@ -177,6 +187,7 @@ class ClassifierGuidance:
         self.every_k = every_k
         self.skip_above = float(skip_above)
         self.time_conditioned = time_conditioned
+        self.decode: Decode | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -224,11 +235,27 @@ class ClassifierGuidance:
         dtype = floating_type(self.classifier)
 
         def classify(x: Tensor) -> Any:
+            if self.decode is not None:
+                x = self._decoded(x)
             if not self.time_conditioned:
                 return self.classifier(x.to(dtype))
             return self.classifier(x.to(dtype), torch.full((len(x),), t - 1, device=x.device))
 
         return classify
+
+    @property
+    def clips_x0(self) -> bool:
+        """Whether x0hat itself is clipped; of latents it is the decoded image."""
+        return self.clip_pred_x0 and self.decode is None
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        """Images of latents, for the classifier."""
+        if self.grad_mode == "checkpoint" and x.requires_grad:
+            # Image by image, and computed twice: what is stored is one image's activations.
+            images = torch.cat([checkpoint(self.decode, part, use_reentrant=False) for part in x.split(1)])
+        else:
+            images = self.decode(x)
+        return images.clamp(-1.0, 1.0) if self.clip_pred_x0 else images
 
     def check(self, x: Tensor) -> None:
         """Try the classifier on images shaped like x (B, C, H, W).
@@ -238,9 +265,10 @@ class ClassifierGuidance:
             TypeError: it gives no tensor.
         """
         with frozen(self.classifier):
-            num_classes = probe(self.classifier_at(1), x[:1])
-        if (highest := int(torch.as_tensor(self.target).max())) >= num_classes:
-            raise ValueError(f"target: {highest} is no class of the classifier, which has {num_classes}")
+            if isinstance(self.target, Target):
+                self.target.check(probe(self.classifier_at(1), x[:1], logits=self.target.takes_logits))
+            else:
+                check_class(int(torch.as_tensor(self.target).max()), probe(self.classifier_at(1), x[:1]))
 
     def __call__(
         self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule
@@ -268,7 +296,7 @@ class ClassifierGuidance:
         """`gradient` of the samples that skip_above lets through; zero, and no gradient's cost, for the others."""
         if self.skip_above == 1.0 or self.last is None:
             return self.gradient(x_t, t, predict_noise, schedule)
-        confident = class_log_prob(self.last.logits, self.target) > math.log(self.skip_above)
+        confident = log_prob_of(self.last.logits, self.target) > math.log(self.skip_above)
         doubtful, sure = (~confident).nonzero()[:, 0], confident.nonzero()[:, 0]
         parts = []
         for rows, take in ((doubtful, self.gradient), (sure, self._no_gradient)):
@@ -276,13 +304,9 @@ class ClassifierGuidance:
                 with self.only(rows):
                     parts.append(take(x_t[rows], t, predict_noise, schedule))
         back = torch.cat([doubtful, sure]).argsort()
-        shares = [part.prediction.log_variance_share for part in parts]
         return GuidedStep(
             grad=torch.cat([part.grad for part in parts])[back],
-            prediction=Prediction(
-                torch.cat([part.prediction.eps for part in parts])[back],
-                None if shares[0] is None else torch.cat(shares)[back],
-            ),
+            prediction=Prediction.cat([part.prediction for part in parts]).map(lambda whole: whole[back]),
             logits=torch.cat([part.logits for part in parts])[back],
         )
 
@@ -290,7 +314,7 @@ class ClassifierGuidance:
     def _no_gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
         """A step whose gradient is taken for zero; the logits tell whether that still holds."""
         prediction = as_prediction(predict_noise(x_t, t))
-        seen = x_t if self.input == "x_t" else schedule.pred_x0(x_t, prediction.eps, t, clip=self.clip_pred_x0)
+        seen = x_t if self.input == "x_t" else prediction.pred_x0(x_t, t, schedule, clip=self.clips_x0)
         with frozen(self.classifier):
             logits = logits_of(self.classifier_at(t)(seen))
         return GuidedStep(torch.zeros_like(x_t), prediction, logits.float())
@@ -308,7 +332,7 @@ class ClassifierGuidance:
             with frozen(self.classifier):
                 grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t)
             return GuidedStep(grad, prediction, logits)
-        see = OneStepDenoised(predict_noise, schedule, t, self.clip_pred_x0, self.grad_mode)
+        see = OneStepDenoised(predict_noise, schedule, t, self.clips_x0, self.grad_mode)
         with frozen(self.classifier):
             grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t, see)
         return GuidedStep(grad, see.prediction, logits)
@@ -332,17 +356,4 @@ class OneStepDenoised:
         with torch.set_grad_enabled(self._mode != "no_jacobian"):
             prediction = as_prediction(self._predict(x, self._t))
         self.prediction = prediction.detach()
-        return self._schedule.pred_x0(x, prediction.eps, self._t, clip=self._clip)
-
-
-def class_of(classifier: Any, target: int | str) -> int:
-    """A class by number, or by name where the classifier says its classes. Raises ValueError."""
-    if not isinstance(target, str):
-        return whole_number("target", target)
-    classes = getattr(classifier, "classes", None)
-    if not classes:
-        raise ValueError(f"target: {target!r}, but the classifier's classes have no names; give a number")
-    try:
-        return class_index(classes, target)
-    except DataError as error:
-        raise ValueError(str(error)) from None
+        return prediction.pred_x0(x, self._t, self._schedule, clip=self._clip)

@@ -20,6 +20,10 @@ Pull = Callable[[Tensor], Tensor]
 """Moves the guided x0hat (B, C, H, W) that a step goes to: the implicit part of a guidance, such as a proximal step
 towards an image. It comes last, after the gradient's shift, so that no shift can undo it."""
 
+NOISE_ALONE = 1e-6
+"""abar up to which x_t is taken for noise alone by samplers that divide by its root. A float32 network's rounding is
+then a thousandth of the gradient of x0hat, which is of the order of the root."""
+
 
 class Sampler(ABC):
     """A way from x_T to x_0.
@@ -62,21 +66,22 @@ class Sampler(ABC):
     def needs_noise(self, t_prev: int) -> bool:
         """Whether the step that reaches t_prev adds noise."""
 
-    def takes_guidance(self, t_prev: int) -> bool:
-        """Whether a shift changes the step that reaches t_prev."""
-        return True
+    def takes_guidance(self, t: int, t_prev: int) -> bool:
+        """Whether a shift changes the step from t to t_prev. Where x_t is noise alone nothing guides: the gradient of
+        x0hat would be 0 times infinity there, and rounding alone near it."""
+        return float(self.schedule.abar[t]) > NOISE_ALONE
 
-    def pred_x0(self, x: Tensor, eps: Tensor, t: int) -> Tensor:
+    def pred_x0(self, x: Tensor, prediction: Prediction, t: int) -> Tensor:
         """eq. 5, clipped where asked."""
-        return self.schedule.pred_x0(x, eps, t, clip=self.clip_pred_x0)
+        return prediction.pred_x0(x, t, self.schedule, clip=self.clip_pred_x0)
 
-    def guided(self, x: Tensor, eps: Tensor, shift: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
+    def guided(self, x: Tensor, prediction: Prediction, shift: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
         """Dhariwal and Nichol 2021, algorithm 2: eps - sqrt(1 - abar_t) * s * g_t, and the x0hat that goes with it.
 
         What is clipped is the U-Net's x0hat, as in the DDPM's mean. Clipped after the guidance, a saturated pixel would
         lose its shift in x0hat and keep the one in eps, which points the other way.
         """
-        x0 = self.pred_x0(x, eps, t)
+        eps, x0 = prediction.eps, self.pred_x0(x, prediction, t)
         if shift is None:
             return eps, x0
         abar = float(self.schedule.abar[t])
@@ -102,7 +107,7 @@ class DDPM(Sampler):
     def needs_noise(self, t_prev: int) -> bool:
         return t_prev > 0
 
-    def takes_guidance(self, t_prev: int) -> bool:
+    def takes_guidance(self, t: int, t_prev: int) -> bool:
         return t_prev > 0 or self.kind != "fixed_small"  # the posterior's variance at x_0 is 0
 
     def step(
@@ -117,7 +122,7 @@ class DDPM(Sampler):
     ) -> Tensor:
         a, b, _ = self.schedule.posterior(t, t_prev)
         variance = self.variance(t, t_prev, prediction)
-        x0 = self.pred_x0(x, prediction.eps, t)
+        x0 = self.pred_x0(x, prediction, t)
         if pull is not None:  # the shift of the mean as one of x0hat, which the mean holds a times
             x0, shift = pull(x0 if shift is None else x0 + variance / a * shift), None
         mean = a * x0 + b * x
@@ -158,7 +163,7 @@ class DDIM(Sampler):
         self.eta = eta
 
     def needs_noise(self, t_prev: int) -> bool:
-        return self.eta > 0 and t_prev > 0
+        return self.eta > 0 and float(self.schedule.abar[t_prev]) < 1.0
 
     def step(
         self,
@@ -170,11 +175,11 @@ class DDIM(Sampler):
         noise: Tensor | None,
         pull: Pull | None = None,
     ) -> Tensor:
-        eps = prediction.eps
         if shift is not None and self.clip_pred_x0:
             abar = float(self.schedule.abar[t])
-            eps = (x - math.sqrt(abar) * self.pred_x0(x, eps, t)) / math.sqrt(1.0 - abar)
-        eps, x0 = self.guided(x, eps, shift, t)
+            eps = (x - math.sqrt(abar) * self.pred_x0(x, prediction, t)) / math.sqrt(1.0 - abar)
+            prediction = Prediction(eps)
+        eps, x0 = self.guided(x, prediction, shift, t)
         if pull is not None:
             x0, abar = pull(x0), float(self.schedule.abar[t])
             eps = (x - math.sqrt(abar) * x0) / math.sqrt(1.0 - abar)
@@ -207,7 +212,7 @@ class DPMSolverPP(Sampler):
         noise: Tensor | None,
         pull: Pull | None = None,
     ) -> Tensor:
-        _, x0 = self.guided(x, prediction.eps, shift, t)
+        _, x0 = self.guided(x, prediction, shift, t)
         if pull is not None:
             x0 = pull(x0)
         if t_prev == 0:

@@ -70,7 +70,7 @@ def guided_sample(
     for t, t_prev in zip(timesteps, [*timesteps[1:], 0], strict=True):
         shift = None
         # Where the scale is zero the gradient would be multiplied by it: none is taken, and the stabilizer waits.
-        guided = guidance is not None and sampler.takes_guidance(t_prev)
+        guided = guidance is not None and sampler.takes_guidance(t, t_prev)
         if guided and guidance.acts_at(t / sampler.schedule.num_steps):
             prediction, shift = guidance(x, t, predict_noise, sampler.schedule)
             if recorder is not None:

@@ -67,7 +67,7 @@ class _Observer:
         def denoise(x: Tensor) -> Tensor:
             if t == 0:
                 return x
-            return self.schedule.pred_x0(x, as_prediction(self.predict_noise(x, t)).eps, t, clip=self.clip)
+            return as_prediction(self.predict_noise(x, t)).pred_x0(x, t, self.schedule, clip=self.clip)
 
         now = {name: log_prob_gradient(model, self.target, x) for name, model in self.classifiers.items()}
         grad, logits = now[DENOISED] = log_prob_gradient(self.classifiers["non_robust"], self.target, x, denoise)

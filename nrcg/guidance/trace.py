@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nrcg.classifiers.logits import class_log_prob
 from nrcg.diffusion.objectives import Prediction
 from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import DataError
 from nrcg.files import atomic_save_arrays
 from nrcg.guidance.guidance import ClassifierGuidance
+from nrcg.guidance.targets import log_prob_of
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Trace:
         grad_cosine: (N, S) cosine between g_t and the gradient before it.
         guide_norm: (N, S) 2-norm of what the stabilizer made of it, before the scale.
         guide_cosine: (N, S) cosine between that and the last step's.
-        log_prob: (N, S) log p(target) of what the classifier saw.
+        log_prob: (N, S) log p(target) of what the classifier saw, or what another target says.
         clipped: (N, S) share of x0hat's pixels outside [-1, 1].
     """
 
@@ -91,9 +91,9 @@ class TraceRecorder:
             found |= {
                 "grad_norm": _norm(guidance.last.grad),
                 "grad_cosine": self._cosine("grad", guidance.last.grad, nothing),
-                "log_prob": class_log_prob(guidance.last.logits, guidance.target),
+                "log_prob": log_prob_of(guidance.last.logits, guidance.target),
             }
-        x0 = schedule.pred_x0(x_t, prediction.eps, t)
+        x0 = prediction.pred_x0(x_t, t, schedule)
         found["clipped"] = (x0.abs() > 1.0).float().mean(dim=(1, 2, 3))
         for name, rows in self._rows.items():
             rows.append(found.get(name, nothing))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ class Drawing:
     num_inference_steps: int | None = None
     eta: float = 0.0
     trace: bool = False
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    """Of a model of text: `prompt` and its like."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the pipeline's call."""
+        own = vars(self) | dict(self.conditions)
+        return {name: value for name, value in own.items() if name != "conditions"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def draw(
         torch.cuda.reset_peak_memory_stats(device)
     steps = len(pipe.timesteps(drawing.num_inference_steps))
     with Progress(label, steps * drawing.num_samples, "step") as bar:
-        found = pipe(guidance=guidance, on_step=bar.set, **vars(drawing))
+        found = pipe(guidance=guidance, on_step=bar.set, **drawing.arguments())
     images = to_uint8(found.samples)
     whole = {
         **(record or {}),
@@ -119,7 +126,7 @@ def method_guidance(
 ) -> ClassifierGuidance:
     """Guidance as a method of the configuration asks for it, for a pipeline that uses the method's sampler."""
     method = settings.guidance
-    steps = len(pipe.timesteps(method.sampler.count(pipe.schedule().num_steps)))
+    steps = len(pipe.timesteps(method.sampler.count(pipe.num_train_steps)))
     return build_guidance(
         method,
         classifier,
@@ -141,7 +148,7 @@ def method_drawing(
         start=sampling.start,
         precision=precision,
         compile=settings.compile,
-        num_inference_steps=sampler.count(pipe.schedule().num_steps),
+        num_inference_steps=sampler.count(pipe.num_train_steps),
         eta=sampler.eta,
         **others,
     )

@@ -30,8 +30,17 @@ ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "config.yaml")
 VERBS = [
     *("run", "plan", "validate", "schema", "adopt", "compare", "track", "export-ddpm"),
-    *("export-classifier", "dataset", "train-ddpm", "train-classifier", "forward", "sample", "reference", "evaluate"),
-    *("tune", "likelihood", "likelihood-table", "objective", "objectives-table", "density", "densities-table"),
+    *("export-classifier", "dataset", "train-ddpm", "train-classifier", "forward", "sample", "publish", "reference"),
+    *(
+        "evaluate",
+        "tune",
+        "likelihood",
+        "likelihood-table",
+        "objective",
+        "objectives-table",
+        "density",
+        "densities-table",
+    ),
     *("explain", "explain-shard", "evaluate-explanations", "explanations-table", "collect", "figures", "report"),
 ]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import nn
 from toys import (
     TINY_SIZE,
@@ -565,7 +565,6 @@ def test_wrong_settings_are_refused_before_any_step(pipe, settings, message):
         (DDPMScheduler(thresholding=True), "thresholding True is not supported; allowed: False"),
         (DDPMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True is not supported; allowed: False"),
         (DDPMScheduler(clip_sample_range=2.0), "clip_sample_range 2.0 is not supported; allowed: 1.0"),
-        (DDIMScheduler(set_alpha_to_one=False), "set_alpha_to_one False is not supported; allowed: True"),
         (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "algorithm_type 'sde-dpmsolver++' is not supp"),
         (PNDMScheduler(), "scheduler PNDMScheduler is not supported; allowed: DDPMScheduler, DDIMScheduler, DPMSolver"),
     ],

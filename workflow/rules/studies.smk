@@ -69,6 +69,7 @@ use rule train_ddpm as train_objective with:
         "logs/{experiment}/objectives/train_{objective}.log",
     benchmark:
         "benchmarks/{experiment}/objectives/train_{objective}.tsv"
+    priority: 5  # what is measured waits for the classifiers
     params:
         config=settings_file("train_ddpm", "objective"),
         data=subpath(input.manifest, parent=True),

@@ -46,6 +46,7 @@ rule train_classifier:
         "logs/{experiment}/train_{role}.log",
     benchmark:
         "benchmarks/{experiment}/train_{role}.tsv"
+    priority: 7  # before a grid of objectives
     threads: 1
     resources:
         gpu=asked(lambda job: job.gpus),
