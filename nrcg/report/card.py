@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,8 @@ class Card:
         metrics: Rows of a metrics.csv; None where there are none.
         classifiers: Folders under classifiers/ to the names of their classes.
         target: Class of the guided example, of the first classifier.
+        scale: Of the guided example.
+        beta: Of its EMA, per step.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Card:
     metrics: Sequence[Row] | None = None
     classifiers: Mapping[str, Sequence[str] | None] = field(default_factory=dict)
     target: str | None = None
+    scale: float = 5.0
+    beta: float = 0.99
 
     def text(self) -> str:
         """The card, as Markdown with the hub's header."""
@@ -88,7 +93,8 @@ class Card:
             fetch = f'folder = snapshot_download("{self.name}")  # or a local folder\n'
             guided = [
                 f'classifier = load_classifier(f"{{folder}}/classifiers/{first}")',
-                f"guidance = ClassifierGuidance(classifier, {self.target!r}, scale=5.0, stabilizer=EMA(0.99))",
+                f"guidance = ClassifierGuidance("
+                f"classifier, {json.dumps(self.target)}, scale={self.scale:g}, stabilizer=EMA({self.beta:.3g}))",
             ]
         where = "folder" if fetch else f'"{self.name}"'
         snapshot = "from huggingface_hub import snapshot_download\n" if fetch else ""
@@ -112,7 +118,7 @@ class Card:
         everything, conditional = frechet_columns(rows)
         _, rule = best_rule(rows)
         head = ["method", "scale", "samples", "accuracy, judge, %", conditional, everything]
-        lines = [" | ".join(head), "|".join(["---"] * len(head))]
+        lines = [" | ".join(head), " | ".join(["---"] * len(head))]
         for method, row in best_per_method(rows).items():
             cells = [
                 method_label(method),
@@ -122,7 +128,10 @@ class Card:
                 *(f"{format_number(row[name])} ({format_interval(row, name)})" for name in (conditional, everything)),
             ]
             lines.append(" | ".join(cells).replace(" ()", ""))
-        return "\n".join(f"| {line} |" for line in lines) + f"\n\nThe {rule}. In brackets, 95 % intervals."
+        return (
+            "\n".join(f"| {line} |" for line in lines)
+            + f"\n\n{rule[0].upper()}{rule[1:]}. In brackets, 95 % intervals."
+        )
 
 
 def _classes(classes: Sequence[str] | None) -> str:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nrcg.classifiers.storage import open_classifier
+from nrcg.config import scaled_beta
 from nrcg.data.arrays import to_uint8
 from nrcg.data.pictures import sample_grid, save_png
 from nrcg.diffusion.storage import DATA_MEAN_FILE, RECORD_FILE
@@ -26,8 +28,10 @@ from nrcg.report.columns import read_metrics
 SHARD_SIZE = "4GB"
 """Of the weights' files, at most; diffusers puts them together again."""
 GRID_COLUMNS = 8
-TRAINING = ("experiment", "steps", "num_images", "image_size", "seed", "precision", "device", "seconds", "versions")
-"""What a card says of a training's record, where the record has it."""
+GAP = 12
+"""Pixels between unguided and guided samples."""
+ZOOMED = 64
+"""Pixels that an image of the picture has at least."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def publish(what: Publication, *, out: Path, device: torch.device, dtype: str | 
         metrics=rows,
         classifiers={name: one.classes for name, one in classifiers.items()},
         target=target,
+        scale=what.scale,
+        beta=_beta(pipe, what),
     )
     new = temporary_name(out)
     try:
@@ -145,10 +151,20 @@ def _target(target: str | None, classifiers: Mapping[str, Any]) -> str | None:
     return target or classes[0]
 
 
-def _training(folder: Path) -> dict[str, Any]:
+def _training(folder: Path) -> dict[str, str]:
+    """What a card says of a training, by the record that lies with the model, where one does."""
     path = folder / RECORD_FILE
     record = read_record(path) if path.exists() else {}
-    return {name: record[name] for name in TRAINING if name in record}
+    told = {"dataset": record.get("dataset", {}), **record.get("settings", {}).get("ddpm", {})}
+    told |= {name: record[name] for name in ("precision", "device", "versions") if name in record}
+    return {name: _told(value) for name, value in told.items() if value not in (None, {})}
+
+
+def _told(value: Any) -> str:
+    """A setting in one line."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
 
 
 def _draw(pipe: GuidedDDPMPipeline, what: Publication, path: Path, classifier: Any | None, target: str | None) -> None:
@@ -156,7 +172,7 @@ def _draw(pipe: GuidedDDPMPipeline, what: Publication, path: Path, classifier: A
     guidances: list[ClassifierGuidance | None] = [None]
     if classifier is not None:
         aim = target if classifier.classes else int(target or 0)
-        guidances.append(ClassifierGuidance(classifier, aim, scale=what.scale, stabilizer=EMA(0.99)))
+        guidances.append(ClassifierGuidance(classifier, aim, scale=what.scale, stabilizer=EMA(_beta(pipe, what))))
     images = []
     steps = len(pipe.timesteps(what.num_inference_steps))
     with Progress("samples", steps * what.num_samples * len(guidances), "step") as bar:
@@ -169,6 +185,13 @@ def _draw(pipe: GuidedDDPMPipeline, what: Publication, path: Path, classifier: A
                 num_inference_steps=what.num_inference_steps,
                 on_step=lambda done, before=before: bar.set(before + done),
             )
-            images.append(to_uint8(found.samples))
+            zoom = max(1, ZOOMED // found.samples.shape[-1])
+            images.append(to_uint8(found.samples).repeat(zoom, axis=1).repeat(zoom, axis=2))
     grids = [sample_grid(part, min(GRID_COLUMNS, what.num_samples)) for part in images]
-    save_png(path, torch.cat([torch.from_numpy(grid) for grid in grids]).numpy())
+    white = np.full((GAP, *grids[0].shape[1:]), 255, np.uint8)
+    save_png(path, np.concatenate([part for grid in grids for part in (white, grid)][1:]))
+
+
+def _beta(pipe: GuidedDDPMPipeline, what: Publication) -> float:
+    """The published EMA of 0.99 at the steps that are taken."""
+    return scaled_beta(0.99, len(pipe.timesteps(what.num_inference_steps)))
