@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nrcg.cli.arguments import (
@@ -92,12 +94,12 @@ def _sample_shard(arguments: argparse.Namespace) -> None:
 
 
 def _sample_images(arguments: argparse.Namespace) -> None:
-    with lean_imports():
+    if arguments.ddpm is None:
+        raise ConfigError("--ddpm: missing; give a diffusers folder or hub id")
+    with nullcontext() if _may_read_text(arguments.ddpm) else lean_imports():
         from nrcg.guidance.opening import load_pipeline
         from nrcg.steps.sample import Drawing, sample_images
 
-    if arguments.ddpm is None:
-        raise ConfigError("--ddpm: missing; give a diffusers folder or hub id")
     guidance = _guidance(arguments)
     if arguments.trace and guidance is None:
         raise ConfigError("--trace: nothing guides; give --classifier")
@@ -133,6 +135,12 @@ def _sample_images(arguments: argparse.Namespace) -> None:
             save_trace_figure(arguments.out / "trace.png", drawn.trace)
             traced += ", trace.png"
     print(f"{len(drawn.images)} samples in {arguments.out}: samples.npy, grid.png{traced}, {0:05d}.png ...")
+
+
+def _may_read_text(model: str) -> bool:
+    """Whether a model may have a text encoder, which needs transformers: one of the hub, and a folder that says so."""
+    index = Path(model) / "model_index.json"
+    return not Path(model).exists() or (index.is_file() and "text_encoder" in index.read_text(errors="replace"))
 
 
 def _guidance(arguments: argparse.Namespace) -> ClassifierGuidance | None:

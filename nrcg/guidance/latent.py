@@ -43,6 +43,8 @@ class GuidedLDMPipeline(LatentPipeline, LDMPipeline):
     """diffusers' LDMPipeline with classifier guidance and a seed for each sample: an unconditional U-Net of latents,
     and a VQModel or an AutoencoderKL that decodes them."""
 
+    MADE_OF = "an LDMPipeline"
+
     @classmethod
     def opens(cls, index: dict[str, Any]) -> bool:
         return parts_of(index) == {"vqvae", "unet", "scheduler"}

@@ -27,8 +27,9 @@ def pipeline_kind(index: dict[str, Any], path: Path | None = None) -> type[Pipel
         from nrcg.guidance.prompted import GuidedStableDiffusionPipeline
 
         return GuidedStableDiffusionPipeline
-    allowed = "a U-Net and a scheduler, LDMPipeline, StableDiffusionPipeline"
-    raise DataError(f"pipeline {index['_class_name']} is not supported; allowed: {allowed}", path)
+    where = "" if path is None else f"{path.parent}: "
+    allowed = "a U-Net and a scheduler (DDPMPipeline), LDMPipeline, StableDiffusionPipeline"
+    raise DataError(f"{where}{index['_class_name']} is not supported; allowed: {allowed}")
 
 
 def load_pipeline(folder_or_id: str | Path, **kwargs: Any) -> PipelineBase:

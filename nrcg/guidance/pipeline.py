@@ -44,6 +44,9 @@ class PipelineBase(GuidedSampling):
         pipe.set_progress_bar_config(leave=False)
         return pipe
 
+    MADE_OF = ""
+    """What it opens, for messages."""
+
     @classmethod
     def opens(cls, index: dict[str, Any]) -> bool:
         """Whether this class is for what a model_index.json describes."""
@@ -53,7 +56,8 @@ class PipelineBase(GuidedSampling):
     def _check_index(cls, path: Path) -> None:
         index = read_index(path)
         if not cls.opens(index):
-            raise DataError(f"a {index['_class_name']}, which {cls.__name__} cannot open; try nrcg.load_pipeline", path)
+            name = index["_class_name"]
+            raise DataError(f"{path.parent}: {name} is not supported here; {cls.__name__} opens {cls.MADE_OF}")
 
 
 class GuidedDDPMPipeline(PipelineBase, DDPMPipeline):
@@ -64,6 +68,8 @@ class GuidedDDPMPipeline(PipelineBase, DDPMPipeline):
     is the plain model. While it draws, the U-Net is in eval mode with frozen parameters; what it had before is given
     back.
     """
+
+    MADE_OF = "a U-Net and a scheduler (DDPMPipeline)"
 
     @classmethod
     def opens(cls, index: dict[str, Any]) -> bool:

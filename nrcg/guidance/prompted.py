@@ -33,6 +33,7 @@ class GuidedStableDiffusionPipeline(LatentPipeline, StableDiffusionPipeline):
     """diffusers' StableDiffusionPipeline with classifier guidance beside the classifier-free one, and a seed for each
     sample. The gradient goes through both of the U-Net's passes, and through the decoder."""
 
+    MADE_OF = "a StableDiffusionPipeline"
     takes_prompt = True
     default_steps = 50
     _prompt: _Prompt | None = None
