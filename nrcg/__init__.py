@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nrcg.guidance.opening import load_pipeline
     from nrcg.guidance.pipeline import GuidedDDPMPipeline
     from nrcg.guidance.prompted import GuidedStableDiffusionPipeline
-    from nrcg.guidance.scales import Cosine, Interval, Linear
+    from nrcg.guidance.scales import SNR, Cosine, Interval, Linear
     from nrcg.guidance.stabilizers import EMA, Adam, AdaptiveClip, Chain, Identity, NormClip, Stabilizer, UnitNorm
 
 _HOMES = {
@@ -36,6 +36,7 @@ _HOMES = {
     "Interval": "guidance.scales",
     "Linear": "guidance.scales",
     "NormClip": "guidance.stabilizers",
+    "SNR": "guidance.scales",
     "Stabilizer": "guidance.stabilizers",
     "UnitNorm": "guidance.stabilizers",
     "load_classifier": "classifiers.specs",
@@ -44,6 +45,7 @@ _HOMES = {
 
 __all__ = [
     "EMA",
+    "SNR",
     "Adam",
     "AdaptiveClip",
     "Chain",

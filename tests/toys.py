@@ -204,3 +204,17 @@ def toy_settings(**changes: object) -> dict:
     if {"pretrained", "init"} & set(changes.get("ddpm", {})):
         changes.setdefault("objectives", None)  # they are trained from random weights
     return config.merge(raw, {"experiments": {"toy": changes}})
+
+
+TUNE = ("tune", "toy", "--method", "non_robust_x0_ema99", "--num-samples", "8", "--device", "cpu", "--threads", "1")
+"""`nrcg tune` of the toy experiment."""
+
+
+def write_toy_experiment(folder: Path) -> Path:
+    """config.yaml, data/ and models/ of the experiment `toy`, nothing trained."""
+    raw = toy_settings(sampling={"start": "standard_normal"})
+    raw["experiments"] = {"toy": raw["experiments"]["toy"]}
+    (folder / "config.yaml").write_text(json.dumps(raw))
+    write_tiny_models(folder / "models" / "toy")
+    write_balls(folder / "data" / "toyballs", 48, 16)
+    return folder

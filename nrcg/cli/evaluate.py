@@ -133,8 +133,14 @@ def add_tune(verbs: Verbs) -> None:
     sub = add_verb(verbs, "tune", tune, compute=True)
     sub.add_argument("experiment", metavar="EXPERIMENT")
     sub.add_argument("--method", required=True, help="a key of methods")
-    sub.add_argument("--budget", type=positive, default=12, help="scales to measure at most; default 12")
-    sub.add_argument("--num-samples", type=positive, default=256, help="samples of each scale; default 256")
+    sub.add_argument(
+        "--over",
+        default="scale",
+        metavar="NAMES",
+        help="what is searched: scale, or several together, such as scale,interval,stabilizer; default: scale",
+    )
+    sub.add_argument("--budget", type=positive, default=12, help="settings to measure at most; default 12")
+    sub.add_argument("--num-samples", type=positive, default=256, help="samples of each; default 256")
     sub.add_argument("--low", type=nonnegative, help="lowest scale; default: a tenth of the sweep's lowest, or 0.1")
     sub.add_argument("--high", type=nonnegative, help="highest scale; default: ten times the sweep's highest, or 1000")
     sub.add_argument("--config", default="config.yaml")
@@ -142,11 +148,15 @@ def add_tune(verbs: Verbs) -> None:
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    """Search for the best guidance scale of a method."""
+    """Search for the best guidance scale of a method, or for scale, interval and stabilizer together."""
+    from nrcg.pipeline import halving
     from nrcg.pipeline import tune as search
 
+    over = [name.strip() for name in arguments.over.split(",")]
+    halving.check_dimensions(over)
+    jointly = over != ["scale"]
     with lean_imports():
-        from nrcg.steps.tune import tune_method
+        from nrcg.steps.tune import tune_jointly, tune_method
 
     config = load(arguments.config)
     experiment = get_experiment(config, arguments.experiment)
@@ -156,22 +166,18 @@ def tune(arguments: argparse.Namespace) -> None:
     low, high = low if arguments.low is None else arguments.low, high if arguments.high is None else arguments.high
     search.check_range(low, high)
     device, precision = choose_device(arguments, experiment)
-    out = arguments.out or ExperimentPaths(arguments.experiment).tune / f"{arguments.method}.yaml"
+    file = f"{arguments.method}_jointly.yaml" if jointly else f"{arguments.method}.yaml"
+    out = arguments.out or ExperimentPaths(arguments.experiment).tune / file
+    how = {"low": low, "high": high, "budget": arguments.budget, "num_samples": arguments.num_samples, "out": out}
+    how |= {"device": device, "precision": precision}
     with one_line():
-        rows, block = tune_method(
-            config,
-            arguments.experiment,
-            arguments.method,
-            low=low,
-            high=high,
-            budget=arguments.budget,
-            num_samples=arguments.num_samples,
-            out=out,
-            device=device,
-            precision=precision,
-        )
+        if jointly:
+            rows, block = tune_jointly(config, arguments.experiment, arguments.method, over=over, **how)
+        else:
+            rows, block = tune_method(config, arguments.experiment, arguments.method, **how)
     best_by = experiment.evaluation.best_by
-    print_table(search.table(rows, best_by))
-    for note in search.notes(rows, best_by, low, high):
+    print_table(halving.joint_table(rows, best_by) if jointly else search.table(rows, best_by))
+    notes = halving.joint_notes(rows, best_by) if jointly else search.notes(rows, best_by, low, high)
+    for note in notes:
         print(f"note: {note}")
     print(f"\n{out}:\n{block}", end="")

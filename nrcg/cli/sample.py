@@ -57,7 +57,11 @@ def add_sample(verbs: Verbs) -> None:
     own.add_argument(
         "--skip-above", type=float, default=1.0, metavar="P", help="no gradient for a sample while p(target) > P"
     )
-    own.add_argument("--scale-schedule", default="constant", help="constant, linear:END, cosine:END, interval:LOW,HIGH")
+    own.add_argument(
+        "--scale-schedule",
+        default="constant",
+        help="constant, linear:END, cosine:END, interval:LOW,HIGH, snr:GAMMA, forward:CSV,METHOD",
+    )
     own.add_argument(
         "--no-clip-pred-x0", dest="clip_pred_x0", action="store_false", help="do not clip what the classifier sees"
     )

@@ -76,20 +76,23 @@ class StabilizerConfig(Section):
 class ScaleScheduleConfig(Section):
     """How the guidance scale changes along a trajectory; the sweep's scale is multiplied by it."""
 
-    name: Literal["constant", "linear", "cosine", "interval"] = Field(
+    name: Literal["constant", "linear", "cosine", "interval", "snr"] = Field(
         default="constant", description="How the factor goes from t = T to t = 0."
     )
     start: Annotated[float, Field(ge=0)] = Field(default=1.0, description="linear, cosine: factor at t = T.")
     end: Annotated[float, Field(ge=0)] = Field(default=1.0, description="linear, cosine: factor at t = 0.")
     low: Fraction = Field(default=0.0, description="interval: guidance where low <= t / T <= high.")
     high: Fraction = Field(default=1.0, description="interval: guidance where low <= t / T <= high.")
+    gamma: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="snr: the factor is SNR / (SNR + gamma), with SNR = abar_t / (1 - abar_t)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ScaleScheduleConfig:
         if self.low > self.high:
             raise ValueError("low: must not be larger than high")
-        used = {"linear": ("start", "end"), "cosine": ("start", "end"), "interval": ("low", "high")}
-        for key in ("start", "end", "low", "high"):
+        used = {"linear": ("start", "end"), "cosine": ("start", "end"), "interval": ("low", "high"), "snr": ("gamma",)}
+        for key in ("start", "end", "low", "high", "gamma"):
             if key not in used.get(self.name, ()) and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: the schedule {self.name!r} has no such key")
         return self

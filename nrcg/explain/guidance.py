@@ -136,8 +136,8 @@ class ExplanationGuidance(ClassifierGuidance):
         self.distance_stabilizer.reset()
         self._away = None
 
-    def acts_at(self, share_left: float) -> bool:
-        return self.by_gradient or super().acts_at(share_left)
+    def acts_at(self, t: int, schedule: Schedule) -> bool:
+        return self.by_gradient or super().acts_at(t, schedule)
 
     def pull_at(self, t: int, schedule: Schedule) -> Pull | None:
         """The proximal step of the x0hat that the step from t goes to."""
@@ -181,7 +181,7 @@ class ExplanationGuidance(ClassifierGuidance):
         return replace(step, grad=torch.where(confident.reshape(-1, 1, 1, 1), 0.0, step.grad))
 
     def _shift(self, x_t: Tensor, t: int, prediction: Prediction, schedule: Schedule) -> Tensor:
-        scale, towards = self.scale_at(t / schedule.num_steps), self.last.grad
+        scale, towards = self.scale_at(t, schedule), self.last.grad
         x0 = prediction.pred_x0(x_t, t, schedule, clip=self.clip_pred_x0)
         unit = 1.0
         if self.normalize:

@@ -124,7 +124,8 @@ class ClassifierGuidance:
         target: class index, or name where the classifier has `classes`; several of them, any of which will do; or a
             `nrcg.guidance.targets` Target: a probability, a regression's value, a score.
         scale: s of eq. 1, >= 0; or a function of the share of the trajectory that is left, t / T in (0, 1], such as
-            `nrcg.guidance.scales.Linear(10.0, 0.0)`.
+            `nrcg.guidance.scales.Linear(10.0, 0.0)`; or, with the attribute `by_abar`, of abar_t, such as
+            `SNR(5.0, 1.0)`.
         input: `pred_x0`, the classifier sees the one-step denoised image and the gradient goes through the U-Net
             (eq. 5); or `x_t`, it sees the noisy image, for classifiers that were trained on the noise.
         stabilizer: smooths the gradient over the steps, e.g. `EMA(0.99)`; None smooths nothing.
@@ -205,23 +206,24 @@ class ClassifierGuidance:
         """While it lasts, the batch is these rows of it: for a guidance that differs by sample."""
         return contextlib.nullcontext()
 
-    def acts_at(self, share_left: float) -> bool:
-        """Whether a step at a share t / T of the trajectory is guided at all."""
-        return self.scale_at(share_left) > 0
+    def acts_at(self, t: int, schedule: Schedule) -> bool:
+        """Whether a step is guided at all."""
+        return self.scale_at(t, schedule) > 0
 
     def pull_at(self, t: int, schedule: Schedule) -> Pull | None:
         """What moves the x0hat that the step from t goes to, after the gradient; nothing here."""
         return None
 
-    def scale_at(self, share_left: float) -> float:
-        """s at a share t / T of the trajectory. Raises ValueError: a schedule gives no finite number >= 0."""
+    def scale_at(self, t: int, schedule: Schedule) -> float:
+        """s at a step. Raises ValueError: a schedule gives no finite number >= 0."""
         if not callable(self.scale):
             return self.scale
-        scale = float(self.scale(share_left))
+        by_abar = getattr(self.scale, "by_abar", False)
+        given = float(schedule.abar[t]) if by_abar else t / schedule.num_steps
+        scale = float(self.scale(given))
         if not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(
-                f"scale: the schedule gives {scale} at t / T = {share_left:g}; a finite number >= 0 is needed"
-            )
+            name = "abar" if by_abar else "t / T"
+            raise ValueError(f"scale: the schedule gives {scale} at {name} = {given:g}; a finite number >= 0 is needed")
         return scale
 
     def to(self, device: torch.device) -> ClassifierGuidance:
@@ -290,7 +292,7 @@ class ClassifierGuidance:
     def _shift(self, x_t: Tensor, t: int, prediction: Prediction, schedule: Schedule) -> Tensor:
         """What the last gradient moves the step by, (B, C, H, W)."""
         self.guide = self.stabilizer(self.last.grad)
-        return self.scale_at(t / schedule.num_steps) * self.guide
+        return self.scale_at(t, schedule) * self.guide
 
     def _gated_gradient(self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule) -> GuidedStep:
         """`gradient` of the samples that skip_above lets through; zero, and no gradient's cost, for the others."""

@@ -71,7 +71,7 @@ def guided_sample(
         shift = None
         # Where the scale is zero the gradient would be multiplied by it: none is taken, and the stabilizer waits.
         guided = guidance is not None and sampler.takes_guidance(t, t_prev)
-        if guided and guidance.acts_at(t / sampler.schedule.num_steps):
+        if guided and guidance.acts_at(t, sampler.schedule):
             prediction, shift = guidance(x, t, predict_noise, sampler.schedule)
             if recorder is not None:
                 recorder.record(x, t, prediction, guidance, sampler.schedule)

@@ -208,9 +208,9 @@ def test_a_class_is_named_or_numbered_by_any_integer():
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_a_schedule_that_gives_no_scale_is_refused_where_it_does(value):
     guidance = ClassifierGuidance(SmoothCNN(3), 0, scale=lambda left: value if left < 0.6 else 1.0)
-    assert guidance.scale_at(0.6) == 1.0
+    assert guidance.scale_at(6, Schedule.linear(10, 0.1, 0.2)) == 1.0
     with pytest.raises(ValueError, match=r"scale: the schedule gives .* at t / T = 0.5; a finite number >= 0"):
-        guidance.scale_at(0.5)
+        guidance.scale_at(5, Schedule.linear(10, 0.1, 0.2))
 
 
 def in_place(x):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from toys import toy_settings, track_without_a_store, write_balls, write_tiny_models
+from toys import TUNE, track_without_a_store, write_toy_experiment
 
 from nrcg import config
 from nrcg.cli import main
@@ -184,16 +184,7 @@ def test_the_block_is_valid_where_it_is_pasted(best):
 
 @pytest.fixture
 def toy_experiment(tmp_path) -> Path:
-    """config.yaml, data/ and models/ of the experiment `toy`, nothing trained."""
-    raw = toy_settings(sampling={"start": "standard_normal"})
-    raw["experiments"] = {"toy": raw["experiments"]["toy"]}
-    (tmp_path / "config.yaml").write_text(json.dumps(raw))
-    write_tiny_models(tmp_path / "models" / "toy")
-    write_balls(tmp_path / "data" / "toyballs", 48, 16)
-    return tmp_path
-
-
-TUNE = ("tune", "toy", "--method", "non_robust_x0_ema99", "--num-samples", "8", "--device", "cpu", "--threads", "1")
+    return write_toy_experiment(tmp_path)
 
 
 def test_a_method_is_tuned_and_goes_on(toy_experiment, capsys):
