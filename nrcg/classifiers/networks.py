@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nrcg.classifiers.adapter import Classifier
+from nrcg.classifiers.clip import TextSimilarity, text_features
 from nrcg.classifiers.preprocessing import check_like, of_processor, of_timm, of_torchvision
 from nrcg.errors import DataError
 from nrcg.files import refuse_pointer
@@ -165,6 +166,32 @@ def _load_transformers(name: str, options: Mapping[str, str]) -> Classifier:
     return classifier
 
 
+def _load_clip(name: str, options: Mapping[str, str]) -> Classifier:
+    """Zero-shot logits of the option `texts`, of a CLIP-like model."""
+    transformers = _optional("transformers")
+    texts = [text.strip() for text in options.get("texts", "").split("|") if text.strip()]
+    if not texts:
+        raise DataError("option texts: missing; give clip:ID_OR_FOLDER?texts=a photo of a cat|a photo of a dog")
+    if "weights" in options:
+        raise DataError("option weights: a CLIP folder holds its own")
+    try:
+        model = transformers.AutoModel.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # of whichever library fetches or opens it
+        raise DataError(f"no CLIP-like model can be opened from it ({_reason(error)})") from error
+    if not hasattr(model, "get_text_features") or not hasattr(model, "logit_scale"):
+        raise DataError(f"it is a {model.config.model_type}, which compares no images with texts")
+    processor = _open_processor(transformers, name)
+    module = TextSimilarity(model, text_features(model, tokenizer, texts))
+    # One text is a score, to be followed by the target `score`; two or more are classes.
+    names = texts if len(texts) > 1 else None
+    classifier = Classifier(
+        module, **of_processor(processor, 3), classes=names, rebuild={"architecture": f"clip:{name}"}
+    )
+    check_like(processor, classifier.prepare, 3)
+    return classifier
+
+
 def _open_processor(transformers: Any, name: str) -> Any:
     """The image processor of a folder or hub id, on tensors."""
     try:
@@ -257,6 +284,7 @@ LOADERS: dict[str, Callable[[str, Mapping[str, str]], Classifier]] = {
     "torchvision": _load_torchvision,
     "timm": _load_timm,
     "transformers": _load_transformers,
+    "clip": _load_clip,
     "python": _load_python,
 }
 """Scheme of a SPEC -> what loads its network, from its name and options."""

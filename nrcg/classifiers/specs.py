@@ -4,6 +4,8 @@
     torchvision:NAME              torchvision's weights for ImageNet
     timm:NAME                     timm's weights (extra `classifiers`)
     transformers:ID_OR_FOLDER     an image classifier of the Hugging Face hub or on disk (extra `classifiers`)
+    clip:ID_OR_FOLDER?texts=A|B   a CLIP-like model's similarity to texts, as logits of classes of these names; one text
+                                  alone is a score (extra `classifiers`)
     python:MODULE:FACTORY         what FACTORY() of one's own module gives: an nrcg.Classifier, or a network that takes
                                   images in [-1, 1]
 
@@ -44,7 +46,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], float], int | None]] = {
     "channels": ("channels", int, 1),
 }
 """Option -> the setting of the adapter, the kind of its numbers, and how many they are (None: one or more)."""
-OPTIONS = ("weights", "prefix", *SETTINGS, "classes")
+OPTIONS = ("weights", "prefix", *SETTINGS, "classes", "texts")
 
 
 def parse(text: str) -> tuple[str, str, dict[str, str]]:
@@ -54,7 +56,7 @@ def parse(text: str) -> tuple[str, str, dict[str, str]]:
     if scheme not in LOADERS or not name:
         raise DataError(
             "no such folder, and no SPEC; allowed: a saved classifier's folder, torchvision:NAME, timm:NAME,"
-            " transformers:ID_OR_FOLDER, python:MODULE:FACTORY"
+            " transformers:ID_OR_FOLDER, clip:ID_OR_FOLDER?texts=A|B, python:MODULE:FACTORY"
         )
     options = {}
     for part in filter(None, query.split("&")):
@@ -62,6 +64,8 @@ def parse(text: str) -> tuple[str, str, dict[str, str]]:
         if key not in OPTIONS or not value:
             raise DataError(f"option {part!r} is unknown; allowed: {', '.join(OPTIONS)}, as key=value")
         options[key] = value
+    if "texts" in options and scheme != "clip":
+        raise DataError("option texts: is for clip:")
     if "prefix" in options and "weights" not in options:
         raise DataError("option prefix: is for the keys of weights=FILE, which is missing")
     return scheme, name, options

@@ -36,8 +36,8 @@ def add_sample(verbs: Verbs) -> None:
     sub.add_argument("--ddpm", help="a diffusers folder or hub id")
     sub.add_argument(
         "--classifier",
-        help="a saved classifier's folder, torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER or"
-        " python:MODULE:FACTORY; without it nothing guides",
+        help="a saved classifier's folder, torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER,"
+        " clip:ID_OR_FOLDER?texts=A|B or python:MODULE:FACTORY; without it nothing guides",
     )
     sub.add_argument("--scale", type=nonnegative, help="guidance scale s of eq. 1; default 1")
     add_files(sub, out="a folder; for a shard the .npy file")

@@ -159,8 +159,8 @@ class ClassifierConfig(Section):
 
     pretrained: str | None = Field(
         default=None,
-        description="A folder, torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER or python:MODULE:FACTORY; null"
-        " trains one. The training's settings then do not matter.",
+        description="A folder, torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER, clip:ID_OR_FOLDER?texts=A|B or"
+        " python:MODULE:FACTORY; null trains one. The training's settings then do not matter.",
     )
     class_map: dict[str, int | str | list[int | str]] | None = Field(
         default=None,

@@ -1,0 +1,103 @@
+"""Text as a guide: a tiny CLIP built from a config."""
+
+import json
+
+import pytest
+import torch
+
+from nrcg import ClassifierGuidance, load_classifier
+from nrcg.data.arrays import to_unit
+from nrcg.errors import DataError
+from nrcg.guidance.targets import Score
+
+TEXTS = ["a red ball", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Folder of a CLIP of random weights, for images of 32 x 32 pixels."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {**small, **ends, "vocab_size": len(words), "max_position_embeddings": 16}
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=12
+        )
+    ).eval()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder / "model"
+    )
+    return folder / "model"
+
+
+def test_its_logits_are_those_of_transformers(clip):
+    import transformers
+
+    classifier = load_classifier(f"clip:{clip}?texts={'|'.join(TEXTS)}")
+    assert classifier.classes == TEXTS
+    images = torch.randint(0, 256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    processor = transformers.CLIPImageProcessor.from_pretrained(clip)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(clip)
+    given = processor(list(images.numpy()), return_tensors="pt") | tokenizer(
+        TEXTS, padding="max_length", max_length=16, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = transformers.CLIPModel.from_pretrained(clip)(**given).logits_per_image
+        found = classifier(to_unit(images.numpy()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_guides_as_a_class_and_alone_as_a_score(clip):
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    pair = ClassifierGuidance(load_classifier(f"clip:{clip}?texts={'|'.join(TEXTS)}"), "a dog", input="x_t")
+    pair.check(x)
+    alone = load_classifier(f"clip:{clip}?texts=a dog", logits=False)
+    assert alone.classes is None
+    guidance = ClassifierGuidance(alone, Score(), input="x_t")
+    guidance.check(x)
+    torch.testing.assert_close(alone(x)[:, 0], pair.classifier(x)[:, 1], rtol=1e-5, atol=1e-5)
+    step = guidance.gradient(x, 1, lambda x, t: torch.zeros_like(x), None)
+    wanted = x.clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(alone(wanted).sum(), wanted)
+    torch.testing.assert_close(step.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("clip:{}", "option texts: missing; give clip:ID_OR_FOLDER?texts="),
+        ("clip:{}?texts=a&weights=x.pth", "option weights: a CLIP folder holds its own"),
+        ("clip:/nowhere?texts=a", "no CLIP-like model can be opened from it"),
+        ("torchvision:resnet18?texts=a", "option texts: is for clip:"),
+    ],
+)
+def test_a_mistake_is_one_line(clip, spec, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError) as error:
+        load_classifier(spec.format(clip))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_without_text_is_refused(tmp_path, clip):
+    import shutil
+
+    import transformers
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shutil.copytree(clip, tmp_path / "vit")
+    transformers.ViTModel(transformers.ViTConfig(**small, image_size=16, patch_size=8)).save_pretrained(
+        tmp_path / "vit"
+    )
+    with pytest.raises(DataError, match="it is a vit, which compares no images with texts"):
+        load_classifier(f"clip:{tmp_path / 'vit'}?texts=a")
