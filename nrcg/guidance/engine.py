@@ -25,8 +25,9 @@ from nrcg.diffusion.objectives import Prediction
 from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import whole_number
 from nrcg.files import atomic_write_text
-from nrcg.guidance.chains import Chain, Network, Trained, chain_of, scheduler_for, trained_schedule
+from nrcg.guidance.chains import Chain, chain_of, scheduler_for, trained_schedule
 from nrcg.guidance.guidance import ClassifierGuidance, PredictNoise
+from nrcg.guidance.levels import Network, Trained
 from nrcg.guidance.samplers import Sampler
 from nrcg.guidance.sampling import guided_sample, start_samples
 from nrcg.guidance.trace import Trace, TraceRecorder
@@ -97,8 +98,11 @@ class _Batches:
         if recorder is not None:
             self.traces.append(recorder.result(len(batch)))
         self.whole = count
-        x = x[: len(batch)]
-        return self.finish(x).cpu(), x.cpu(), nonfinite[: len(batch)].cpu()
+        x, nonfinite = x[: len(batch)], nonfinite[: len(batch)]
+        images = self.finish(x)
+        broken = ~images.isfinite().flatten(1).all(dim=1)  # a decoder of half precision may overflow
+        images = torch.where(broken.reshape(-1, 1, 1, 1), 0.0, images)
+        return images.cpu(), x.cpu(), (nonfinite | broken).cpu()
 
 
 class GuidedSampling:

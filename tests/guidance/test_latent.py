@@ -202,6 +202,15 @@ def test_guidance_in_latents_is_exact_for_a_gaussian_and_a_linear_decoder():
     assert float(z.std()) == pytest.approx(std, abs=tolerance)
 
 
+def test_a_decoder_that_overflows_is_said_and_leaves_grey(ldm):
+    pipe = GuidedLDMPipeline.from_pretrained(ldm())
+    decode = pipe.decode
+    pipe.decode = lambda x: torch.cat([decode(x[:1]), torch.full((len(x) - 1, 3, 16, 16), math.nan)])
+    found = pipe(3, 3, num_inference_steps=2)
+    assert found.nonfinite.tolist() == [False, True, True]
+    assert found.samples.isfinite().all() and float(found.samples[1:].abs().max()) == 0.0
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
