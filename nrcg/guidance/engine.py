@@ -265,6 +265,7 @@ class GuidedSampling:
         compile: Compile = "off",
         trace: bool = False,
         on_step: Callable[[int], None] | None = None,
+        prompt: str | None = None,
     ) -> GuidedOutput:
         """Draw samples.
 
@@ -283,11 +284,14 @@ class GuidedSampling:
             compile: the U-Net by torch.compile: `on`, or `auto`, on a GPU where so many samples are worth it.
             trace: record gradient norms and cosines, log-probabilities and clipped pixels of each step (`Trace`).
             on_step: called after each step with the number done, of num_samples times the steps; instead of a bar.
+            prompt: for models of text alone (`GuidedStableDiffusionPipeline`).
 
         Raises:
             ValueError: a setting or a scheduler that is not supported, a classifier that does not fit.
             DataError: a single sample does not fit into the memory.
         """
+        if prompt is not None:
+            raise ValueError(f"prompt: {type(self).__name__} is a model without text; leave it out")
         num_samples = whole_number("num_samples", num_samples, least=1)
         first_sample = whole_number("first_sample", first_sample)
         chain = self.chain(num_inference_steps, eta)  # a scheduler that is not supported is refused first

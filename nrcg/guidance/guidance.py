@@ -266,6 +266,10 @@ class ClassifierGuidance:
             ValueError: it cannot take them, gives no (B, K) logits, has no gradient, or has no class `target`.
             TypeError: it gives no tensor.
         """
+        if self.decode is not None:
+            with torch.inference_mode(False), torch.enable_grad():
+                if not self.decode(x[:1].clone().requires_grad_(True)).requires_grad:
+                    raise ValueError("the decoder's images have no gradient with respect to the latents")
         with frozen(self.classifier):
             if isinstance(self.target, Target):
                 self.target.check(probe(self.classifier_at(1), x[:1], logits=self.target.takes_logits))

@@ -202,6 +202,11 @@ def test_guidance_in_latents_is_exact_for_a_gaussian_and_a_linear_decoder():
     assert float(z.std()) == pytest.approx(std, abs=tolerance)
 
 
+def test_a_prompt_for_a_model_without_text_is_refused(ldm):
+    with pytest.raises(ValueError, match="prompt: GuidedLDMPipeline is a model without text; leave it out"):
+        GuidedLDMPipeline.from_pretrained(ldm())(1, prompt="a cat")
+
+
 def test_a_decoder_that_overflows_is_said_and_leaves_grey(ldm):
     pipe = GuidedLDMPipeline.from_pretrained(ldm())
     decode = pipe.decode
@@ -340,5 +345,5 @@ def test_latents_of_another_width_are_refused(ldm):
 def test_a_decoder_without_a_gradient_is_refused(ldm):
     pipe = GuidedLDMPipeline.from_pretrained(ldm())
     pipe.decode = lambda x: torch.zeros(len(x), 3, 16, 16)
-    with pytest.raises(ValueError, match="logits have no gradient"):
+    with pytest.raises(ValueError, match="the decoder's images have no gradient with respect to the latents"):
         pipe(1, guidance=ClassifierGuidance(SmoothCNN(3), 1), num_inference_steps=2)
