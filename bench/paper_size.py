@@ -5,8 +5,8 @@
 
     stage    minutes  what
     train    5        data set; the paper's U-Net, as long as the time allows; both guides and the judge
-    sweep    2.2      fig. 8: eight methods, two or three scales, 256 samples each, half of the steps (preset `fast`)
-    best     1.8      table 2: unconditional, robust, EMA 0.99 at their best scales, the published 400 steps
+    sweep    3.5      fig. 8: eight methods, two or three scales, 256 samples each, half of the steps (preset `fast`)
+    best     2        table 2: unconditional, robust, EMA 0.99 at their best scales, the published 400 steps
     forward  1.3      figs. 1 to 4 on 256 validation images
     speed    3        bench/gpu.py: training and guidance against plain loops, share of the peak
 
@@ -127,6 +127,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--init", type=Path, help="a diffusion model whose weights the training starts from")
     source.add_argument("--pretrained", type=Path, help="a diffusion model that takes the training's place")
     parser.add_argument("--compile", choices=("off", "auto"), default="off", help="networks; auto: in long jobs")
+    parser.add_argument("--commit", help="of the code, where it is no checkout of git")
     parser.add_argument("--toy", action="store_true", help="toy size, on any machine")
     parser.add_argument("--beside", action="store_true", help="train side by side on a CPU too")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # ends by this time

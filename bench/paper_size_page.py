@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,32 @@ def write_page(run: Run, code: int) -> str:
     run.tables.mkdir(parents=True, exist_ok=True)
     tables = {"sweep": _collect(run, "sweep", "*@*.csv"), "best": _best_rows(run)}
     forward = _forward_rows(run)
-    notes += _figures(run, tables["sweep"], forward)
-    parts = [
-        f"# SportBalls, 64 x 64, at paper size{' (toy size: no result)' if run.toy else ''}",
-        f"Left to do: {missing}." + "".join(f" Note: {note}." for note in notes),
-        _facts(run),
-        _model(run),
-        _section(run, "Fig. 8: all methods", _about_sweep(run), tables["sweep"]),
-        _table_two(run, tables["best"]),
-        _forward_section(run, forward),
-        _speed(run),
+    drawn = _guarded(lambda: _figures(run, tables["sweep"], forward))
+    notes += [drawn] if isinstance(drawn, str) else drawn
+    sections = [
+        lambda: _facts(run),
+        lambda: _model(run),
+        lambda: _section(run, "Fig. 8: all methods", _about_sweep(run), tables["sweep"]),
+        lambda: _table_two(run, tables["best"]),
+        lambda: _forward_section(run, forward),
+        lambda: _speed(run),
     ]
+    title = f"# SportBalls, 64 x 64, at paper size{' (toy size: no result)' if run.toy else ''}"
+    parts = [title, f"Left to do: {missing}." + "".join(f" Note: {note}." for note in notes)]
+    parts += [_guarded(section) for section in sections]
     (run.out / "results.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     how = "all steps" if tables["best"] else "half of the steps"
-    _extend_card(run, tables["best"] or tables["sweep"], how)
+    _guarded(lambda: _extend_card(run, tables["best"] or tables["sweep"], how))
     return f"left: {missing}"
+
+
+def _guarded(section: Callable[[], Any]) -> Any:
+    """What a section says; where it fails, that it does: the rest is wanted all the same, at the end of a long run."""
+    try:
+        return section()
+    except Exception as error:
+        traceback.print_exc()
+        return f"(A section is missing: {type(error).__name__}: {error})"
 
 
 def _collect(run: Run, name: str, pattern: str) -> list[dict]:
@@ -86,7 +98,7 @@ def _figures(run: Run, rows: Sequence[dict], forward: Sequence[dict]) -> list[st
     try:
         from nrcg.steps.figures import draw_figures
     except ImportError as error:
-        return [f"no figures: {error.name} is not installed"]
+        return [f"no figures: {str(error.name).split('.')[0]} is not installed"]
     samples = run.work / "samples" / "sweep"
     files = {"forward": run.tables / "forward.csv", "metrics": run.tables / "sweep.csv", "samples": samples}
     draw_figures(run.settings("report"), **files, out=run.out / "figures")
@@ -98,7 +110,7 @@ def _facts(run: Run) -> str:
     from nrcg.provenance import git_commit
 
     with contextlib.chdir(ROOT):
-        commit = git_commit()
+        commit = run.arguments.commit or git_commit()
     settings, sampling = run.settings("report"), run.settings("sample", COMPARED[0])
     classifiers = ", ".join(f"{role} {getattr(settings.classifiers, role).seed}" for role in ROLES)
     seeds = (
@@ -267,10 +279,9 @@ def _forward_section(run: Run, rows: Sequence[dict]) -> str:
 def _speed(run: Run) -> str:
     from paper_size_stages import speed_table
 
-    path = run.out / "speed.json"
-    if not path.exists():
-        return "## Speed\n\nNot measured yet."
-    return f"## Speed\n\n`bench/gpu.py`, one measurement of each, its numbers in speed.json.\n\n{speed_table(path)}"
+    table = speed_table(run)
+    about = "`bench/gpu.py`, one measurement of each, its numbers in speed.json." if table else "Not measured yet."
+    return f"## Speed\n\n{about}\n\n{table}".rstrip()
 
 
 def _extend_card(run: Run, rows: Sequence[dict], how: str) -> None:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,7 +280,7 @@ def forward(run: Run) -> bool:
 
 def speed(run: Run) -> bool:
     """bench/gpu.py, one measurement after the other; those of compiled networks take a minute or two each."""
-    path, flags, jobs = run.out / "speed.json", gpu.TOY if run.toy else gpu.FLAGS, []
+    flags, jobs = gpu.TOY if run.toy else gpu.FLAGS, []
     if not run.toy:
         run.state["pace"] = GUESSES | run.state["pace"]
     for kind, variants in (TOY_VARIANTS if run.toy else VARIANTS).items():
@@ -290,11 +289,7 @@ def speed(run: Run) -> bool:
             compiled = "compiled" if variant.startswith("compiled") else "eager"
             measure = functools.partial(_measure_speed, kind, variant, flags[kind], out)
             jobs.append(Job(out, measure, f"speed {compiled}"))
-    whole = run.do("speed", jobs)
-    found = {job.makes.stem: [json.loads(job.makes.read_text())] for job in jobs if job.makes.exists()}
-    if found:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    return whole
+    return run.do("speed", jobs)
 
 
 def _measure_speed(kind: str, variant: str, flags: tuple[str, ...], out: Path) -> None:
@@ -303,14 +298,20 @@ def _measure_speed(kind: str, variant: str, flags: tuple[str, ...], out: Path) -
     atomic_write_text(out, json.dumps(gpu.run(kind, variant, flags)) + "\n")
 
 
-def speed_table(path: Path) -> str:
-    """The Markdown table of bench/gpu.py, of what was measured beside its plain variant."""
-    found: dict[tuple[str, str], list[dict]] = defaultdict(list)
-    for name, runs in json.loads(path.read_text()).items():
-        kind, _, variant = name.partition(" ")
-        found[kind, variant] = runs
-    kinds = {kind for kind, variant in found if variant == gpu.VARIANTS[kind][0]}
-    return gpu.table({name: runs for name, runs in found.items() if name[0] in kinds})
+def speed_table(run: Run) -> str:
+    """The Markdown table of bench/gpu.py, of what was measured beside its plain variant, and all numbers as speed.json;
+    empty without any."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for kind, variants in VARIANTS.items():
+        for variant in variants:
+            path = run.work / "speed" / f"{kind} {variant}.json"
+            if path.exists() and (variant == variants[0] or (kind, variants[0]) in found):
+                found[kind, variant] = [json.loads(path.read_text())]
+    if not found:
+        return ""
+    numbers = {" ".join(name): runs for name, runs in found.items()}
+    (run.out / "speed.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    return gpu.table(found)
 
 
 STAGES: dict[str, Callable[[Run], bool]] = {
