@@ -36,8 +36,8 @@ GUESSES = {"speed eager": 25.0, "speed compiled": 100.0}
 """Seconds of a measurement before one was made."""
 LEAST_FORWARD = 32
 """Images of figs. 1 to 4, where the time does not hold all."""
-PATIENCE = 1.3
-"""A training is ended, to go on in the next call, at this times its stage's minutes."""
+PATIENCE = 2.0
+"""A training is ended, to go on in the next call, at this times its stage's minutes; nothing can be drawn before."""
 
 
 def train(run: Run) -> bool:

@@ -179,6 +179,25 @@ def check_outcome(bench, run) -> None:
     assert GuidedDDPMPipeline.from_pretrained(run.ddpm).data_mean.shape == (3, 16, 16)
 
 
+def test_a_call_ends_in_time_with_all_that_it_began(bench, monkeypatch, tmp_path):
+    """A worker that does not end, and has begun something itself."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import pathlib, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "pathlib.Path('child').write_text(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(bench.paper_size, "__file__", str(script))
+    monkeypatch.setattr(bench.paper_size.signal, "signal", lambda *_: None)  # pytest's own stay
+    words, began = ["--toy", "--minutes", "0.13"], time.monotonic()
+    assert bench.paper_size.supervise(words, arguments(bench, *words)) == bench.paper_size.AGAIN
+    assert time.monotonic() - began < 30
+    stat = Path("/proc", Path("child").read_text(), "stat")
+    assert not stat.exists() or stat.read_text().rpartition(") ")[2].startswith("Z")
+    assert "Left to do: train, sweep, best, forward, speed." in Path("out/results.md").read_text()
+
+
 def test_another_source_wants_another_folder(bench):
     begin(bench, "--toy").save()
     with pytest.raises(SystemExit, match="give another --out"):
