@@ -143,13 +143,14 @@ def _model(run: Run) -> str:
 
     lines = ["## Models"]
     if (run.ddpm / "training.csv").exists():
-        rows = read_csv(run.ddpm / "training.csv")
-        epochs, images = run.state.get("plan", (0, 0))
-        last = rows[-1]
-        lines.append(
-            f"U-Net: {epochs} epochs of the first {images:,} training images, {last['images_per_second']:,.0f} images/s"
-            f" ({run.state.get('images_per_second', 0):,.0f} alone); validation loss {last['val_loss']:.5f}."
+        last = read_csv(run.ddpm / "training.csv")[-1]
+        epochs, images = run.state["plan"]
+        trained = (
+            f"{epochs} epochs of the first {images:,} training images, {last['images_per_second']:,.0f} images/s"
+            f" ({run.state['images_per_second']:,.0f} alone)"
         )
+        how = f"{_origin(run)} as it is" if run.arguments.pretrained else trained
+        lines.append(f"U-Net: {how}; validation loss {last['val_loss']:.5f}.")
         weights = sorted((run.ddpm / "unet").glob("*.safetensors"))
         sizes = [path.stat().st_size for path in weights]
         fits = sum(sizes) <= MOST_BYTES and max(sizes) < MOST_FILE_BYTES

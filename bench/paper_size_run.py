@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ class Run:
             return None
         name = Path(folder.name) if folder.is_absolute() or ".." in folder.parts else folder
         link = self.work / "given" / name
-        if not link.is_symlink():
+        if not link.exists():
+            link.unlink(missing_ok=True)  # it may have come from another machine
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(folder.resolve(strict=True))
         return f"given/{name}"
@@ -209,7 +211,7 @@ class Run:
             self._loaded[kind] = load(self.config(kind))
         return step_settings(self._loaded[kind], EXPERIMENT, step, part)
 
-    @property
+    @cached_property
     def data(self) -> Path:
         return self.work / "data" / self.block()["dataset"]["name"]
 
