@@ -24,7 +24,6 @@ from nrcg.layout import REFERENCE_CACHE, format_scale, setting_folder
 from nrcg.pipeline.progress import Progress
 from nrcg.report.best import best_per_method
 from nrcg.report.columns import check_comparable, frechet_columns
-from nrcg.report.trace_figure import save_trace_figure
 from nrcg.steps.common import checked_data, log_dataset
 from nrcg.steps.reference import open_references, read_reference_record, warn_of_rank
 
@@ -124,7 +123,7 @@ def _finished_row(
     row |= {key: getattr(drawn, key) for key in ("nonfinite", "images_per_second", "peak_memory_mib")}
     trace = _read_trace(folder, settings)
     if trace is not None:
-        save_trace_figure(out.with_suffix("") / f"trace_scale{format_scale(scale)}.png", trace)
+        _draw_trace(out.with_suffix("") / f"trace_scale{format_scale(scale)}.png", trace)
     return row | {"mlflow_run_id": _log(settings, row, drawn.images, manifest, trace)}
 
 
@@ -163,6 +162,13 @@ def _read_trace(folder: Path, settings: EvaluateStep) -> Trace | None:
     return Trace.join([Trace.load(path) for path in paths[:num_shards]])
 
 
+def _draw_trace(path: Path, trace: Trace) -> None:
+    """The figure of a trace: it alone needs matplotlib, which metrics do without."""
+    from nrcg.report.trace_figure import save_trace_figure
+
+    save_trace_figure(path, trace)
+
+
 def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict, trace: Trace | None) -> str:
     """One tracking run per method and scale; returns its id."""
     params = {
@@ -184,7 +190,7 @@ def _log(settings: EvaluateStep, row: dict, images: np.ndarray, manifest: dict, 
             save_png(Path(folder) / "samples.png", sample_grid(images[:GRID_SAMPLES], 8))
             run.log_artifact(Path(folder) / "samples.png")
             if trace is not None:
-                save_trace_figure(Path(folder) / "trace.png", trace)
+                _draw_trace(Path(folder) / "trace.png", trace)
                 run.log_artifact(Path(folder) / "trace.png")
         if trace is not None:
             means = trace.mean()
