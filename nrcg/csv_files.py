@@ -14,7 +14,7 @@ from nrcg.files import atomic_write
 Row = dict[str, str | float]
 TEXT_COLUMNS = (
     *("experiment", "method", "protocols", "reference", "best_by", "mlflow_run_id", "settings"),
-    *("objective", "predicts", "weighting", "density", "pair", "kind", "missing", "setting", "stabilizer"),
+    *("objective", "predicts", "weighting", "density", "pair", "kind", "missing", "setting", "stabilizer", "schedule"),
 )
 """Columns that stay text; every other column holds numbers."""
 

@@ -35,8 +35,19 @@ def text_features(model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
     length = getattr(getattr(model.config, "text_config", None), "max_position_embeddings", None)
     given = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     wanted = {name: given[name] for name in ("input_ids", "attention_mask") if name in given}
+    if len({tuple(row.tolist()) for row in given["input_ids"]}) < len(set(texts)):
+        raise DataError("its tokenizer does not tell the texts apart; are its files there?")
     with torch.no_grad():
         return F.normalize(_features(model.get_text_features(**wanted)), dim=1)
+
+
+def rebuilt(transformers: Any, config: dict[str, Any], shape: tuple[int, int]) -> TextSimilarity:
+    """A TextSimilarity of (K, D) texts without its weights, to be filled from a file."""
+    settings = dict(config)
+    model = transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    )
+    return TextSimilarity(model, torch.zeros(shape))
 
 
 def _features(output: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nrcg.classifiers.adapter import Classifier
-from nrcg.classifiers.clip import TextSimilarity, text_features
+from nrcg.classifiers.clip import TextSimilarity, rebuilt, text_features
 from nrcg.classifiers.preprocessing import check_like, of_processor, of_timm, of_torchvision
 from nrcg.errors import DataError
 from nrcg.files import refuse_pointer
@@ -32,6 +32,8 @@ def build(rebuild: Mapping[str, Any]) -> nn.Module:
     if scheme == "python":
         made = _call_factory(name)
         return made.module if isinstance(made, Classifier) else made
+    if scheme == "clip":
+        return rebuilt(_optional("transformers"), rebuild["clip_config"], tuple(rebuild["texts"]))
     if scheme == "transformers":
         transformers = _optional("transformers")
         settings = dict(rebuild["transformers_config"])
@@ -185,9 +187,8 @@ def _load_clip(name: str, options: Mapping[str, str]) -> Classifier:
     module = TextSimilarity(model, text_features(model, tokenizer, texts))
     # One text is a score, to be followed by the target `score`; two or more are classes.
     names = texts if len(texts) > 1 else None
-    classifier = Classifier(
-        module, **of_processor(processor, 3), classes=names, rebuild={"architecture": f"clip:{name}"}
-    )
+    rebuild = {"architecture": f"clip:{name}", "clip_config": model.config.to_dict(), "texts": list(module.texts.shape)}
+    classifier = Classifier(module, **of_processor(processor, 3), classes=names, rebuild=rebuild)
     check_like(processor, classifier.prepare, 3)
     return classifier
 

@@ -90,6 +90,8 @@ def load_classifier(spec: str | Path, class_map: Mapping[str, Any] | None = None
         if classifier is None:
             scheme, name, options = parse(text)
             classifier = freeze(_with_options(LOADERS[scheme](name, options), options))
+            if logits and scheme == "clip" and classifier.classes is None:
+                raise DataError("one text alone is a score: give the target `score`, or two texts or more")
         if class_map is not None:
             classifier.group(list(class_map), _groups(classifier, class_map))
         count = classifier.count_classes(logits)

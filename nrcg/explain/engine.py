@@ -114,8 +114,7 @@ def work_of(settings: ExplainSettings, pipe: GuidedDDPMPipeline) -> int:
 def _steps_of(settings: ExplainSettings, pipe: GuidedDDPMPipeline) -> list[int]:
     """The steps from tau down, falling."""
     chain = _chain_of(settings, pipe)
-    first = round(settings.tau * chain.schedule.num_steps)
-    return [t for t in chain.timesteps if t <= first]
+    return chain.below(round(settings.tau * chain.schedule.num_steps))
 
 
 def _chain_of(settings: ExplainSettings, pipe: GuidedDDPMPipeline) -> Chain:
@@ -266,7 +265,9 @@ class _Engine:
         if not timesteps:
             return made
         chain, x = _chain_of(settings, pipe), to_unit(starts)
-        schedule = chain.schedule
+        schedule, timesteps = chain.schedule, chain.below(timesteps[0])
+        if not timesteps:
+            return made
         guidance = self._guidance(originals, targets, weights)
 
         def begin(places: Sequence[int]) -> Tensor:

@@ -39,7 +39,7 @@ OWN: dict[str, dict[str, tuple]] = {
 }
 """Schedulers whose steps are written here, with a place for the guidance, and the settings of them that are."""
 THEIRS: dict[str, dict[str, tuple]] = {
-    "EulerDiscreteScheduler": {},
+    "EulerDiscreteScheduler": {"interpolation_type": ("linear",)},  # log-linear has a level too many
     "HeunDiscreteScheduler": {"clip_sample_range": (1.0,)},
     "UniPCMultistepScheduler": {"thresholding": (False,), "predict_x0": (True,), "use_dynamic_shifting": (False,)},
     "EDMEulerScheduler": {},
@@ -124,6 +124,13 @@ class Chain:
     sampler: Sampler
     network: Network
     start_scale: float = 1.0
+
+    def below(self, first: int) -> list[int]:
+        """The timesteps from one of at most `first` on, at which a step begins."""
+        rest = [t for t in self.timesteps if t <= first]
+        while rest and isinstance(self.network, Levels) and not self.network.begins_at(rest[0]):
+            rest = rest[1:]
+        return rest
 
 
 def trained_schedule(scheduler: Any) -> Schedule:
@@ -226,6 +233,8 @@ def scheduler_for(sampler: str, scheduler: Any) -> Any:
     if getattr(scheduler, "betas", None) is None or scheduler.config.get("use_flow_sigmas"):
         own = type(scheduler).__name__
         raise ValueError(f"sampler: {sampler!r} is for models of betas; this one's scheduler is {own}: give model")
-    # Trailing: fewer steps start at T, where the noise is what sampling starts from.
     made = getattr(diffusers, SCHEDULERS[sampler])
-    return made.from_config(scheduler.config, timestep_spacing="trailing")
+    # A scheduler that does not clip is exchanged for one that does not: latents leave [-1, 1].
+    changes = {} if "clip_sample" in scheduler.config else {"clip_sample": False}
+    # Trailing: fewer steps start at T, where the noise is what sampling starts from.
+    return made.from_config({**scheduler.config, **changes}, timestep_spacing="trailing")

@@ -41,7 +41,8 @@ class GuidedOutput(BaseOutput):
         images: PIL images; none where the samples have neither one nor three channels.
         samples: (N, C, H, W) float32 in [-1, 1].
         latents: (N, c, h, w) float32 that they were decoded from; None where the model draws pixels.
-        nonfinite: (N,) bool, samples that turned non-finite; they stand as they were at the step before.
+        nonfinite: (N,) bool, samples that turned non-finite, which stand as they were at the step before; or whose
+            decoding did, which are grey.
         seconds: wall time of the sampling alone.
         trace: what the guidance did in each step, where asked for.
     """
@@ -218,6 +219,8 @@ class GuidedSampling:
     def drawn_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the U-Net denoises."""
         size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("the U-Net's config.json names no sample_size, the height and width of what it draws")
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
@@ -274,7 +277,7 @@ class GuidedSampling:
             batch_size: samples at once, or `auto`; halved where memory runs out. Changes speed, and in float32 never
                 the samples; in half precision they are the same bytes for the same batch size.
             seed: sample i depends on (seed, first_sample + i) alone.
-            guidance: None samples the plain DDPM.
+            guidance: None samples the plain model.
             first_sample: global index of the first sample, to draw a run in parts.
             start: `standard_normal`, `data_mean`, or `auto`: data_mean where the folder holds it.
             num_inference_steps: steps taken, 1..T; None takes all. `use_sampler` sets samplers that need few.

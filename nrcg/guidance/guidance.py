@@ -234,11 +234,13 @@ class ClassifierGuidance:
 
     def classifier_at(self, t: int) -> Callable[[Tensor], Tensor]:
         """The classifier of images at step t, 1..T; they reach it in its own floating type."""
+        classify = self._of_images(t)
+        return classify if self.decode is None else lambda x: classify(self._decoded(x))
+
+    def _of_images(self, t: int) -> Callable[[Tensor], Any]:
         dtype = floating_type(self.classifier)
 
         def classify(x: Tensor) -> Any:
-            if self.decode is not None:
-                x = self._decoded(x)
             if not self.time_conditioned:
                 return self.classifier(x.to(dtype))
             return self.classifier(x.to(dtype), torch.full((len(x),), t - 1, device=x.device))
@@ -252,11 +254,14 @@ class ClassifierGuidance:
 
     def _decoded(self, x: Tensor) -> Tensor:
         """Images of latents, for the classifier."""
+        scaled = _AtSizeOne()
+        x = scaled.back(x)
         if self.grad_mode == "checkpoint" and x.requires_grad:
             # Image by image, and computed twice: what is stored is one image's activations.
             images = torch.cat([checkpoint(self.decode, part, use_reentrant=False) for part in x.split(1)])
         else:
             images = self.decode(x)
+        images = scaled.down(images)
         return images.clamp(-1.0, 1.0) if self.clip_pred_x0 else images
 
     def check(self, x: Tensor) -> None:
@@ -268,13 +273,15 @@ class ClassifierGuidance:
         """
         if self.decode is not None:
             with torch.inference_mode(False), torch.enable_grad():
-                if not self.decode(x[:1].clone().requires_grad_(True)).requires_grad:
-                    raise ValueError("the decoder's images have no gradient with respect to the latents")
+                images = self.decode(x[:1].clone().requires_grad_(True))
+            if not images.requires_grad:
+                raise ValueError("the decoder's images have no gradient with respect to the latents")
+            x = images.detach()
         with frozen(self.classifier):
             if isinstance(self.target, Target):
-                self.target.check(probe(self.classifier_at(1), x[:1], logits=self.target.takes_logits))
+                self.target.check(probe(self._of_images(1), x[:1], logits=self.target.takes_logits))
             else:
-                check_class(int(torch.as_tensor(self.target).max()), probe(self.classifier_at(1), x[:1]))
+                check_class(int(torch.as_tensor(self.target).max()), probe(self._of_images(1), x[:1]))
 
     def __call__(
         self, x_t: Tensor, t: int, predict_noise: PredictNoise, schedule: Schedule
@@ -342,6 +349,31 @@ class ClassifierGuidance:
         with frozen(self.classifier):
             grad, logits = log_prob_gradient(self.classifier_at(t), self.target, x_t, see)
         return GuidedStep(grad, see.prediction, logits)
+
+
+class _AtSizeOne:
+    """Lets each sample's gradient pass a part of the graph at size one: half precision flushes small ones to zero."""
+
+    def __init__(self) -> None:
+        self._size: Tensor | None = None
+
+    def down(self, output: Tensor) -> Tensor:
+        """The part's output, whose gradient is divided by its largest entry."""
+        if output.requires_grad:
+            output.register_hook(self._divide)
+        return output
+
+    def back(self, given: Tensor) -> Tensor:
+        """The part's input, whose gradient is multiplied by it again."""
+        if not given.requires_grad:
+            return given
+        given = given.clone()
+        given.register_hook(lambda grad: grad * self._size.to(grad.dtype))
+        return given
+
+    def _divide(self, grad: Tensor) -> Tensor:
+        self._size = grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+        return grad / self._size
 
 
 class OneStepDenoised:

@@ -65,9 +65,6 @@ class Levels(Network):
 
     Attributes:
         schedule: abar of the levels.
-
-    Raises:
-        ValueError: Two levels are the same where the scheduler divides by their difference.
     """
 
     settings: Mapping[str, Any] = MappingProxyType({})
@@ -116,6 +113,10 @@ class Levels(Network):
         return x, torch.full((len(x),), self._times[self.place(t)], device=x.device)
 
     def read(self, output: Tensor, x: Tensor, t: int) -> Prediction:
+        return self.told(output[:, : x.shape[1]], x, t)  # a learned variance behind it is of no use to these steps
+
+    def told(self, output: Tensor, x: Tensor, t: int) -> Prediction:
+        """What an output shaped like x says of it."""
         eps = to_eps(output, x, t, self.schedule, self.kind)
         return Prediction(eps, x0=to_x0(output, x, t, self.schedule, self.kind))
 
@@ -175,7 +176,7 @@ class EDMLevels(Levels):
     def ask(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         return self._scheduler.precondition_inputs(self.native(x, t), self.sigma(t)), super().ask(x, t)[1]
 
-    def read(self, output: Tensor, x: Tensor, t: int) -> Prediction:
+    def told(self, output: Tensor, x: Tensor, t: int) -> Prediction:
         native = self.native(x, t)
         x0 = self._scheduler.precondition_outputs(native, output, self.sigma(t))
         return Prediction((native - x0) / self.sigma(t), x0=x0)
@@ -199,7 +200,7 @@ class FlowLevels(Levels):
     def ask(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         return self.native(x, t), super().ask(x, t)[1]
 
-    def read(self, output: Tensor, x: Tensor, t: int) -> Prediction:
+    def told(self, output: Tensor, x: Tensor, t: int) -> Prediction:
         native, s = self.native(x, t), self.sigma(t)
         return Prediction(native + (1.0 - s) * output, x0=native - s * output)
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from nrcg.devices import floating_type
 from nrcg.guidance.engine import GuidedOutput
 from nrcg.guidance.latent import LatentPipeline
 
@@ -91,19 +92,21 @@ class GuidedStableDiffusionPipeline(LatentPipeline, StableDiffusionPipeline):
         network, prompt = self._network(compiled), self._prompt
         if prompt is None:
             raise ValueError("prompt: the U-Net is asked without one")
+        dtype = floating_type(self.unet)
+        embeds, negative = prompt.embeds.to(dtype), None if prompt.negative is None else prompt.negative.to(dtype)
 
         def forward(x: Tensor, timesteps: Tensor) -> Tensor:
             count = len(x)
-            if prompt.negative is None:
-                return network(x, timesteps, prompt.embeds.expand(count, -1, -1))
-            both = torch.cat([prompt.negative.expand(count, -1, -1), prompt.embeds.expand(count, -1, -1)])
+            if negative is None:
+                return network(x, timesteps, embeds.expand(count, -1, -1))
+            both = torch.cat([negative.expand(count, -1, -1), embeds.expand(count, -1, -1)])
             without, with_prompt = network(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both).chunk(2)
             return without + prompt.scale * (with_prompt - without)
 
         return forward
 
     def _extra_inputs(self) -> tuple[Tensor, ...]:
-        return () if self._prompt is None else (self._prompt.embeds,)
+        return () if self._prompt is None else (self._prompt.embeds.to(floating_type(self.unet)),)
 
     def _finish(self, x: Tensor) -> Tensor:
         images = super()._finish(x)

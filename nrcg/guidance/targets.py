@@ -50,6 +50,8 @@ class AnyOf(Target):
     def __post_init__(self) -> None:
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"target: {list(self.classes)} are not different classes, at least one")
+        for index in self.classes:
+            whole_number("target", index)
 
     def __call__(self, outputs: Tensor) -> Tensor:
         return F.log_softmax(two_sided(outputs), dim=1)[:, list(self.classes)].logsumexp(dim=1)
@@ -78,6 +80,7 @@ class Probability(Target):
     def __post_init__(self) -> None:
         if not 0.0 < self.probability < 1.0:
             raise ValueError(f"target: the probability {self.probability} is not inside (0, 1)")
+        whole_number("target", self.index)
         _check_width(self.width)
 
     def __call__(self, outputs: Tensor) -> Tensor:
@@ -108,6 +111,7 @@ class Value(Target):
     takes_logits = False
 
     def __post_init__(self) -> None:
+        whole_number("target: output", self.output)
         _check_width(self.width)
         if not math.isfinite(self.value):
             raise ValueError(f"target: the value {self.value} is not finite")
@@ -131,6 +135,9 @@ class Score(Target):
     output: int = 0
     takes_logits = False
 
+    def __post_init__(self) -> None:
+        whole_number("target: output", self.output)
+
     def __call__(self, outputs: Tensor) -> Tensor:
         return outputs[:, self.output]
 
@@ -149,7 +156,7 @@ def log_prob_of(outputs: Tensor, target: AnyTarget) -> Tensor:
 
 def check_class(index: int, count: int) -> None:
     """Raise ValueError where a classifier of `count` classes has no such one."""
-    if index >= count:
+    if not 0 <= index < count:
         raise ValueError(f"target: {index} is no class of the classifier, which has {count}")
 
 

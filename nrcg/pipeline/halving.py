@@ -44,24 +44,25 @@ class Candidate:
 
     Attributes:
         scale: s.
-        low, high: Of the interval; 0 and 1: everywhere.
+        schedule: Its course, as in the configuration, what is not its default.
         stabilizer: As in the configuration.
     """
 
     scale: float
-    low: float
-    high: float
+    schedule: Mapping[str, Any]
     stabilizer: Mapping[str, Any]
 
     def key(self) -> str:
         """What it is called in the journal."""
-        return f"{self.scale:g} {self.low:g}..{self.high:g} {'_'.join(map(str, self.stabilizer.values()))}"
+        return " ".join((f"{self.scale:g}", self.course(), "_".join(map(str, self.stabilizer.values()))))
+
+    def course(self) -> str:
+        """Of the scale, in a word: whole, interval_0.2_0.6."""
+        return "_".join(map(str, self.schedule.values())) or "whole"
 
     def method(self, base: MethodConfig) -> MethodConfig:
         """A method with these settings in the place of its own."""
-        whole = (self.low, self.high) == (0.0, 1.0)
-        schedule = {"name": "constant"} if whole else {"name": "interval", "low": self.low, "high": self.high}
-        changed = {"stabilizer": dict(self.stabilizer), "scale_schedule": schedule}
+        changed = {"stabilizer": dict(self.stabilizer), "scale_schedule": dict(self.schedule)}
         return MethodConfig.model_validate(base.model_dump() | changed)
 
 
@@ -82,29 +83,27 @@ def draw_candidates(
     informed: tuple[float, float] | None,
     seed: int = 0,
 ) -> list[Candidate]:
-    """Settings to try, all different: at first the method's own at the middle of the range of scales.
+    """Settings to try, all different: at first the method's own at the middle of the range of scales, on a log scale.
 
     Args:
         base: The method.
         count: How many.
         over: What varies, of DIMENSIONS; the rest is the method's own.
-        low, high: Range of scales, for a gradient that is not normalised.
+        low, high: Range of scales for the method's own stabilizer; ADAM_RATIO tells ADAM's from the others'.
         informed: The interval of the forward analysis, a third of the intervals drawn; None: not known.
         seed: Of the draws.
     """
     draws = random.Random(seed)
     own = {key: value for key, value in base.stabilizer.model_dump().items() if value is not None}
-    own_interval = (0.0, 1.0)
-    if base.scale_schedule.name == "interval":
-        own_interval = (base.scale_schedule.low, base.scale_schedule.high)
+    own_schedule = base.scale_schedule.model_dump(exclude_defaults=True)
 
     def candidate(first: bool) -> Candidate:
         stabilizer = own if first or "stabilizer" not in over else draws.choice(STABILIZERS)
-        interval = own_interval if first or "interval" not in over else _interval(draws, informed)
+        schedule = own_schedule if first or "interval" not in over else _interval(draws, informed)
         share = draws.random() if "scale" in over and not first else 0.5
         scale = math.exp(math.log(low) + share * math.log(high / low))
-        shrink = ADAM_RATIO if stabilizer["name"] == "adam" and own["name"] != "adam" else 1.0
-        return Candidate(float(f"{scale / shrink:.3g}"), *interval, stabilizer)
+        shrink = ADAM_RATIO ** ((stabilizer["name"] == "adam") - (own["name"] == "adam"))
+        return Candidate(float(f"{scale / shrink:.3g}"), schedule, stabilizer)
 
     found = {(first := candidate(True)).key(): first}
     for _ in range(100 * count):
@@ -114,14 +113,13 @@ def draw_candidates(
     return list(found.values())
 
 
-def _interval(draws: random.Random, informed: tuple[float, float] | None) -> tuple[float, float]:
+def _interval(draws: random.Random, informed: tuple[float, float] | None) -> dict[str, Any]:
+    """The whole trajectory, the informed part of it, or any."""
     kind = draws.randrange(3)
-    if kind == 0 or (kind == 1 and informed is None):
-        return 0.0, 1.0
-    if kind == 1:
-        return informed  # type: ignore[return-value]
     low, high = sorted(draws.sample(EDGES, 2))
-    return low, high
+    if kind == 1 and informed is not None:
+        low, high = informed
+    return {} if kind == 0 or (low, high) == (0.0, 1.0) else {"name": "interval", "low": low, "high": high}
 
 
 def plan(budget: int, num_samples: int, least: int) -> list[tuple[int, int]]:
@@ -170,10 +168,10 @@ def search_jointly(
         for one in left:
             row = known.get((one.key(), float(samples)))
             if row is None:
-                told = {"settings": settings, "setting": one.key(), "scale": one.scale, "low": one.low}
-                told |= {"high": one.high, "stabilizer": _name(one), "num_samples": samples}
-                row = {**measure(one, samples), **told}
+                told = {"settings": settings, "setting": one.key(), "scale": one.scale, "schedule": one.course()}
+                row = {**measure(one, samples), **told, "stabilizer": _name(one), "num_samples": samples}
                 kept.append(row)
+                known[one.key(), float(samples)] = row
                 write_csv(journal, kept, list(dict.fromkeys(column for each in kept for column in each)))
             rows.append(row)
             measured.append(row)
@@ -204,12 +202,11 @@ def joint_table(rows: Sequence[Row], best_by: str) -> list[tuple[str, ...]]:
     best, _ = best_of(rows, best_by)
     column = best_rule([rows[0] | {"best_by": best_by}])[0]
     further = [name for name in ("accuracy_judge", "coverage") if name in rows[0]]
-    cells = [("samples", "stabilizer", "interval", "scale", column, "95 % interval", *further, "")]
+    cells = [("samples", "stabilizer", "schedule", "scale", column, "95 % interval", *further, "")]
     for row in sorted(rows, key=lambda row: (-float(row["num_samples"]), _worth(_objective(row, best_by)))):
-        where = "whole" if (row["low"], row["high"]) == (0.0, 1.0) else f"{row['low']:g} to {row['high']:g}"
         numbers = [format_number(row[name], 3) for name in further]
         values = (format_number(row[column]), format_interval(row, column))
-        told = (f"{row['num_samples']:g}", str(row["stabilizer"]), where, f"{row['scale']:g}")
+        told = (f"{row['num_samples']:g}", str(row["stabilizer"]), str(row["schedule"]), f"{row['scale']:g}")
         cells.append((*told, *values, *numbers, "best" if row is best else ""))
     return cells
 

@@ -45,7 +45,7 @@ class Card:
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[Row] | None = None
     classifiers: Mapping[str, Sequence[str] | None] = field(default_factory=dict)
-    target: str | None = None
+    target: str | int | None = None
     scale: float = 5.0
     beta: float = 0.99
 

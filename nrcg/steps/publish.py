@@ -30,6 +30,11 @@ SHARD_SIZE = "4GB"
 GRID_COLUMNS = 8
 GAP = 12
 """Pixels between unguided and guided samples."""
+WRITTEN = (
+    *("README.md", "samples.png", "pipeline.py", "metrics.csv", "training.csv", DATA_MEAN_FILE, "model_index.json"),
+    *("unet", "scheduler", "classifiers", ".cache", ".git", ".gitattributes"),
+)
+"""What a published folder holds, and what the hub's clients leave in it."""
 ZOOMED = 64
 """Pixels that an image of the picture has at least."""
 
@@ -75,8 +80,7 @@ def publish(what: Publication, *, out: Path, device: torch.device, dtype: str | 
     Raises:
         DataError: A folder that cannot be opened, or `out` holds something else.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "pipeline.py").is_file():
-        raise DataError("is there and is no published folder; give another --out", out)
+    _check_replaceable(out)
     pipe = GuidedDDPMPipeline.from_pretrained(what.ddpm)
     rows = None if what.metrics is None else read_metrics(what.metrics)
     classifiers = {folder.name: open_classifier(folder) for folder in what.classifiers}
@@ -93,7 +97,7 @@ def publish(what: Publication, *, out: Path, device: torch.device, dtype: str | 
         classifiers={name: one.classes for name, one in classifiers.items()},
         target=target,
         scale=what.scale,
-        beta=_beta(pipe, what),
+        beta=_beta(pipe, None),
     )
     new = temporary_name(out)
     try:
@@ -113,6 +117,18 @@ def publish(what: Publication, *, out: Path, device: torch.device, dtype: str | 
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return card
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to write over anything but a folder that this has written. Raises DataError."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    marker = out / "pipeline.py"
+    ours = out.is_dir() and marker.is_file() and marker.read_text(errors="replace") == PIPELINE_FILE
+    others = sorted({path.name for path in out.iterdir()} - set(WRITTEN)) if ours else []
+    if not ours or others:
+        holds = f" ({', '.join(others[:3])})" if others else ""
+        raise DataError(f"{out}: is there and is no published folder{holds}; give another --out")
 
 
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
@@ -138,8 +154,8 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     return f"{api.endpoint}/{repo}"
 
 
-def _target(target: str | None, classifiers: Mapping[str, Any]) -> str | None:
-    """The class of the guided samples."""
+def _target(target: str | None, classifiers: Mapping[str, Any]) -> str | int | None:
+    """The class of the guided samples, by number where it has no name."""
     first = next(iter(classifiers.values()), None)
     if first is None:
         if target is not None:
@@ -148,7 +164,8 @@ def _target(target: str | None, classifiers: Mapping[str, Any]) -> str | None:
     classes = first.classes or [str(index) for index in range(first.count_classes())]
     if target is not None and target not in classes:
         raise ConfigError(f"--target: {target!r} is no class; allowed: {', '.join(classes[:20])}")
-    return target or classes[0]
+    chosen = target or classes[0]
+    return chosen if first.classes else int(chosen)
 
 
 def _training(folder: Path) -> dict[str, str]:
@@ -167,12 +184,17 @@ def _told(value: Any) -> str:
     return ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
 
 
-def _draw(pipe: GuidedDDPMPipeline, what: Publication, path: Path, classifier: Any | None, target: str | None) -> None:
+def _draw(
+    pipe: GuidedDDPMPipeline, what: Publication, path: Path, classifier: Any | None, target: str | int | None
+) -> None:
     """samples.png: unguided ones, and below guided ones."""
     guidances: list[ClassifierGuidance | None] = [None]
     if classifier is not None:
-        aim = target if classifier.classes else int(target or 0)
-        guidances.append(ClassifierGuidance(classifier, aim, scale=what.scale, stabilizer=EMA(_beta(pipe, what))))
+        guidances.append(
+            ClassifierGuidance(
+                classifier, target, scale=what.scale, stabilizer=EMA(_beta(pipe, what.num_inference_steps))
+            )
+        )
     images = []
     steps = len(pipe.timesteps(what.num_inference_steps))
     with Progress("samples", steps * what.num_samples * len(guidances), "step") as bar:
@@ -192,6 +214,6 @@ def _draw(pipe: GuidedDDPMPipeline, what: Publication, path: Path, classifier: A
     save_png(path, np.concatenate([part for grid in grids for part in (white, grid)][1:]))
 
 
-def _beta(pipe: GuidedDDPMPipeline, what: Publication) -> float:
+def _beta(pipe: GuidedDDPMPipeline, num_inference_steps: int | None) -> float:
     """The published EMA of 0.99 at the steps that are taken."""
-    return scaled_beta(0.99, len(pipe.timesteps(what.num_inference_steps)))
+    return scaled_beta(0.99, len(pipe.timesteps(num_inference_steps)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nrcg import ClassifierGuidance, load_classifier
+from nrcg.classifiers.storage import save_classifier
 from nrcg.data.arrays import to_unit
 from nrcg.errors import DataError
 from nrcg.guidance.targets import Score
@@ -80,6 +81,7 @@ def test_a_text_guides_as_a_class_and_alone_as_a_score(clip):
         ("clip:{}?texts=a&weights=x.pth", "option weights: a CLIP folder holds its own"),
         ("clip:/nowhere?texts=a", "no CLIP-like model can be opened from it"),
         ("torchvision:resnet18?texts=a", "option texts: is for clip:"),
+        ("clip:{}?texts=a dog", "one text alone is a score: give the target `score`, or two texts or more"),
     ],
 )
 def test_a_mistake_is_one_line(clip, spec, message, monkeypatch):
@@ -87,6 +89,21 @@ def test_a_mistake_is_one_line(clip, spec, message, monkeypatch):
     with pytest.raises(DataError) as error:
         load_classifier(spec.format(clip))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_it_is_saved_and_opened_again(clip, tmp_path):
+    """As a workflow's `pretrained` classifier is."""
+    classifier = load_classifier(f"clip:{clip}?texts={'|'.join(TEXTS)}")
+    save_classifier(tmp_path / "saved", classifier, classifier.record())
+    again = load_classifier(tmp_path / "saved")
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert again.classes == TEXTS
+    torch.testing.assert_close(again(x), classifier(x), rtol=0, atol=0)
+
+
+def test_texts_that_the_tokenizer_does_not_tell_apart_are_refused(clip):
+    with pytest.raises(DataError, match="its tokenizer does not tell the texts apart"):
+        load_classifier(f"clip:{clip}?texts=1|2")  # digits are unknown to it
 
 
 def test_a_model_without_text_is_refused(tmp_path, clip):

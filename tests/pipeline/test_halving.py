@@ -17,6 +17,7 @@ from nrcg.pipeline.halving import Candidate, best_of, draw_candidates, plan, sea
 
 BASE = MethodConfig(classifier="non_robust")
 ALL = ("scale", "interval", "stabilizer")
+INFORMED = {"name": "interval", "low": 0.0, "high": 0.45}
 
 
 @pytest.fixture(autouse=True)
@@ -40,25 +41,40 @@ def test_the_rungs_cost_the_budget():
 def test_settings_differ_repeat_and_span_what_is_asked_for():
     tried = drawn()
     assert len({one.key() for one in tried}) == 40 and [one.key() for one in tried] == [one.key() for one in drawn()]
-    assert tried[0] == Candidate(5.0, 0.0, 1.0, {"name": "none"})  # the method's own, in the middle of the range
+    assert tried[0] == Candidate(5.0, {}, {"name": "none"})  # the method's own, in the middle of the range
     assert {one.stabilizer["name"] for one in tried} == {"none", "ema", "adam"}
-    assert any((one.low, one.high) == (0.0, 0.45) for one in tried)
+    assert any(one.schedule == INFORMED for one in tried) and any(not one.schedule for one in tried)
     for one in tried:
         ratio = halving.ADAM_RATIO if one.stabilizer["name"] == "adam" else 1.0
-        assert 0.5 / 1.01 <= one.scale * ratio <= 50.0 * 1.01 and 0 <= one.low < one.high <= 1
+        assert 0.5 / 1.01 <= one.scale * ratio <= 50.0 * 1.01
+        assert one.schedule.get("low", 0) < one.schedule.get("high", 1)
 
 
-def test_what_is_not_searched_stays_the_methods_own():
-    base = MethodConfig.model_validate(
-        {
-            "classifier": "robust",
-            "stabilizer": {"name": "ema", "beta": 0.9},
-            "scale_schedule": {"name": "interval", "low": 0.1, "high": 0.7},
-        }
-    )
+@pytest.mark.parametrize(
+    "schedule",
+    [{"name": "interval", "low": 0.1, "high": 0.7}, {"name": "snr", "gamma": 2.0}, {"name": "linear", "end": 0.5}],
+)
+def test_what_is_not_searched_stays_the_methods_own(schedule):
+    settings = {"classifier": "robust", "stabilizer": {"name": "ema", "beta": 0.9}, "scale_schedule": schedule}
+    base = MethodConfig.model_validate(settings)
     tried = draw_candidates(base, 9, over=("scale",), low=1.0, high=9.0, informed=None)
-    assert {(one.low, one.high, one.stabilizer["beta"]) for one in tried} == {(0.1, 0.7, 0.9)}
-    assert tried[3].method(base) == base
+    assert len({one.scale for one in tried}) == 9
+    assert all(one.method(base) == base for one in tried)
+
+
+def test_a_method_of_adam_tells_its_scales_from_the_others():
+    base = MethodConfig.model_validate({"classifier": "robust", "stabilizer": halving.STABILIZERS[3]})
+    tried = draw_candidates(base, 40, over=ALL, low=0.01, high=1.0, informed=None)
+    assert tried[0].scale == 0.1
+    for one in tried:
+        ratio = 1.0 if one.stabilizer["name"] == "adam" else halving.ADAM_RATIO
+        assert 0.01 / 1.01 <= one.scale / ratio <= 1.01
+
+
+def test_a_rung_of_no_more_samples_measures_nothing_again():
+    toy = Toy()
+    rows = run(toy, drawn(4), [(4, 6), (2, 6), (1, 8)])
+    assert len(rows) == 7 and len(toy.asked) == 5
 
 
 class Toy:
@@ -69,7 +85,7 @@ class Toy:
 
     def __call__(self, one: Candidate, samples: int) -> dict:
         self.asked.append((one.key(), samples))
-        value = math.log(one.scale / 4.0) ** 2 + 2 * (one.high != 0.45) + 2 * (one.stabilizer["name"] != "ema")
+        value = math.log(one.scale / 4.0) ** 2 + 2 * (one.schedule != INFORMED) + 2 * (one.stabilizer["name"] != "ema")
         value += 3.0 * math.sin(len(one.key())) / samples
         row = {"fd_toy": 1.0, "cfd_toy": value, "accuracy_judge": 0.5, "coverage": one.scale / 100}
         return row | {"cfd_toy_lo": value - self.half_width, "cfd_toy_hi": value + self.half_width}
@@ -87,7 +103,7 @@ def test_the_best_setting_survives():
     best, alike = best_of(rows, "cfid")
     expected = min(tried, key=lambda one: Toy()(one, 10**9)["cfd_toy"])
     assert best["setting"] == expected.key() and alike == []
-    assert best["stabilizer"].startswith("ema") and best["high"] == 0.45
+    assert best["stabilizer"].startswith("ema") and best["schedule"] == "interval_0.0_0.45"
 
 
 def test_among_settings_that_intervals_do_not_tell_apart_coverage_decides():

@@ -93,12 +93,32 @@ def test_no_token_is_one_line_and_the_folder_stays(tmp_path, model, monkeypatch)
         push(out, "me/balls")
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path, model):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(DataError, match="is there and is no published folder; give another --out"):
-        publish(Publication(model, "me/balls"), out=tmp_path / "mine", device=CPU)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+@pytest.mark.parametrize("also", ["", "pipeline.py", "published"])
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, model, also):
+    """Nor one with a pipeline.py of its own, nor a published one with a file of one's own."""
+    mine = tmp_path / "mine"
+    if also == "published":
+        publish(Publication(model, "me/balls", num_samples=1), out=mine, device=CPU)
+    mine.mkdir(exist_ok=True)
+    (mine / "thesis.txt").write_text("years")
+    if also == "pipeline.py":
+        (mine / also).write_text("print()")
+    with pytest.raises(DataError, match="is there and is no published folder"):
+        publish(Publication(model, "me/balls"), out=mine, device=CPU)
+    assert (mine / "thesis.txt").read_text() == "years"
+
+
+def test_a_file_in_its_place_is_refused(tmp_path, model):
+    (tmp_path / "hub").write_text("mine")
+    with pytest.raises(DataError, match="hub: is there and is no published folder"):
+        publish(Publication(model, "me/balls"), out=tmp_path / "hub", device=CPU)
+
+
+def test_a_class_without_a_name_stands_as_a_number(tmp_path, model, guide):
+    config = json.loads((guide / "config.json").read_text())
+    (guide / "config.json").write_text(json.dumps(config | {"classes": None}))
+    publish(Publication(model, "me/balls", classifiers=(guide,), num_samples=1), out=tmp_path / "hub", device=CPU)
+    assert "ClassifierGuidance(classifier, 0, scale=5," in (tmp_path / "hub" / "README.md").read_text()
 
 
 def test_a_target_without_a_guide_and_an_unknown_one_are_refused(tmp_path, model, guide):
