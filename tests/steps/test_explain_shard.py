@@ -42,6 +42,10 @@ def test_the_first_images_of_each_pair():
     assert others.rows.tolist() == [1, 2, 3] and others.pairs == ["others to baseball"]
 
 
+def test_the_runs_of_an_image_are_its_seeds_and_one_with_noise():
+    assert settings().explain.num_runs == 3 and settings(noise=0.0, num_seeds=1).explain.num_runs == 1
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explain")
