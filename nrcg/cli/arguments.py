@@ -78,6 +78,14 @@ def nonnegative(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """Type of an argument: a number in [0, 1]."""
+    value = nonnegative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return value
+
+
 def add_files(sub: argparse.ArgumentParser | argparse._ArgumentGroup, required: bool = True, **files: str) -> None:
     """A flag for each file or folder, by name -> help."""
     for name, text in files.items():

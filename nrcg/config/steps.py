@@ -175,7 +175,10 @@ class ExplainStep(StepSettings):
     """One way to explain, `explainer`."""
 
     # Not the other methods: each has its settings in `how`.
-    UNAFFECTING = ("device", "compile", "explain.methods", "explain.batch_size", "explain.bits")
+    UNAFFECTING = (
+        *("device", "compile", "explain.methods", "explain.batch_size", "explain.bits"),
+        *("explain.identities", "explain.identity_threshold"),
+    )
     device: str
     precision: Precision
     unet_weights: WeightsType | None

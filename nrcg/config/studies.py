@@ -167,7 +167,17 @@ class ExplainConfig(Section):
         description="[class of the images, class aimed at]; null: images of every other class, aimed at the target.",
     )
     num_images: Annotated[int, Field(ge=2)] = Field(description="Validation images of each pair, the first ones.")
-    num_seeds: Positive = Field(default=1, description="Explanations of each image, for their diversity.")
+    num_seeds: Positive = Field(default=1, description="Explanations of each image, for what differs between seeds.")
+    noise: Fraction = Field(
+        default=0.0,
+        description="Standard deviation, as a share of the range of pixel values, of the noise that each image is "
+        "explained with once more, for the stability; 0: it is not.",
+    )
+    identities: list[str] = Field(
+        default_factory=list,
+        description="Protocols or SPECs of networks whose features say whose picture it is, such as a face network's.",
+    )
+    identity_threshold: Fraction = Field(default=0.5, description="Cosine above which two pictures show the same.")
     shard_size: Positive = Field(default=256, description="Images per job.")
     batch_size: Count = Field(default="auto", description="Images at once on the device. auto: as many as fit.")
     bits: bool = Field(default=False, description="Also bits per dimension of the explanations.")
@@ -178,6 +188,11 @@ class ExplainConfig(Section):
         if "explanations" in self.methods:
             raise ValueError("methods: explanations is the name of the table of all; choose another")
         return self
+
+    @property
+    def num_runs(self) -> int:
+        """Explanations of each image: the seeds, and with noise one more."""
+        return self.num_seeds + (self.noise > 0)
 
     @property
     def total_images(self) -> int:

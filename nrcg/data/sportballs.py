@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -149,14 +149,23 @@ def render(
     image_size: int,
     classes: Sequence[str],
     diameter: tuple[float, float],
+    label: str | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Draw images `indices` of the data set `seed`; the arguments and errors are those of `attributes`.
+    """Draw images `indices` of the data set `seed`; the other arguments and errors are those of `attributes`.
+
+    Args:
+        label: Draw every ball as one of this class, at its place, size and rotation: the counterfactual that
+            explanations of an image can be held against; None: as the class that it has.
 
     Returns:
         images (n, image_size, image_size, 3) uint8 RGB and labels (n,) int64. An image depends on the seed, its
         index and the keyword arguments alone.
     """
     drawn = attributes(seed, indices, image_size=image_size, classes=classes, diameter=diameter)
+    if label is not None:
+        if label not in classes:
+            raise ConfigError(f"label: {label!r} is none of {', '.join(classes)}")
+        drawn = replace(drawn, label=np.full_like(drawn.label, list(classes).index(label)))
     images = np.full((len(drawn.label), image_size, image_size, 3), 255, np.uint8)
     bucket = np.searchsorted(BUCKETS, drawn.diameter)
     group = bucket * len(classes) + drawn.label

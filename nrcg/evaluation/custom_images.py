@@ -92,9 +92,9 @@ def evaluate_custom(
     elif classifier is not None:
         judge = load_classifier(classifier).to(device)
         aim = None if target is None else _class_of(judge, target)
-    chosen = None if target is None else _target_images(reference, target, judge, aim)
+    chosen = None if target is None else target_images(reference, target, judge, aim)
     if samples.features is None:
-        protocols = _protocols(features, weights_dir, judge)
+        protocols = chosen_protocols(features, weights_dir, judge)
         extractors = [load_extractor(one, weights_dir=weights_dir, judge=judge, device=device) for one in protocols]
     report = on_plan(count + reference.count)
     references = _collect(reference, extractors, chosen, num_pairwise, batch_size, device, report)
@@ -164,8 +164,12 @@ def _require_labels(reference: Side) -> None:
         )
 
 
-def _target_images(reference: Side, target: str, judge: Classifier | None, aim: int | None) -> np.ndarray:
-    """(reference.count,) int: 1 for images of the target, which labels may give by name or by the judge's number."""
+def target_images(reference: Side, target: str, judge: Classifier | None, aim: int | None) -> np.ndarray:
+    """(reference.count,) int: 1 for images of the target, which labels may give by name or by the judge's number.
+
+    Raises:
+        DataError: too few of them.
+    """
     names = sorted(set(reference.labels.tolist()))
     ways = [target]
     if aim is not None:
@@ -202,11 +206,18 @@ def _class_of(judge: Classifier, target: str) -> int:
     raise DataError(f"--target: {target!r}: the classifier's classes have no names; give a number")
 
 
-def _protocols(features: Sequence[str], weights_dir: str | Path, judge: Classifier | None) -> list[str]:
+def chosen_protocols(
+    features: Sequence[str], weights_dir: str | Path, judge: Classifier | None, flag: str = "--classifier"
+) -> list[str]:
+    """The protocols that `features` names, the headline first; `judge` under auto only where there is one.
+
+    Raises:
+        DataError: features that images do not have, or those of a judge that the `flag` does not give.
+    """
     if GIVEN in features:
         raise DataError("--features given: both sides must be .npy files of (N, dim) floating-point features")
     if "judge" in features and judge is None:
-        raise DataError("--features judge: give the judge by --classifier")
+        raise DataError(f"--features judge: give the judge by {flag}")
     found = [one for one in resolve_features(features, weights_dir) if one != "judge" or judge is not None]
     return found or ["inception"]  # fetched, or refused with what to do
 

@@ -306,7 +306,9 @@ def numbered(side: Side, count: int) -> Iterator[tuple[int, ImageList | np.ndarr
             return
 
 
-def in_parts(side: Side, count: int, size: int, shape: tuple[int, int, int]) -> Iterator[tuple[int, np.ndarray]]:
+def in_parts(
+    side: Side, count: int, size: int, shape: tuple[int, int, int], remedy: str = "--image-size resizes"
+) -> Iterator[tuple[int, np.ndarray]]:
     """The first `count` images in parts of `size`, as a diffusion model takes them.
 
     Args:
@@ -314,6 +316,7 @@ def in_parts(side: Side, count: int, size: int, shape: tuple[int, int, int]) -> 
         count: Images in all.
         size: Images of a part; the last may have fewer.
         shape: (C, H, W) of the model's images.
+        remedy: What a message says to do about an image of another size.
 
     Yields:
         Number of the first, and the images (n, H, W, C) uint8.
@@ -332,7 +335,7 @@ def in_parts(side: Side, count: int, size: int, shape: tuple[int, int, int]) -> 
             if image.shape != (height, width, channels):
                 raise DataError(
                     f"{side.path}: holds an image of {' x '.join(map(str, image.shape))}, the model's are {height} x"
-                    f" {width} x {channels}; --image-size resizes"
+                    f" {width} x {channels}; {remedy}"
                 )
             waiting.append(image)
         while len(waiting) >= size or (waiting and first + len(waiting) == count):

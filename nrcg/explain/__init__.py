@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from nrcg.explain.baselines import judged, nearest_images
     from nrcg.explain.cone import cone_projection
     from nrcg.explain.distances import load_distance
-    from nrcg.explain.engine import explain_images
+    from nrcg.explain.engine import aims_of, explain_images
     from nrcg.explain.explanations import Explanations
     from nrcg.explain.guidance import ExplanationGuidance
     from nrcg.explain.metrics import evaluate_explanations
+    from nrcg.explain.repeats import Repeat, repeats_of
+    from nrcg.explain.transition import transition_scores
 
 SETTINGS = "nrcg.config.explaining"
 _HOMES = {
@@ -42,6 +44,8 @@ _HOMES = {
     "ExplainSettings": SETTINGS,
     "ExplanationGuidance": "guidance",
     "Explanations": "explanations",
+    "Repeat": "repeats",
+    "aims_of": "engine",
     "attack": "adversarial",
     "cone_projection": "cone",
     "evaluate_explanations": "metrics",
@@ -49,7 +53,9 @@ _HOMES = {
     "judged": "baselines",
     "load_distance": "distances",
     "nearest_images": "baselines",
+    "repeats_of": "repeats",
     "settings_of": SETTINGS,
+    "transition_scores": "transition",
 }
 
 __all__ = [
@@ -58,6 +64,8 @@ __all__ = [
     "ExplainSettings",
     "ExplanationGuidance",
     "Explanations",
+    "Repeat",
+    "aims_of",
     "attack",
     "cone_projection",
     "evaluate_explanations",
@@ -65,7 +73,9 @@ __all__ = [
     "judged",
     "load_distance",
     "nearest_images",
+    "repeats_of",
     "settings_of",
+    "transition_scores",
 ]
 
 

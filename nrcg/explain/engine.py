@@ -76,7 +76,7 @@ def explain_images(
     classifier.to(pipe.device)
     before = probabilities(classifier, images)
     own = before.argmax(axis=1)
-    targets = _targets(classifier, target, before, settings)
+    targets = _targets(classifier, target, before, settings.kind)
     skipped = (targets == own) & (settings.kind in ("counterfactual", "affirmative", "adversarial"))
     samples = range(len(images)) if samples is None else samples
     made = _Made.of(images)
@@ -121,13 +121,20 @@ def _chain_of(settings: ExplainSettings, pipe: GuidedDDPMPipeline) -> Chain:
     return pipe.chain(settings.num_inference_steps, settings.eta)
 
 
-def _targets(
-    classifier: nn.Module, target: str | int | Sequence[int] | None, before: np.ndarray, settings: ExplainSettings
+def aims_of(
+    classifier: nn.Module, images: np.ndarray, target: str | int | Sequence[int] | None, kind: str
 ) -> np.ndarray:
-    """(N,) int64 of what a counterfactual would aim at."""
+    """(N,) int64 of what explanations of (N, H, W, C) uint8 images aim at; for `affirmative` the counterfactual's on
+    the way. Errors as of `explain_images`, whose `target` it may be."""
+    return _targets(classifier, target, probabilities(classifier, images), kind)
+
+
+def _targets(
+    classifier: nn.Module, target: str | int | Sequence[int] | None, before: np.ndarray, kind: str
+) -> np.ndarray:
     classes = before.shape[1]
     if target is None:
-        return before.argmax(axis=1) if settings.kind in ("prototype", "semifactual") else runner_up(before)
+        return before.argmax(axis=1) if kind in ("prototype", "semifactual") else runner_up(before)
     if isinstance(target, str) or np.ndim(target) == 0:
         target = [class_of(classifier, target)] * len(before)
     targets = np.asarray(target, np.int64)

@@ -71,6 +71,7 @@ def explanations_page(
     *,
     title: str,
     facts: Mapping[str, object],
+    seeds: Sequence[Explanations] = (),
 ) -> str:
     """The page: a line for each explanation, sorted by a click on a column's head.
 
@@ -79,12 +80,14 @@ def explanations_page(
         rows: A mapping of column to text or number for each explanation, all with the same columns.
         title: Of the page.
         facts: What made them and how they did, shown above the table.
+        seeds: The same images' by other seeds, whose pictures stand beside.
 
     Returns:
         HTML. Everything that is put into it is escaped.
     """
     shown = min(len(explanations), MOST_IMAGES)
     pictures = ["original", *(["start"] if explanations.kind == "affirmative" else []), "explanation", "difference"]
+    pictures += [f"seed {number}" for number in range(1, len(seeds) + 1)]
     columns = list(rows[0])
     heads = "".join(f'<th scope="col">{escaped(name)}</th>' for name in pictures) + "".join(
         f'<th scope="col"{_class(name)}><button type="button">{escaped(name.replace("_", " "))}</button></th>'
@@ -92,7 +95,7 @@ def explanations_page(
     )
     lines = []
     for place in range(shown):
-        cells = "".join(_picture(explanations, place, name) for name in pictures)
+        cells = "".join(_picture(explanations, seeds, place, name) for name in pictures)
         cells += "".join(
             f'<td{_class(name)} data-key="{escaped(_key(rows[place][name]))}">{escaped(_shown(rows[place][name]))}</td>'
             for name in columns
@@ -120,9 +123,10 @@ def _class(column: str) -> str:
     return ' class="text"' if column in TEXTS else ""
 
 
-def _picture(explanations: Explanations, place: int, name: str) -> str:
+def _picture(explanations: Explanations, seeds: Sequence[Explanations], place: int, name: str) -> str:
     original, image = explanations.originals[place], explanations.images[place]
     arrays = {"original": original, "start": explanations.starts[place], "explanation": image}
+    arrays |= {f"seed {number}": one.images[place] for number, one in enumerate(seeds, 1)}
     pixels = difference_map(original, image) if name == "difference" else arrays[name]
     data = base64.b64encode(png_bytes(pixels)).decode()
     return f'<td><img width="{SHOWN_PIXELS}" alt="{escaped(name)}" src="data:image/png;base64,{data}"></td>'

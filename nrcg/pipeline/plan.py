@@ -294,10 +294,10 @@ def _explanations(settings: ExperimentConfig, paths: ExperimentPaths) -> list[St
     steps = sum(legs.get(one.kind, 1) * one.tau * (one.num_inference_steps or num_steps) for one in ways)
     shards = [paths.explanation_shard(name, n) for name in config.methods for n in range(config.num_shards)]
     tables, count = list(map(paths.explainer_table, config.methods)), len(config.methods)
-    work = {"start": len(shards), "unet_gradient": round(steps * images * config.num_seeds)}
+    work = {"start": len(shards), "unet_gradient": round(steps * images * config.num_runs)}
     bound = ">=" if any(one.search != "none" for one in ways) else ""
     return [
-        Step("explain", len(shards), count * images * config.num_seeds, work, done=_there(*shards), bound=bound),
+        Step("explain", len(shards), count * images * config.num_runs, work, done=_there(*shards), bound=bound),
         Step("evaluate_explanations", count, count * images, {"start": count}, done=_there(*tables)),
     ]
 

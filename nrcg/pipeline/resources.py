@@ -101,9 +101,9 @@ class JobResources:
         return self._minutes(samples * num_steps + settings.likelihood.num_images * self._likelihood_passes)
 
     def explain_minutes(self) -> int:
-        """Of a shard of explanations: both legs of an affirmative one, by each seed."""
+        """Of a shard of explanations: both legs of an affirmative one, in each run."""
         config = self.settings.explain
-        steps = 2 * self.settings.ddpm.schedule.num_train_timesteps * config.num_seeds
+        steps = 2 * self.settings.ddpm.schedule.num_train_timesteps * config.num_runs
         return self._minutes(min(config.shard_size, config.total_images) * steps)
 
     def guided_mb(self, section: str) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from nrcg import tracking
 from nrcg.classifiers.storage import open_classifier
@@ -15,9 +16,11 @@ from nrcg.config import ROLES, EvaluateExplanationsStep
 from nrcg.csv_files import write_csv
 from nrcg.data.arrays import open_split
 from nrcg.errors import DataError
+from nrcg.evaluation.features import load_extractor
 from nrcg.explain.explanations import Explanations
 from nrcg.explain.metrics import evaluate_explanations
 from nrcg.explain.perceptual import Perceptual
+from nrcg.explain.repeats import NOISED
 from nrcg.files import atomic_save_arrays, load_arrays
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.layout import REFERENCE_CACHE
@@ -64,8 +67,9 @@ def measure_explanations(
     guide = models[how.classifier]
     _, labels = open_split(data, "val")
     chosen = choose_images(settings, labels, guide.classes)
-    found = _read(shards, guide.classes, how.kind, len(chosen.rows))
-    bits = None
+    runs = _read(shards, guide.classes, how.kind, len(chosen.rows))
+    noised, found = runs.pop(NOISED, None), list(runs.values())
+    same, bits = _same(settings, models, device), None
     if settings.explain.bits:
         pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device)
         bits = image_bits(pipe, found[0].images, settings.explain.seed)
@@ -86,20 +90,33 @@ def measure_explanations(
                 continue
             row = evaluate_explanations(
                 own,
-                judges={role: model for role, model in models.items() if role != how.classifier},
-                extractor=extractors[0],
-                reference=references[0],
+                **same,
+                extractors=extractors,
+                references=references,
                 labels=labels[chosen.rows[places]],
                 bits_per_dim=None if bits is None else bits[places],
                 seeds=[one.take(places) for one in found[1:]],
-                perceptual=Perceptual(),
+                noised=None if noised is None else noised.take(places),
             )
             rows.append({"method": settings.explainer, "pair": pair} | row)
             numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-            finite = {key: value for key, value in numbers.items() if np.isfinite(value)}
-            run.log_metrics(finite | {"pair": number}, step=number)
+            run.log_metrics({k: v for k, v in numbers.items() if np.isfinite(v)} | {"pair": number}, step=number)
         run.log_artifact(_write(out, rows, found[0]))
     return rows
+
+
+def _same(settings: EvaluateExplanationsStep, models: Mapping[str, nn.Module], device: torch.device) -> dict[str, Any]:
+    """What `evaluate_explanations` takes for every pair alike."""
+    config, guide, folder = settings.explain, settings.how.classifier, settings.evaluation.inception_dir
+    return {
+        "guide": models[guide],
+        "judges": {role: model for role, model in models.items() if role != guide},
+        "identities": [
+            load_extractor(one, weights_dir=folder, judge=models["judge"], device=device) for one in config.identities
+        ],
+        "identity_threshold": config.identity_threshold,
+        "perceptual": Perceptual(),
+    }
 
 
 def _nothing(found: Explanations) -> dict[str, Any]:
@@ -116,20 +133,22 @@ def _write(out: Path, rows: list[dict[str, Any]], found: Explanations) -> Path:
     return out
 
 
-def _read(shards: Sequence[Path], classes: list[str], kind: str, count: int) -> list[Explanations]:
-    """The explanations of all shards, `count` for each seed."""
-    parts: list[list[Explanations]] = []
+def _read(shards: Sequence[Path], classes: list[str], kind: str, count: int) -> dict[str, Explanations]:
+    """The explanations of all shards, `count` for each run: seeds 0, 1, ..., and NOISED where there is one."""
+    parts: dict[str, list[Explanations]] = {}
     for path in shards:
-        seeds: dict[str, dict[str, np.ndarray]] = {}
+        runs: dict[str, dict[str, np.ndarray]] = {}
         for name, array in load_arrays(path).items():
-            seed, dot, field = name.partition(".")
+            run, dot, field = name.partition(".")
             if dot:
-                seeds.setdefault(seed, {})[field] = array
+                runs.setdefault(run, {})[field] = array
         try:
-            parts.append([Explanations.from_arrays(own, classes, kind) for own in seeds.values()])
+            for run, own in runs.items():
+                parts.setdefault(run, []).append(Explanations.from_arrays(own, classes, kind))
         except KeyError as error:
             raise DataError(f"damaged ({error})", path) from None
-    found = [Explanations.join(list(of_seed)) for of_seed in zip(*parts, strict=True)]
-    if len(found[0]) != count:
-        raise DataError(f"{len(found[0])} explanations where {count} are asked for; delete them", shards[0])
+    found = {run: Explanations.join(own) for run, own in parts.items()}
+    for one in found.values():
+        if len(one) != count:
+            raise DataError(f"{len(one)} explanations where {count} are asked for; delete them", shards[0])
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,22 +15,23 @@ from torch import nn
 
 from nrcg.batching import BatchSize
 from nrcg.config import Compile, fingerprint
-from nrcg.config.explaining import OWN_CLASS, ExplainSettings
-from nrcg.csv_files import write_csv
-from nrcg.data.pictures import save_png
+from nrcg.config.explaining import ExplainSettings
 from nrcg.devices import device_name
 from nrcg.errors import DataError
-from nrcg.evaluation.features import ClassifierExtractor, weights_digest
+from nrcg.evaluation.features import ClassifierExtractor, Extractor, load_extractor, weights_digest
+from nrcg.evaluation.references import Reference
 from nrcg.evaluation.sides import Side, in_parts
-from nrcg.explain.engine import explain_images, work_of
-from nrcg.explain.explanations import Explanations, probabilities
-from nrcg.explain.metrics import CHANGED_LEVELS, evaluate_explanations
-from nrcg.explain.page import difference_map, explanations_page
+from nrcg.explain.engine import aims_of, work_of
+from nrcg.explain.explanations import Explanations
+from nrcg.explain.metrics import VERIFIED, evaluate_explanations
 from nrcg.explain.perceptual import Perceptual
-from nrcg.files import atomic_save_arrays, atomic_write_text, load_arrays
+from nrcg.explain.repeats import NOISED, Repeat, repeats_of
+from nrcg.files import atomic_save_arrays, load_arrays
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
 from nrcg.provenance import versions
+from nrcg.steps.explain_files import write_explanations
+from nrcg.steps.explain_reference import RealImages, checked_features, read_reference
 from nrcg.steps.likelihood import image_bits
 
 PART = 64
@@ -52,15 +52,44 @@ class Explainers:
     robust: nn.Module | None = None
     judges: Mapping[str, nn.Module] = field(default_factory=dict)
 
+    @property
+    def judge(self) -> nn.Module | None:
+        """The first one."""
+        return next(iter(self.judges.values()), None)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of explanations beside what the models say.
+
+    Attributes:
+        num_seeds: Explanations of each image, by the settings' seed and the next ones.
+        noise: Standard deviation, as a share of the range of pixel values, of the noise that the images are explained
+            with once more; 0: they are not.
+        bits: Whether to measure bits per dimension of the explanations.
+        real: Real images to compare with, or None.
+        identities: Protocols or SPECs of networks whose features say whose picture it is.
+        identity_threshold: Cosine above which two pictures show the same.
+        weights_dir: Folder of the Inception weights, for `identities`.
+    """
+
+    num_seeds: int = 1
+    noise: float = 0.0
+    bits: bool = False
+    real: RealImages | None = None
+    identities: Sequence[str] = ()
+    identity_threshold: float = VERIFIED
+    weights_dir: str | Path = "weights"
+
 
 @dataclass(frozen=True)
 class Explained:
     """What a run made.
 
     Attributes:
-        explanations: All of them.
+        explanations: All of them, by the first seed.
         metrics: The row of `evaluate_explanations`; None where every image was skipped.
-        notes: What was skipped or looks odd, a line each.
+        notes: What was skipped, not measured or looks odd, a line each.
     """
 
     explanations: Explanations
@@ -77,10 +106,10 @@ def explain_side(
     out: Path,
     target: str | None = None,
     num_images: int | None = None,
+    measures: Measures | None = None,
     batch_size: BatchSize = "auto",
     precision: torch.dtype = torch.float32,
     compile: Compile = "off",
-    bits: bool = False,
     record: Mapping[str, Any] | None = None,
 ) -> Explained:
     """Explanations of images: explanations/ and differences/ with a PNG each, explanations.csv, .html and .json.
@@ -93,61 +122,137 @@ def explain_side(
         out: Folder to write to; parts that are there, of the same models, settings and images, are taken.
         target: Class by name or number; None: as for `explain_images`.
         num_images: The first ones; None: all.
+        measures: What is measured; None: what needs no more than the models.
         batch_size, precision, compile: As of the pipeline's call.
-        bits: Whether to measure bits per dimension of the explanations.
         record: What explanations.json says beside what is known here.
 
     Raises:
-        DataError: Images that do not fit the model.
+        DataError: Images that do not fit the model, or the other ones.
         ValueError: A target or a setting that does not fit.
     """
+    measures = measures or Measures()
+    features = _Features.of(pipe, models, measures, settings.kind, target)
     count = min(num_images or images.count, images.count)
-    known = _identity(pipe, models, settings, target, precision)
-    per_image, parts = work_of(settings, pipe), []
-    with Progress(f"explain {settings.kind}", count * per_image, "step") as bar:
-        for first, originals in in_parts(images, count, PART, pipe.image_shape()):
-            path = out / "parts" / f"part{first // PART:05d}.npz"
-            key = f"{known}-{hashlib.sha256(np.ascontiguousarray(originals)).hexdigest()[:16]}"
-            part = _read_part(path, key, models.guide, settings)
-            if part is None:
-                part = explain_images(
-                    pipe,
-                    models.guide,
-                    originals,
-                    target,
-                    settings,
-                    robust=models.robust,
-                    samples=range(first, first + len(originals)),
-                    batch_size=batch_size,
-                    precision=precision,
-                    compile=compile,
-                    on_step=lambda done, first=first: bar.set(first * per_image + done),
-                )
-                atomic_save_arrays(path, part.arrays() | {"known": np.array(key)})
-            parts.append(part)
-            bar.set((first + len(originals)) * per_image)
-    whole = Explanations.join(parts)
-    labels = _labels(images, whole)
-    metrics = None
-    if not whole.skipped.all():
-        metrics = _measure(pipe, whole, models, labels, bits)
-    notes = _notes(whole, labels)
-    _write(out, whole, images, models, metrics, {**(record or {}), **_record(pipe, settings, target, precision)}, notes)
+    repeats = repeats_of(settings, measures.num_seeds, measures.noise)
+    work, runs = work_of(settings, pipe) * count, {}
+    run = {"batch_size": batch_size, "precision": precision, "compile": compile}
+    with Progress(f"explain {settings.kind}", work * len(repeats), "step") as bar:
+        for place, repeat in enumerate(repeats):
+            known = _identity(pipe, models, repeat, target, precision)
+            folder = out / "parts" / (repeat.name if place else "")
+            runs[repeat.name] = _in_kept_parts(
+                *(pipe, models, images, repeat, count, target, run, folder, known),
+                report=lambda done, place=place: bar.set(place * work + done),
+            )
+    whole, labels = runs["0"], _labels(images, runs["0"])
+    metrics = None if whole.skipped.all() else _measured(pipe, models, runs, labels, measures, features)
+    notes = [*_notes(whole, labels), *features.notes]
+    said = {**(record or {}), **_record(pipe, settings, target, precision, measures)}
+    seeds = [one for name, one in runs.items() if name not in ("0", NOISED)]
+    write_explanations(out, whole, seeds, images, models.judges, metrics, said, notes)
     return Explained(whole, metrics, notes)
 
 
-def _identity(
+@dataclass(frozen=True)
+class _Features:
+    """What explanations are measured in."""
+
+    extractors: Sequence[Extractor]
+    references: Sequence[Reference]
+    identities: Sequence[Extractor]
+    notes: list[str]
+
+    @classmethod
+    def of(
+        cls, pipe: GuidedDDPMPipeline, models: Explainers, measures: Measures, kind: str, target: str | None
+    ) -> _Features:
+        """Before anything is explained, so that a mistake costs nothing."""
+        judge, shape = models.judge, pipe.image_shape()
+        if judge is None and "judge" in measures.identities:
+            raise DataError("--identity judge: give the judge by --judge")
+        identities = [
+            load_extractor(one, weights_dir=measures.weights_dir, judge=judge, device=pipe.device)
+            for one in measures.identities
+        ]
+        for one in identities:
+            checked_features(one, np.zeros((1, *shape[1:], shape[0]), np.uint8))
+        if measures.real is None:
+            return cls([] if judge is None else [ClassifierExtractor(judge)], [], identities, [])
+        extractors, references, notes = read_reference(
+            measures.real, shape, guide=models.guide, judge=judge, kind=kind, target=target, device=pipe.device
+        )
+        return cls(extractors, references, identities, notes)
+
+
+def _in_kept_parts(
     pipe: GuidedDDPMPipeline,
     models: Explainers,
-    settings: ExplainSettings,
+    images: Side,
+    repeat: Repeat,
+    count: int,
     target: str | None,
-    precision: torch.dtype,
+    run: Mapping[str, Any],
+    folder: Path,
+    known: str,
+    report: Any,
+) -> Explanations:
+    """The explanations of one run, part by part; each that is done is kept in the folder."""
+    per_image, parts = work_of(repeat.settings, pipe), []
+    for first, originals in in_parts(images, count, PART, pipe.image_shape()):
+        path = folder / f"part{first // PART:05d}.npz"
+        key = f"{known}-{hashlib.sha256(np.ascontiguousarray(originals)).hexdigest()[:16]}"
+        part = _read_part(path, key, models.guide, repeat.settings)
+        if part is None:
+            part = repeat.explain(
+                pipe,
+                models.guide.to(pipe.device),
+                originals,
+                aims_of(models.guide, originals, target, repeat.settings.kind),
+                robust=models.robust,
+                samples=range(first, first + len(originals)),
+                on_step=lambda done, first=first: report(first * per_image + done),
+                **run,
+            )
+            atomic_save_arrays(path, part.arrays() | {"known": np.array(key)})
+        parts.append(part)
+        report((first + len(originals)) * per_image)
+    return Explanations.join(parts)
+
+
+def _measured(
+    pipe: GuidedDDPMPipeline,
+    models: Explainers,
+    runs: Mapping[str, Explanations],
+    labels: np.ndarray | None,
+    measures: Measures,
+    features: _Features,
+) -> dict[str, float | str]:
+    whole = runs["0"]
+    return evaluate_explanations(
+        whole,
+        guide=models.guide,
+        judges=models.judges,
+        extractors=features.extractors,
+        references=features.references,
+        identities=features.identities,
+        identity_threshold=measures.identity_threshold,
+        labels=labels,
+        bits_per_dim=image_bits(pipe, whole.images) if measures.bits else None,
+        seeds=[one for name, one in runs.items() if name not in ("0", NOISED)],
+        noised=runs.get(NOISED),
+        perceptual=Perceptual(),
+    )
+
+
+def _identity(
+    pipe: GuidedDDPMPipeline, models: Explainers, repeat: Repeat, target: str | None, precision: torch.dtype
 ) -> str:
     """Fingerprint of all that decides an explanation beside its image."""
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     return fingerprint(
         {
-            "settings": asdict(settings),
+            "settings": asdict(repeat.settings),
+            "noise": repeat.noise,
             "target": target,
             "precision": str(precision),
             "scheduler": [type(pipe.scheduler).__name__, json.loads(json.dumps(scheduler, default=str))],
@@ -193,105 +298,15 @@ def _notes(whole: Explanations, labels: np.ndarray | None) -> list[str]:
     return notes
 
 
-def _measure(
-    pipe: GuidedDDPMPipeline, whole: Explanations, models: Explainers, labels: np.ndarray | None, bits: bool
-) -> dict[str, float | str]:
-    judge = next(iter(models.judges.values()), None)
-    return evaluate_explanations(
-        whole,
-        judges=models.judges,
-        extractor=None if judge is None else ClassifierExtractor(judge),
-        labels=labels,
-        bits_per_dim=image_bits(pipe, whole.images) if bits else None,
-        perceptual=Perceptual(),
-    )
-
-
 def _record(
-    pipe: GuidedDDPMPipeline, settings: ExplainSettings, target: str | None, precision: torch.dtype
+    pipe: GuidedDDPMPipeline, settings: ExplainSettings, target: str | None, precision: torch.dtype, measures: Measures
 ) -> dict[str, Any]:
     return {
         "settings": asdict(settings),
         "target": target,
+        "num_seeds": measures.num_seeds,
+        "noise": measures.noise,
         "precision": str(precision).removeprefix("torch."),
         "device": device_name(pipe.device),
         "versions": versions(),
     }
-
-
-def explanation_rows(
-    whole: Explanations, names: Sequence[str], judges: Mapping[str, np.ndarray]
-) -> list[dict[str, object]]:
-    """A line of explanations.csv for each explanation.
-
-    Args:
-        names: (N,) what each image is called.
-        judges: Name to (N, K) probabilities of the explanations.
-    """
-    rows = []
-    for place in range(len(whole)):
-        target, own = whole.targets[place], whole.own[place]
-        change = np.abs(whole.images[place].astype(int) - whole.originals[place])
-        status = "flipped" if whole.succeeded[place] else "failed"
-        if whole.kind in OWN_CLASS and whole.succeeded[place]:
-            status = "kept"
-        if whole.skipped[place]:
-            status = "skipped"
-        row: dict[str, object] = {
-            "image": names[place],
-            "from": whole.name(own),
-            "target": whole.name(target),
-            "found": whole.name(whole.found[place]),
-            "status": status,
-            "p_target_before": float(whole.before[place, target]),
-            "p_target": float(whole.after[place, target]),
-            "p_own_before": float(whole.before[place, own]),
-            "p_own": float(whole.after[place, own]),
-            "l1": float(change.mean() / 255),
-            "changed": float((change.max(axis=2) > CHANGED_LEVELS).mean()),
-            "largest_change": float(change.max() / 255),
-            "tau": float(whole.tau[place]),
-            "weight": float(whole.weight[place]),
-            "seconds": float(whole.seconds[place]),
-        }
-        for name, probability in judges.items():
-            row |= {f"p_target_{name}": float(probability[place, target])}
-        rows.append(row)
-    return rows
-
-
-def _write(
-    out: Path,
-    whole: Explanations,
-    images: Side,
-    models: Explainers,
-    metrics: dict[str, float | str] | None,
-    record: dict[str, Any],
-    notes: list[str],
-) -> None:
-    """The pictures, the table, the record and the page."""
-    names = images.names or [f"{place:05d}" for place in range(len(whole))]
-    for place, (original, image) in enumerate(zip(whole.originals, whole.images, strict=True)):
-        save_png(out / "explanations" / f"{place:05d}.png", image)
-        save_png(out / "differences" / f"{place:05d}.png", difference_map(original, image))
-    rows = explanation_rows(
-        whole, names, {name: probabilities(one, whole.images) for name, one in models.judges.items()}
-    )
-    write_csv(out / "explanations.csv", rows, list(rows[0]))
-    plain = {
-        key: None if isinstance(value, float) and math.isnan(value) else value for key, value in (metrics or {}).items()
-    }
-    text = json.dumps(record | {"metrics": plain, "notes": notes}, indent=1, allow_nan=False, default=str)
-    atomic_write_text(out / "explanations.json", text + "\n")
-    settings = record["settings"]
-    facts = {
-        "images": images.path,
-        **{key: record[key] for key in ("ddpm", "classifier", "robust") if record.get(key)},
-        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
-        **{f"note {number}": note for number, note in enumerate(notes, 1)},
-    }
-    for name in ("validity", *(f"validity_{judge}" for judge in models.judges), "l1", "changed"):
-        if metrics is not None and name in metrics:
-            facts[name] = f"{metrics[name]:.3f} ({metrics[f'{name}_lo']:.3f} to {metrics[f'{name}_hi']:.3f})"
-    title = f"{len(whole)} {settings['kind']} explanations"
-    atomic_write_text(out / "explanations.html", explanations_page(whole, rows, title=title, facts=facts))

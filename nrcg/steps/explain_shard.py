@@ -15,8 +15,9 @@ from nrcg.config import ExplainStep
 from nrcg.data.arrays import open_split
 from nrcg.errors import DataError
 from nrcg.explain.baselines import judged, nearest_images
-from nrcg.explain.engine import explain_images, work_of
+from nrcg.explain.engine import work_of
 from nrcg.explain.explanations import Explanations
+from nrcg.explain.repeats import repeats_of
 from nrcg.files import atomic_save_arrays, weights_sha256
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.pipeline.progress import Progress
@@ -84,7 +85,7 @@ def explain_shard(
         precision: Autocast of the U-Net.
 
     Returns:
-        Explanations of the shard's images, for each seed.
+        Explanations of the shard's images, for each seed; with `explain.noise` those of the images with noise last.
     """
     config, how, manifest = settings.explain, settings.how, checked_data(data)
     images, labels = open_split(data, "val")
@@ -102,18 +103,17 @@ def explain_shard(
         log_dataset(run, manifest, data, "val", "explanations")
         if how.settings() is None:
             train, train_labels = open_split(data, "train")
-            found = [
-                judged(guide, originals, nearest_images(originals, train, train_labels, targets), targets, how.kind)
-            ]
+            nearest = nearest_images(originals, train, train_labels, targets)
+            found = {"0": judged(guide, originals, nearest, targets, how.kind)}
         else:
             pipe = GuidedDDPMPipeline.from_pretrained(ddpm).to(device).with_weights(settings.unet_weights)
             robust = open_classifier(classifiers / "robust").to(device) if how.cone else None
             found = _explained(settings, pipe, guide, robust, originals, targets, rows, precision)
-        seconds = sum(float(one.seconds.sum()) for one in found)
-        run.log_metrics({"seconds": seconds, "succeeded": float(found[0].succeeded.mean())})
-    arrays = {f"{seed}.{name}": array for seed, one in enumerate(found) for name, array in one.arrays().items()}
+        seconds = sum(float(one.seconds.sum()) for one in found.values())
+        run.log_metrics({"seconds": seconds, "succeeded": float(found["0"].succeeded.mean())})
+    arrays = {f"{run}.{name}": array for run, one in found.items() for name, array in one.arrays().items()}
     atomic_save_arrays(out, arrays | {"rows": rows})
-    return found
+    return list(found.values())
 
 
 def _explained(
@@ -125,18 +125,18 @@ def _explained(
     targets: np.ndarray,
     rows: np.ndarray,
     precision: torch.dtype,
-) -> list[Explanations]:
-    """Explanations by the engine, for each seed; an image's noise depends on its number in the split."""
-    config, found = settings.explain, []
+) -> dict[str, Explanations]:
+    """Explanations by the engine, for each run's name; an image's noise depends on its number in the split."""
+    config, found = settings.explain, {}
+    repeats = repeats_of(settings.how.settings(config.seed), config.num_seeds, config.noise)
     work = work_of(settings.how.settings(), pipe) * len(rows)
-    with Progress(f"explain {settings.explainer}", work * config.num_seeds, "step") as bar:
-        for number in range(config.num_seeds):
-            one = explain_images(
+    with Progress(f"explain {settings.explainer}", work * len(repeats), "step") as bar:
+        for number, repeat in enumerate(repeats):
+            found[repeat.name] = repeat.explain(
                 pipe,
                 guide,
                 originals,
                 targets,
-                settings.how.settings(config.seed + number),
                 robust=robust,
                 samples=rows.tolist(),
                 batch_size=config.batch_size,
@@ -144,6 +144,5 @@ def _explained(
                 compile=settings.compile,
                 on_step=lambda done, number=number: bar.set(number * work + done),
             )
-            found.append(one)
             bar.set((number + 1) * work)
     return found

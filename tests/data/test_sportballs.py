@@ -183,6 +183,23 @@ def test_labels_follow_the_order_of_classes_given():
     assert (images != reverse).any(axis=(1, 2, 3)).all()
 
 
+@SETTINGS
+def test_a_ball_drawn_as_another_class_keeps_its_place_size_and_rotation(setting):
+    images, labels = sportballs.render(5, np.arange(40), **setting)
+    redrawn, all_soccer = sportballs.render(5, np.arange(40), **setting, label="soccer")
+    soccer = setting["classes"].index("soccer")
+    assert (all_soccer == soccer).all()
+    np.testing.assert_array_equal(redrawn[labels == soccer], images[labels == soccer])
+    drawn = sportballs.attributes(5, np.arange(40), **setting)
+    pixel = np.arange(setting["image_size"]) + 0.5
+    away = np.hypot(pixel[None, None] - drawn.x[:, None, None], pixel[None, :, None] - drawn.y[:, None, None])
+    outside = away > drawn.diameter[:, None, None] / 2 + 1.5
+    assert (redrawn != images)[outside].sum() == 0  # the canvas stays, the ball alone is another
+    assert (redrawn != images)[labels != soccer].any(axis=(1, 2, 3)).all()
+    with pytest.raises(ConfigError, match="label: 'tennis' is none of "):
+        sportballs.render(5, [0], **setting, label="tennis")
+
+
 @pytest.mark.parametrize(
     "change, named",
     [

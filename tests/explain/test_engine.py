@@ -11,6 +11,7 @@ from nrcg.config.explaining import KINDS, settings_of
 from nrcg.data.arrays import to_uint8, to_unit
 from nrcg.errors import DataError
 from nrcg.explain.engine import work_of
+from nrcg.explain.repeats import NOISED, noise_estimates, repeats_of
 from nrcg.explain.search import bisect, middle_size, middle_step
 
 COUNT = 6
@@ -96,6 +97,32 @@ def test_other_seeds_and_numbers_give_other_explanations(pipe, images):
     first = make(pipe, images, weight=1.0)
     assert not np.array_equal(first.images, make(pipe, images, weight=1.0, seed=1).images)
     assert not np.array_equal(first.images, make(pipe, images, weight=1.0, samples=range(10, 10 + COUNT)).images)
+
+
+def test_runs_are_seeds_and_the_images_with_noise(pipe, images):
+    settings = settings_of("counterfactual", search="none", tau=0.5, scale=2.0, weight=1.0, seed=3)
+    runs, classifier = repeats_of(settings, num_seeds=2, noise=0.1), guide()
+    assert [(one.name, one.settings.seed, one.noise) for one in runs] == [
+        *(("0", 3, 0.0), ("1", 4, 0.0), (NOISED, 3, 0.1)),
+    ]
+    aims = explain.aims_of(classifier, images, None, "counterfactual")
+    numbers = list(range(5, 5 + COUNT))
+    first, second, noised = (one.explain(pipe, classifier, images, aims, samples=numbers) for one in runs)
+    assert np.array_equal(first.images, make(pipe, images, samples=numbers, weight=1.0, seed=3).images)
+    assert np.array_equal(second.images, make(pipe, images, samples=numbers, weight=1.0, seed=4).images)
+    # An image's noise is its number's, of the deviation asked for, and the aim that of the image without it.
+    assert np.array_equal(runs[2].images(images[2:], numbers[2:]), noised.originals[2:])
+    assert np.array_equal(noised.targets, aims)
+    grey = np.full((64, TINY_SIZE, TINY_SIZE, 3), 128, np.uint8)
+    apart = runs[2].images(grey, range(64)).astype(float) - 128
+    assert abs(apart.mean()) < 1 and apart.std() == pytest.approx(25.5, rel=0.03)
+
+
+def test_with_tau_zero_the_noise_stays_as_it_is(pipe, images):
+    runs = repeats_of(settings_of("counterfactual", search="none", tau=0.0), noise=0.05)
+    aims = explain.aims_of(guide(), images, None, "counterfactual")
+    plain, noised = (one.explain(pipe, guide(), images, aims, samples=range(COUNT)) for one in runs)
+    assert noise_estimates(plain, noised, [])["noise_ratio"].value == pytest.approx(1.0)
 
 
 def test_targets_are_runner_ups_or_one_class_and_what_is_called_so_already_is_skipped(pipe, images):

@@ -8,11 +8,14 @@ from torch import nn
 from nrcg import Classifier
 from nrcg.evaluation.features import ClassifierExtractor
 from nrcg.evaluation.frechet import FeatureStatistics, frechet_distance
+from nrcg.evaluation.intervals import wilson_interval
 from nrcg.evaluation.references import make_reference
 from nrcg.explain import Explanations, evaluate_explanations, judged, nearest_images
-from nrcg.explain.metrics import closeness_estimates, split_frechet
+from nrcg.explain.metrics import closeness_estimates, identity_estimates, split_frechet
 from nrcg.explain.page import difference_map, explanations_page
 from nrcg.explain.perceptual import Perceptual
+from nrcg.explain.repeats import noise_estimates, seed_estimates
+from nrcg.explain.transition import transition_scores
 
 
 def explanations(count=8, **changes):
@@ -123,8 +126,8 @@ def test_judges_references_and_seeds_add_their_columns():
     row = evaluate_explanations(
         made,
         judges={"judge": judge},
-        extractor=extractor,
-        reference=reference,
+        extractors=[extractor],
+        references=[reference],
         bits_per_dim=np.arange(8.0),
         seeds=[other],
         perceptual=Perceptual(),
@@ -140,6 +143,115 @@ def test_judges_references_and_seeds_add_their_columns():
         assert row[f"{name}_lo"] <= row[name] <= row[f"{name}_hi"], name
     if "lpips" not in row:
         assert row["missing"].startswith("lpips: ")
+
+
+class Bright(nn.Module):
+    """Two classes, sharp enough to be a step: whether more than half of some pixels are bright."""
+
+    def __init__(self, places=slice(None)):
+        super().__init__()
+        self.places = places
+
+    def forward(self, x):
+        bright = (x.mean(dim=1).flatten(1)[:, self.places] > 0).float().mean(dim=1)
+        return torch.stack([0.5 - bright, bright - 0.5], dim=1) * 1e4
+
+
+def scores(classifier, originals, images, **settings):
+    own = np.zeros(len(images), int)
+    return transition_scores(classifier, originals, images, own, own + 1, **settings)
+
+
+def test_cout_by_hand():
+    """Of 16 pixels, one more in each step; the decision turns once more than half are bright."""
+    originals, images = np.zeros((3, 4, 4, 1), np.uint8), np.zeros((3, 4, 4, 1), np.uint8)
+    images[0] = 255  # p(target) is 0 up to 7 pixels, 1 / 2 at 8, 1 from 9 on
+    images[1, :3] = 255  # 12 bright ones, then four that do not change
+    images[2, 0] = 255  # never
+    # Of 16 intervals 7 lie at -1 and 7 at 1; those beside 8 at -1 / 2 and 1 / 2.
+    np.testing.assert_allclose(scores(Bright(), originals, images), [0.0, 0.0, -1.0], atol=1e-6)
+
+
+def test_cout_makes_the_largest_changes_first():
+    originals, images = np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 4, 4, 1), np.uint8)
+    images[0], images[1] = 10, 255
+    images[:, 3, 3] = 200  # alone decides; changed first of all, or last
+    corner = Bright(slice(15, 16))
+    np.testing.assert_allclose(scores(corner, originals, images), [15 / 16, -15 / 16], atol=1e-6)
+    # Three steps, of 5, 6 and 5 pixels: it turns within the first, or the last.
+    np.testing.assert_allclose(scores(corner, originals, images, steps=3), [11 / 16, -11 / 16], atol=1e-6)
+
+
+def test_cout_is_of_those_that_aim_at_another_class():
+    made, judge = explanations(), Classifier(Brightness())
+    row = evaluate_explanations(made, guide=judge)
+    assert row["cout_lo"] <= row["cout"] <= row["cout_hi"]
+    back = evaluate_explanations(explanations(targets=np.zeros(8, np.int64)), guide=judge)
+    assert "cout" not in back and "cout: the class aimed at is the image's own" in back["missing"]
+
+
+class FirstPixels:
+    """Features: the first two pixels."""
+
+    name, dim, protocol = "pixels", 2, "the first two"
+
+    def __call__(self, images):
+        return images[:, 0, :2, 0].astype(np.float32)
+
+
+def test_identity_by_hand():
+    originals, images = np.zeros((4, 2, 2, 1), np.uint8), np.zeros((4, 2, 2, 1), np.uint8)
+    originals[:, 0, 0] = 10
+    images[:, 0, :, 0] = [[20, 0], [0, 5], [30, 40], [0, 0]]  # cosines 1, 0, 0.6, and 0 of nothing
+    found = identity_estimates(explanations(4, originals=originals, images=images), FirstPixels(), 0.5)
+    assert found["identity_similarity_pixels"].value == pytest.approx(0.4)
+    assert found["identity_verified_pixels"].value == 0.5
+    assert found["identity_verified_pixels"].interval == wilson_interval(2, 4)
+
+
+def test_seeds_by_hand():
+    originals = np.zeros((2, 2, 2, 1), np.uint8)
+    levels = [[51, 0], [102, 0], [0, 51]]  # of three seeds, for either image
+    runs = []
+    for place, level in enumerate(levels):
+        images = originals + np.array(level, np.uint8).reshape(2, 1, 1, 1)
+        after = np.float32([[0.1, 0.8, 0.1], [0.8, 0.1, 0.1] if place else [0.1, 0.8, 0.1]])
+        runs.append(explanations(2, originals=originals, images=images, before=np.eye(3)[[0, 0]], after=after))
+    found = {name: one.value for name, one in seed_estimates(runs).items()}
+    assert found["seed_validity"] == pytest.approx((1 + 1 / 3) / 2) and found["seed_always"] == 0.5
+    # L1 between seeds, first image: 0.2, 0.2, 0.4; second: 0, 0.2, 0.2.
+    assert found["seed_diversity_l1"] == pytest.approx((0.8 / 3 + 0.4 / 3) / 2)
+    assert found["seed_spread_l1"] == pytest.approx((np.std([0.2, 0.4, 0], ddof=1) + np.std([0, 0, 0.2], ddof=1)) / 2)
+
+
+def test_noise_by_hand():
+    originals = np.full((4, 2, 2, 1), 100, np.uint8)
+    images, noised, found = originals + 10, originals.copy(), originals + 10
+    noised[:, 0, 0] += 3
+    noised[:, 0, 1] -= 4  # each image by norm 5
+    found[0, 1, 1] += 10  # twice as much
+    found[1, 1, 1] += 5
+    found[2] = 0
+    called = np.eye(3, dtype=np.float32)
+    plain = explanations(4, originals=originals, images=images, before=called[[0] * 4], after=called[[1] * 4])
+    other = explanations(4, originals=noised, images=found, before=called[[0, 0, 2, 0]], after=called[[1, 2, 1, 1]])
+    missing = []
+    row = {name: one.value for name, one in noise_estimates(plain, other, missing).items()}
+    # The third image is called otherwise with the noise: its explanation answers another question.
+    assert row == {"noise_kept": 0.75, "noise_agreement": pytest.approx(2 / 3), "noise_ratio": pytest.approx(1.0)}
+    assert not missing
+    same = noise_estimates(plain, plain, missing)
+    assert set(same) == {"noise_kept"} and missing[0].startswith("noise_ratio: no image that the noise changes")
+
+
+def test_further_extractors_have_their_names_in_every_column():
+    judge = Classifier(Brightness())
+    extractors = [ClassifierExtractor(judge), ClassifierExtractor(judge, "other")]
+    real = np.random.default_rng(1).integers(0, 256, (40, 6, 6, 3), np.uint8)
+    references = [make_reference(one, real, np.arange(40) % 3, 1) for one in extractors]
+    row = evaluate_explanations(explanations(), extractors=extractors, references=references)
+    assert row["cfd_judge"] == row["cfd_other"] and row["precision"] == row["precision_other"]
+    assert (row["num_reference"], row["num_reference_target"]) == (40, 13) and row["protocols"].count(" | ") == 1
 
 
 def test_the_nearest_image_of_the_target_class():

@@ -17,6 +17,8 @@ BLOCK = {
     "pairs": None,
     "num_images": 3,
     "num_seeds": 2,
+    "noise": 0.1,
+    "identities": ["judge"],
     "shard_size": 4,
     "batch_size": 2,
     "seed": 1,
@@ -38,6 +40,10 @@ def test_the_first_images_of_each_pair():
     assert chosen.pair.tolist() == [0, 0, 0, 1, 1, 1] and chosen.pairs == ["soccer to baseball", "baseball to soccer"]
     others = choose_images(settings(), labels, BALLS)
     assert others.rows.tolist() == [1, 2, 3] and others.pairs == ["others to baseball"]
+
+
+def test_the_runs_of_an_image_are_its_seeds_and_one_with_noise():
+    assert settings().explain.num_runs == 3 and settings(noise=0.0, num_seeds=1).explain.num_runs == 1
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,7 @@ def test_shards_hold_every_seed_and_are_measured_pair_by_pair(place, tmp_path, m
         assert (len(first["rows"]), len(second["rows"])) == (4, 2)
         images, _ = open_split(place / "data", "val")
         np.testing.assert_array_equal(second["0.originals"], images[second["rows"]])
+        assert (first["0.originals"] != first["noised.originals"]).any()
         assert (first["0.images"] != first["1.images"]).any()  # another seed, another explanation
     assert run(place, "evaluate-explanations", "--shards", *shards, "--out", "counterfactual.csv") == 0
     rows = read_csv("counterfactual.csv")
@@ -75,6 +82,8 @@ def test_shards_hold_every_seed_and_are_measured_pair_by_pair(place, tmp_path, m
     assert (made["num_skipped"], skipped["num_skipped"]) in ((0, 3), (0, 0))
     assert np.isfinite(made["validity_judge"]) and np.isfinite(made["validity_robust"])
     assert "validity_non_robust" not in made
+    for name in ("seed_validity", "seed_diversity_l1", "noise_kept", "identity_similarity_judge", "cout"):
+        assert made[f"{name}_lo"] <= made[name] <= made[f"{name}_hi"], name
     assert skipped["num_skipped"] == 0 or (np.isnan(skipped["validity"]) and "every image" in skipped["missing"])
     assert run(place, "explain-shard", "--shard", "5", "--out", "past.npz") == 1
     assert "shard 5 is past the last of 6 images" in capsys.readouterr().err
