@@ -94,7 +94,7 @@ def test_a_mistake_is_one_line(clip, spec, message, monkeypatch):
 def test_it_is_saved_and_opened_again(clip, tmp_path):
     """As a workflow's `pretrained` classifier is."""
     classifier = load_classifier(f"clip:{clip}?texts={'|'.join(TEXTS)}")
-    save_classifier(tmp_path / "saved", classifier, classifier.record())
+    save_classifier(tmp_path / "saved", classifier.module, classifier.record())
     again = load_classifier(tmp_path / "saved")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     assert again.classes == TEXTS
