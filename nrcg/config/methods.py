@@ -119,6 +119,11 @@ class SamplerConfig(Section):
         """Sampling steps of a chain of T = num_steps; None: all."""
         return max(1, round(self.steps * num_steps)) if isinstance(self.steps, float) else self.steps
 
+    def evaluations(self, num_steps: int) -> int:
+        """How often the network is asked for a sample, of a chain of T = num_steps."""
+        steps = min(self.count(num_steps) or num_steps, num_steps)
+        return 2 * steps - 1 if self.name == "heun" else steps
+
 
 PRESETS: dict[str, dict[str, Any]] = {"fast": {"sampler": {"name": "ddpm", "steps": 0.5}, "skip_above": 0.9}}
 """Preset -> what it sets; docs/guidance.md says what it costs."""

@@ -145,7 +145,7 @@ def guided_steps(method: MethodConfig, num_steps: int, scale: float) -> tuple[in
 
     DDPM's last step takes no guidance, since its variance is 0. `skip_above` saves more, which nobody knows before.
     """
-    steps = min(method.sampler.count(num_steps) or num_steps, num_steps)
+    steps = method.sampler.evaluations(num_steps)
     guidable = steps - 1 if method.sampler.name in ("model", "ddpm") else steps
     if method.classifier is None or (scale == 0 and method.scale_schedule.name == "constant"):
         return steps, 0

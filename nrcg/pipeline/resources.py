@@ -82,7 +82,7 @@ class JobResources:
     def sample_minutes(self, method: str) -> int:
         """Of a shard."""
         num_steps = self.settings.ddpm.schedule.num_train_timesteps
-        steps = self.config.methods[method].sampler.count(num_steps) or num_steps
+        steps = self.config.methods[method].sampler.evaluations(num_steps)
         return self._minutes(self.settings.sampling.shard_size * steps)
 
     def forward_minutes(self) -> int:

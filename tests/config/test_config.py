@@ -11,6 +11,7 @@ import pytest
 from nrcg import config
 from nrcg.config import PUBLISHED_STEPS, ROLES, STEPS, StabilizerConfig, scaled_beta
 from nrcg.config.messages import models_in
+from nrcg.config.methods import SamplerConfig
 from nrcg.diffusion.objectives import NATIVE, loss_weights
 from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import ConfigError
@@ -737,3 +738,12 @@ def test_format_scale(scale, text):
     assert format_scale(scale) == text
     assert float(text) == scale
     assert re.fullmatch(r"[0-9.e+-]+", text)  # the workflow's wildcard
+
+
+@pytest.mark.parametrize(
+    "sampler, expected",
+    [({}, 50), ({"steps": 10}, 10), ({"steps": 0.5}, 25), ({"name": "heun", "steps": 10}, 19), ({"steps": 900}, 50)],
+)
+def test_heun_asks_the_network_twice_a_step(sampler, expected):
+    """What a plan counts; the last of Heun's steps is one of Euler."""
+    assert SamplerConfig(**sampler).evaluations(50) == expected
