@@ -20,8 +20,6 @@ def test_ema_has_the_published_beta(name, num_steps, beta):
     settings = config.step_settings(CONFIG, name, "sample", "non_robust_x0_ema99")
     assert CONFIG.experiments[name].ddpm.schedule.num_train_timesteps == num_steps
     classes = CONFIG.experiments[name].dataset.classes
-    pipe = SimpleNamespace(
-        timesteps=lambda steps: list(range(num_steps, 0, -1)), schedule=lambda: SimpleNamespace(num_steps=num_steps)
-    )
+    pipe = SimpleNamespace(timesteps=lambda steps: list(range(num_steps, 0, -1)), num_train_steps=num_steps)
     guidance = method_guidance(settings, Classifier(SmoothCNN(len(classes)), classes=classes), 10.0, pipe)
     assert guidance.stabilizer.beta == pytest.approx(beta, rel=1e-12)
