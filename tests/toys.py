@@ -218,3 +218,16 @@ def write_toy_experiment(folder: Path) -> Path:
     write_tiny_models(folder / "models" / "toy")
     write_balls(folder / "data" / "toyballs", 48, 16)
     return folder
+
+
+def tiny_clip_tokenizer(folder: Path) -> tuple[object, dict[str, int]]:
+    """A tokenizer of letters for texts of 16 tokens, and what a CLIPTextConfig must say of it."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return tokenizer, {"vocab_size": len(words), "max_position_embeddings": 16, **ends}

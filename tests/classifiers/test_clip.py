@@ -1,9 +1,8 @@
 """Text as a guide: a tiny CLIP built from a config."""
 
-import json
-
 import pytest
 import torch
+from toys import tiny_clip_tokenizer
 
 from nrcg import ClassifierGuidance, load_classifier
 from nrcg.classifiers.storage import save_classifier
@@ -20,14 +19,9 @@ def clip(tmp_path_factory):
     import transformers
 
     folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    tokenizer, settings = tiny_clip_tokenizer(folder)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    text = {**small, **ends, "vocab_size": len(words), "max_position_embeddings": 16}
+    text = {**small, **settings}
     torch.manual_seed(0)
     model = transformers.CLIPModel(
         transformers.CLIPConfig(

@@ -21,7 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     VQModel,
 )
-from toys import SmoothCNN
+from toys import SmoothCNN, tiny_clip_tokenizer
 
 import nrcg
 from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline, GuidedLDMPipeline, GuidedStableDiffusionPipeline
@@ -222,27 +222,13 @@ def test_a_decoder_that_overflows_is_said_and_leaves_grey(ldm):
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
     """Folder of a tiny Stable Diffusion built from configs."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = tmp_path_factory.mktemp("sd")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    tokenizer, settings = tiny_clip_tokenizer(folder)
     torch.manual_seed(2)
     text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
+        CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **settings)
     ).eval()
     network = UNet2DConditionModel(
         sample_size=8,
