@@ -19,7 +19,7 @@ import yaml
 from nrcg.config import MethodConfig, StabilizerConfig, stabilizer_name
 from nrcg.csv_files import Row, write_csv
 from nrcg.errors import ConfigError
-from nrcg.pipeline.tune import AROUND, _objective, _read_journal, _worth
+from nrcg.pipeline.tune import AROUND, objective_of, read_journal, worth
 from nrcg.report.best import best_rule, differ
 
 RUNGS = 3
@@ -159,7 +159,7 @@ def search_jointly(
     Returns:
         The rows in the order of measurement; the last rung's are those with the most samples.
     """
-    kept = _read_journal(journal)
+    kept = read_journal(journal)
     known = {(row["setting"], row["num_samples"]): row for row in kept if row["settings"] == settings}
     rows: list[Row] = []
     left = list(candidates)
@@ -176,7 +176,7 @@ def search_jointly(
             rows.append(row)
             measured.append(row)
             on_row(row, len(rows) - 1)
-        order = sorted(range(len(left)), key=lambda place: (_worth(_objective(measured[place], best_by)), place))
+        order = sorted(range(len(left)), key=lambda place: (worth(objective_of(measured[place], best_by)), place))
         left = [left[place] for place in order]
     return rows
 
@@ -189,9 +189,9 @@ def best_of(rows: Sequence[Row], best_by: str) -> tuple[Row, list[Row]]:
     most = max(float(row["num_samples"]) for row in rows)
     last = [row for row in rows if row["num_samples"] == most]
     column = best_rule([last[0] | {"best_by": best_by}])[0]
-    lowest = min(last, key=lambda row: _worth(_objective(row, best_by)))
+    lowest = min(last, key=lambda row: worth(objective_of(row, best_by)))
     alike = [row for row in last if row is lowest or not differ(lowest, row, column)]
-    best = max(alike, key=lambda row: (_or_zero(row.get("coverage")), -_worth(_objective(row, best_by))))
+    best = max(alike, key=lambda row: (_or_zero(row.get("coverage")), -worth(objective_of(row, best_by))))
     return best, [row for row in alike if row is not best]
 
 
@@ -203,7 +203,7 @@ def joint_table(rows: Sequence[Row], best_by: str) -> list[tuple[str, ...]]:
     column = best_rule([rows[0] | {"best_by": best_by}])[0]
     further = [name for name in ("accuracy_judge", "coverage") if name in rows[0]]
     cells = [("samples", "stabilizer", "schedule", "scale", column, "95 % interval", *further, "")]
-    for row in sorted(rows, key=lambda row: (-float(row["num_samples"]), _worth(_objective(row, best_by)))):
+    for row in sorted(rows, key=lambda row: (-float(row["num_samples"]), worth(objective_of(row, best_by)))):
         numbers = [format_number(row[name], 3) for name in further]
         values = (format_number(row[column]), format_interval(row, column))
         told = (f"{row['num_samples']:g}", str(row["stabilizer"]), str(row["schedule"]), f"{row['scale']:g}")

@@ -58,11 +58,11 @@ def next_scale(measured: Mapping[float, float], low: float, high: float) -> floa
         if grid[step] not in measured:
             return grid[step]
     inside = sorted(scale for scale in measured if low <= scale <= high)
-    place = min(range(len(inside)), key=lambda i: _worth(measured[inside[i]]))
+    place = min(range(len(inside)), key=lambda i: worth(measured[inside[i]]))
     best = inside[place]
     beside = [inside[i] for i in (place - 1, place + 1) if 0 <= i < len(inside)]
     # The larger segment; of equal ones that of the better neighbour.
-    other = max(beside, key=lambda scale: (round(abs(math.log(scale / best)), 3), -_worth(measured[scale])))
+    other = max(beside, key=lambda scale: (round(abs(math.log(scale / best)), 3), -worth(measured[scale])))
     if max(other / best, best / other) < TOLERANCE:
         return None
     proposed = _round(best * (other / best) ** GOLDEN)
@@ -74,7 +74,8 @@ def _round(scale: float) -> float:
     return float(f"{scale:.4g}")
 
 
-def _worth(value: float) -> float:
+def worth(value: float) -> float:
+    """A value to be minimised; nan counts as the worst."""
     return math.inf if math.isnan(value) else value
 
 
@@ -111,12 +112,12 @@ def search(
     check_range(low, high)
     if budget < 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
-    kept = _read_journal(journal)
+    kept = read_journal(journal)
     rows = [row for row in kept if row["settings"] == settings and low <= row["scale"] <= high][:budget]
     for number, row in enumerate(rows):
         on_row(row, number)
     while len(rows) < budget:
-        measured = {row["scale"]: _objective(row, best_by) for row in rows}
+        measured = {row["scale"]: objective_of(row, best_by) for row in rows}
         scale = next_scale(measured, low, high)
         if scale is None:
             break
@@ -128,7 +129,8 @@ def search(
     return rows
 
 
-def _read_journal(path: str | Path) -> list[Row]:
+def read_journal(path: str | Path) -> list[Row]:
+    """Rows of a search, none where there is no file. Raises DataError: damaged."""
     if not Path(path).exists():
         return []
     try:
@@ -143,7 +145,7 @@ def _rule(row: Row, best_by: str) -> tuple[str, int]:
     return column, -1 if column.startswith("accuracy") else 1
 
 
-def _objective(row: Row, best_by: str) -> float:
+def objective_of(row: Row, best_by: str) -> float:
     """The rule's value, the lower the better."""
     column, sign = _rule(row, best_by)
     return sign * row[column]
@@ -151,8 +153,8 @@ def _objective(row: Row, best_by: str) -> float:
 
 def best_row(rows: Sequence[Row], best_by: str) -> Row:
     """The best by the rule, nan last, then the lowest scale. Raises DataError where no value is finite."""
-    best = min(rows, key=lambda row: (_worth(_objective(row, best_by)), row["scale"]))
-    if not math.isfinite(_objective(best, best_by)):
+    best = min(rows, key=lambda row: (worth(objective_of(row, best_by)), row["scale"]))
+    if not math.isfinite(objective_of(best, best_by)):
         raise DataError(f"{_rule(best, best_by)[0]} is finite at none of the scales tried")
     return best
 
@@ -172,7 +174,7 @@ def notes(rows: Sequence[Row], best_by: str, low: float, high: float) -> list[st
     if alike:
         told = f"do not tell {', '.join(alike)} from the best"
         found.append(f"the 95 % intervals of {column} {told}; more --num-samples would")
-    if next_scale({row["scale"]: _objective(row, best_by) for row in rows}, low, high) is not None:
+    if next_scale({row["scale"]: objective_of(row, best_by) for row in rows}, low, high) is not None:
         beside = ordered[max(place - 1, 0) : place + 2]
         between = f"{format_scale(beside[0]['scale'])} and {format_scale(beside[-1]['scale'])}"
         found.append(f"the budget ended with the best between {between}")
