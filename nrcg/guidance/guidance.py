@@ -95,7 +95,7 @@ def term_gradients(x: Tensor, terms: Sequence[Term], see: Callable[[Tensor], Ten
             (grad,) = torch.autograd.grad(term(seen).sum(), seen)
             if see is not None:
                 # Each sample's gradient goes through the U-Net at size one: a float16 U-Net flushes small ones to zero.
-                size = grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+                size = _largest(grad)
                 grad = torch.autograd.grad(seen, x, grad / size, retain_graph=left > 0)[0] * size
             found.append(grad.to(torch.promote_types(grad.dtype, torch.float32)))
     return found
@@ -372,8 +372,13 @@ class _AtSizeOne:
         return given
 
     def _divide(self, grad: Tensor) -> Tensor:
-        self._size = grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+        self._size = _largest(grad)
         return grad / self._size
+
+
+def _largest(grad: Tensor) -> Tensor:
+    """(B, 1, 1, 1) largest entry of each sample's gradient, never 0."""
+    return grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
 
 
 class OneStepDenoised:

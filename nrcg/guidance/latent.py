@@ -8,7 +8,7 @@ from diffusers import LDMPipeline
 from torch import Tensor, nn
 
 from nrcg.devices import floating_type
-from nrcg.guidance.pipeline import PipelineBase, parts_of
+from nrcg.guidance.pipeline import LATENT_PARTS, PipelineBase, parts_of
 
 if TYPE_CHECKING:
     from nrcg.guidance.guidance import ClassifierGuidance
@@ -47,7 +47,7 @@ class GuidedLDMPipeline(LatentPipeline, LDMPipeline):
 
     @classmethod
     def opens(cls, index: dict[str, Any]) -> bool:
-        return parts_of(index) == {"vqvae", "unet", "scheduler"}
+        return parts_of(index) == LATENT_PARTS
 
     def decoder(self) -> nn.Module:
         return self.vqvae

@@ -65,10 +65,15 @@ class Levels(Network):
 
     Attributes:
         schedule: abar of the levels.
+
+    Raises:
+        ValueError: A network that predicts something else, or two levels the same for a multistep solver.
     """
 
     settings: Mapping[str, Any] = MappingProxyType({})
     """What the scheduler is told otherwise, so that it steps from x0hat."""
+    multistep = False
+    """Whether the scheduler divides by the difference of two levels."""
 
     def __init__(self, scheduler: Any, num_steps: int):
         self._scheduler, self._num_steps = scheduler, num_steps
@@ -81,6 +86,11 @@ class Levels(Network):
         self.schedule = Schedule.of_levels((alpha / size).square().flip(0))
         self._sizes = self.framed(size).flip(0)
         self._sizes[0] = 1.0  # what is reached last is the image as the scheduler has it
+        self.read(torch.zeros(1, 1), torch.zeros(1, 1), 1)  # an unknown kind of prediction is refused here
+        if self.multistep and bool((self.sigmas.diff() >= 0).any()):
+            raise ValueError(
+                f"num_inference_steps: of {num_steps} steps UniPC's scheduler makes two the same; take fewer"
+            )
 
     def mixed(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of the scheduler's sigmas, (N + 1,) each."""
@@ -136,7 +146,9 @@ class Levels(Network):
         """
         if not self.begins_at(t):
             raise ValueError(f"{type(self._scheduler).__name__} cannot begin below its first step; take another")
-        scheduler = type(self._scheduler).from_config(self._scheduler.config, **self.settings)
+        # x0hat is clipped before the guidance, not after.
+        plain = {"clip_sample": False} if "clip_sample" in self._scheduler.config else {}
+        scheduler = type(self._scheduler).from_config(self._scheduler.config, **self.settings, **plain)
         scheduler.set_timesteps(self._num_steps)
         scheduler.set_begin_index(self.place(t))
         scheduler.is_scale_input_called = True  # the network is asked elsewhere
@@ -148,19 +160,11 @@ class SigmaLevels(Levels):
 
     settings = FROM_X0
 
-    def __init__(self, scheduler: Any, num_steps: int):
-        super().__init__(scheduler, num_steps)
-        if "clip_sample" in scheduler.config:  # x0hat is clipped before the guidance, not after
-            self.settings = {**FROM_X0, "clip_sample": False}
-        self.read(torch.zeros(1, 1), torch.zeros(1, 1), 1)  # an unknown kind is refused here
-
 
 class VPLevels(SigmaLevels):
     """Of UniPC (Zhao et al. 2023), whose x is ours."""
 
-    def __init__(self, scheduler: Any, num_steps: int):
-        super().__init__(scheduler, num_steps)
-        check_falling(self.sigmas, num_steps)
+    multistep = True
 
     def framed(self, size: Tensor) -> Tensor:
         return torch.ones_like(size)
@@ -168,10 +172,6 @@ class VPLevels(SigmaLevels):
 
 class EDMLevels(Levels):
     """Of Euler's steps for preconditioned networks (Karras et al. 2022, table 1)."""
-
-    def __init__(self, scheduler: Any, num_steps: int):
-        super().__init__(scheduler, num_steps)
-        self.read(torch.zeros(1, 1), torch.zeros(1, 1), 1)
 
     def ask(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         return self._scheduler.precondition_inputs(self.native(x, t), self.sigma(t)), super().ask(x, t)[1]
@@ -212,16 +212,7 @@ class FlowVPLevels(FlowLevels):
     """Of UniPC for flow matching."""
 
     settings = FROM_X0
-
-    def __init__(self, scheduler: Any, num_steps: int):
-        super().__init__(scheduler, num_steps)
-        check_falling(self.sigmas, num_steps)
+    multistep = True
 
     def answer(self, x0: Tensor, native: Tensor, t: int) -> Tensor:
         return x0
-
-
-def check_falling(sigmas: Tensor, num_steps: int) -> None:
-    """Refuse levels whose differences a multistep solver would divide by. Raises ValueError."""
-    if bool((sigmas.diff() >= 0).any()):
-        raise ValueError(f"num_inference_steps: of {num_steps} steps UniPC's scheduler makes two the same; take fewer")

@@ -8,7 +8,15 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from nrcg.errors import DataError
-from nrcg.guidance.pipeline import INDEX, GuidedDDPMPipeline, PipelineBase, parts_of, read_index
+from nrcg.guidance.pipeline import (
+    INDEX,
+    LATENT_PARTS,
+    PROMPTED,
+    GuidedDDPMPipeline,
+    PipelineBase,
+    parts_of,
+    read_index,
+)
 
 
 def pipeline_kind(index: dict[str, Any], path: Path | None = None) -> type[PipelineBase]:
@@ -19,11 +27,11 @@ def pipeline_kind(index: dict[str, Any], path: Path | None = None) -> type[Pipel
     """
     if GuidedDDPMPipeline.opens(index):
         return GuidedDDPMPipeline
-    if parts_of(index) == {"vqvae", "unet", "scheduler"}:
+    if parts_of(index) == LATENT_PARTS:
         from nrcg.guidance.latent import GuidedLDMPipeline
 
         return GuidedLDMPipeline
-    if index["_class_name"] == "StableDiffusionPipeline":
+    if index["_class_name"] == PROMPTED:
         from nrcg.guidance.prompted import GuidedStableDiffusionPipeline
 
         return GuidedStableDiffusionPipeline
@@ -44,8 +52,6 @@ def load_pipeline(folder_or_id: str | Path, **kwargs: Any) -> PipelineBase:
     """
     path = Path(folder_or_id) / INDEX
     if Path(folder_or_id).exists():
-        if not path.exists():
-            raise DataError("not found", path)
         return pipeline_kind(read_index(path), path).from_pretrained(folder_or_id, **kwargs)
     try:
         index = DiffusionPipeline.load_config(str(folder_or_id))

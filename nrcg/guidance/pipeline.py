@@ -13,6 +13,10 @@ from nrcg.errors import DataError
 from nrcg.guidance.engine import GuidedSampling
 
 INDEX = "model_index.json"
+LATENT_PARTS = {"vqvae", "unet", "scheduler"}
+"""Components of an LDMPipeline."""
+PROMPTED = "StableDiffusionPipeline"
+"""Class whose latents are drawn under a prompt."""
 
 
 class PipelineBase(GuidedSampling):
@@ -26,8 +30,6 @@ class PipelineBase(GuidedSampling):
             DataError: a local folder without a pipeline, of another kind, or with damaged files.
         """
         folder = Path(pretrained_model_name_or_path)
-        if folder.exists() and not (folder / INDEX).exists():
-            raise DataError("not found", folder / INDEX)
         if folder.exists():
             cls._check_index(folder / INDEX)
         check_pipeline_files(folder)
@@ -82,9 +84,11 @@ def parts_of(index: dict[str, Any]) -> set[str]:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """A model_index.json. Raises DataError: damaged."""
+    """A model_index.json. Raises DataError: missing or damaged."""
     try:
         index = json.loads(path.read_text())
         return index | {"_class_name": str(index["_class_name"])}
+    except FileNotFoundError:
+        raise DataError("not found", path) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"damaged ({type(error).__name__}: {error})", path) from None

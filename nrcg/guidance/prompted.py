@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nrcg.devices import floating_type
 from nrcg.guidance.engine import GuidedOutput
 from nrcg.guidance.latent import LatentPipeline
+from nrcg.guidance.pipeline import PROMPTED
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GuidedStableDiffusionPipeline(LatentPipeline, StableDiffusionPipeline):
 
     @classmethod
     def opens(cls, index: dict[str, Any]) -> bool:
-        return index["_class_name"] == "StableDiffusionPipeline"
+        return index["_class_name"] == PROMPTED
 
     def decoder(self) -> nn.Module:
         return self.vae

@@ -185,10 +185,7 @@ def class_of(classifier: object, target: object) -> int:
     classes = getattr(classifier, "classes", None)
     if not classes:
         raise ValueError(f"target: {target!r}, but the classifier's classes have no names; give a number")
-    try:
-        return class_index(classes, target)
-    except DataError as error:
-        raise ValueError(str(error)) from None
+    return _named(target, classes)
 
 
 def parse(text: str, classes: Sequence[str] | None) -> AnyTarget:
