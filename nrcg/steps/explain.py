@@ -136,20 +136,20 @@ def explain_side(
     repeats = repeats_of(settings, measures.num_seeds, measures.noise)
     work, runs = work_of(settings, pipe) * count, {}
     run = {"batch_size": batch_size, "precision": precision, "compile": compile}
+    known = _identity(pipe, models, target, precision)
     with Progress(f"explain {settings.kind}", work * len(repeats), "step") as bar:
         for place, repeat in enumerate(repeats):
-            known = _identity(pipe, models, repeat, target, precision)
+            key = fingerprint(known | {"settings": asdict(repeat.settings), "noise": repeat.noise})
             folder = out / "parts" / (repeat.name if place else "")
             runs[repeat.name] = _in_kept_parts(
-                *(pipe, models, images, repeat, count, target, run, folder, known),
+                *(pipe, models, images, repeat, count, target, run, folder, key),
                 report=lambda done, place=place: bar.set(place * work + done),
             )
     whole, labels = runs["0"], _labels(images, runs["0"])
     metrics = None if whole.skipped.all() else _measured(pipe, models, runs, labels, measures, features)
     notes = [*_notes(whole, labels), *features.notes]
     said = {**(record or {}), **_record(pipe, settings, target, precision, measures)}
-    seeds = [one for name, one in runs.items() if name not in ("0", NOISED)]
-    write_explanations(out, whole, seeds, images, models.judges, metrics, said, notes)
+    write_explanations(out, whole, _other_seeds(runs), images, models.judges, metrics, said, notes)
     return Explained(whole, metrics, notes)
 
 
@@ -238,29 +238,30 @@ def _measured(
         identity_threshold=measures.identity_threshold,
         labels=labels,
         bits_per_dim=image_bits(pipe, whole.images) if measures.bits else None,
-        seeds=[one for name, one in runs.items() if name not in ("0", NOISED)],
+        seeds=_other_seeds(runs),
         noised=runs.get(NOISED),
         perceptual=Perceptual(),
     )
 
 
+def _other_seeds(runs: Mapping[str, Explanations]) -> list[Explanations]:
+    """The runs by further seeds."""
+    return [one for name, one in runs.items() if name not in ("0", NOISED)]
+
+
 def _identity(
-    pipe: GuidedDDPMPipeline, models: Explainers, repeat: Repeat, target: str | None, precision: torch.dtype
-) -> str:
-    """Fingerprint of all that decides an explanation beside its image."""
+    pipe: GuidedDDPMPipeline, models: Explainers, target: str | None, precision: torch.dtype
+) -> dict[str, Any]:
+    """What decides the explanations of every run, beside the run's settings and the images."""
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    return fingerprint(
-        {
-            "settings": asdict(repeat.settings),
-            "noise": repeat.noise,
-            "target": target,
-            "precision": str(precision),
-            "scheduler": [type(pipe.scheduler).__name__, json.loads(json.dumps(scheduler, default=str))],
-            "unet": weights_digest(pipe.unet),
-            "guide": weights_digest(models.guide),
-            "robust": None if models.robust is None else weights_digest(models.robust),
-        }
-    )
+    return {
+        "target": target,
+        "precision": str(precision),
+        "scheduler": [type(pipe.scheduler).__name__, json.loads(json.dumps(scheduler, default=str))],
+        "unet": weights_digest(pipe.unet),
+        "guide": weights_digest(models.guide),
+        "robust": None if models.robust is None else weights_digest(models.robust),
+    }
 
 
 def _read_part(path: Path, key: str, guide: nn.Module, settings: ExplainSettings) -> Explanations | None:
