@@ -1,6 +1,7 @@
 """Training and guidance of the paper's U-Net on one GPU, each variant against the plain published one, in one table.
 
     python bench/gpu.py --json gpu.json             # about five minutes
+    python bench/gpu.py --small                     # guidance in batches of 8, as CUDA graphs too
     python bench/gpu.py --toy                       # tries the benchmark itself on a CPU
 
 Each measurement is a process of its own (`guidance_speed.py`, `training_speed.py`, which say what "plain" is). All
@@ -28,6 +29,8 @@ VARIANTS = {
     "training": ("plain_workers", "ours", "compiled"),
 }
 """Benchmark -> variants, the plain one first."""
+SMALL = {"guidance": ("plain", "full", "half_weights", "compiled_half_weights", "graphs_half_weights")}
+SMALL_FLAGS = {"guidance": ("--batch-size", "8", "--steps", "48")}
 FLAGS = {"guidance": ("--batch-size", "256", "--steps", "24"), "training": ("--batch-size", "128", "--seconds", "6")}
 TOY = {
     "guidance": ("--batch-size", "1", "--steps", "1", "--size", "16", "--toy"),
@@ -43,7 +46,7 @@ def run(kind: str, variant: str, flags: tuple[str, ...]) -> dict:
 
 
 def table(found: dict[tuple[str, str], list[dict]]) -> str:
-    """Markdown: speed, ratio to the plain variant of the same round, share of the device's peak, memory."""
+    """Markdown: speed, ratio to the plain variant of the same round (the first), share of the peak, memory."""
     lines = [
         "| | variant | images/s (median) | times plain (min to max) | share of peak | peak MiB |",
         "|---|---|---|---|---|---|",
@@ -63,15 +66,17 @@ def table(found: dict[tuple[str, str], list[dict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4.0, help="no new round after so many")
+    parser.add_argument("--small", action="store_true", help="guidance alone, in batches of 8")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the benchmark itself")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     arguments = parser.parse_args()
-    flags, end = TOY if arguments.toy else FLAGS, time.monotonic() + 60 * arguments.minutes
+    flags, end = SMALL_FLAGS if arguments.small else FLAGS, time.monotonic() + 60 * arguments.minutes
+    flags = TOY if arguments.toy else flags
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         while not found or time.monotonic() < end:
-            for kind, variants in VARIANTS.items():
+            for kind, variants in (SMALL if arguments.small else VARIANTS).items():
                 for variant in variants:
                     began = time.monotonic()
                     found[kind, variant].append(run(kind, variant, flags[kind]))
@@ -79,9 +84,9 @@ def main() -> None:
             if arguments.toy:
                 break
     print(table(found))
-    device = found["training", "ours"][0]["device"]
     import torch
 
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"\n{device}; torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}")
     if arguments.json is not None:
         runs = {f"{kind} {variant}": entries for (kind, variant), entries in found.items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 VARIANTS = (
     *("plain", "full", "checkpoint", "no_jacobian", "every_4"),
-    *("compiled", "half_weights", "compiled_half_weights"),
+    *("compiled", "half_weights", "compiled_half_weights", "graphs_half_weights"),
 )
 PUBLISHED = {
     "block_out_channels": [64, 128, 192, 256],
@@ -100,7 +100,7 @@ def our_steps(unet, classifier, variant: str, batch_size: int, size: int, steps:
     if "half_weights" in variant:
         pipe.with_weights(precision)
         precision = torch.float32  # instead of autocast
-    sampler, predict = pipe.sampler(), pipe.noise_predictor(precision, variant.startswith("compiled"))
+    sampler, predict = pipe.sampler(), pipe.noise_predictor(precision, _compiled(variant))
     samples = range(batch_size)
     x = start_samples(sampler.schedule, 0, samples, (3, size, size), device)
 
@@ -111,6 +111,11 @@ def our_steps(unet, classifier, variant: str, batch_size: int, size: int, steps:
     began = _now(device)
     run([*range(400, 400 - steps, -1)])
     return _now(device) - began
+
+
+def _compiled(variant: str) -> str:
+    how = variant.partition("_")[0]
+    return {"compiled": "on", "graphs": "graphs"}.get(how, "off")
 
 
 def noise_seconds(batch_size: int, size: int, device) -> float:

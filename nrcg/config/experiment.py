@@ -153,8 +153,8 @@ class ExperimentConfig(Section):
     )
     compile: Compile = Field(
         default="auto",
-        description="Compile the networks by torch.compile; auto: on a GPU, where the job is long enough to win by it. "
-        "Changes results by rounding alone.",
+        description="Compile the networks by torch.compile; auto: on a GPU, where the job is long enough to win by it; "
+        "graphs: what samples as CUDA graphs too, for small batches. Changes results by rounding alone.",
     )
     dataset: DatasetConfig
     ddpm: DDPMConfig

@@ -20,7 +20,7 @@ from nrcg.batching import BatchSize, first_batch, in_batches
 from nrcg.config import PRECISIONS, STARTS, Compile
 from nrcg.data.arrays import to_uint8
 from nrcg.devices import autocast, floating_type, freeze, frozen, resolve_precision
-from nrcg.diffusion.compiling import compiled_unet, forward_flop, wants_compiling
+from nrcg.diffusion.compiling import Compiled, compiled_unet, forward_flop, resolve_compile
 from nrcg.diffusion.objectives import Prediction
 from nrcg.diffusion.schedule import Schedule
 from nrcg.errors import whole_number
@@ -119,7 +119,7 @@ class GuidedSampling:
     data_mean: Tensor | None = None
     takes_prompt = False
     default_steps: int | None = None  # of the shell; None: all
-    _compiled: tuple[object, Callable[..., Tensor]] | None = None
+    _compiled: tuple[object, Compiled, Callable[..., Tensor]] | None = None
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As diffusers', as a folder of the plain pipeline: whoever opens it needs no nrcg."""
@@ -180,13 +180,13 @@ class GuidedSampling:
         return self.chain(num_inference_steps).timesteps
 
     def noise_predictor(
-        self, precision: torch.dtype, compiled: bool = False, network: Network | None = None
+        self, precision: torch.dtype, compiled: Compiled = "off", network: Network | None = None
     ) -> PredictNoise:
         """The U-Net as a function of (x_t, t), under autocast, float32 in and out, whatever it predicts.
 
         Args:
             precision: autocast.
-            compiled: by torch.compile, at its first call.
+            compiled: by torch.compile, at its first call; `graphs`: as CUDA graphs.
             network: how it is asked; None: at the levels 1..T of the training.
 
         Raises:
@@ -204,9 +204,9 @@ class GuidedSampling:
 
         return predict_noise
 
-    def wants_compiling(self, choice: str, passes: int) -> bool:
-        """Whether to compile the U-Net, by `auto` for so many forward passes of one image or what costs as much."""
-        return wants_compiling(choice, self.device, lambda: passes * self._flop())
+    def resolve_compile(self, choice: str, passes: int) -> Compiled:
+        """How to compile the U-Net, by `auto` for so many forward passes of one image or what costs as much."""
+        return resolve_compile(choice, self.device, lambda: passes * self._flop())
 
     def _flop(self) -> float:
         """Of one image through the U-Net."""
@@ -241,17 +241,15 @@ class GuidedSampling:
         with torch.no_grad():
             return self.decode(x).clamp(-1.0, 1.0)
 
-    def _forward(self, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def _forward(self, compiled: Compiled) -> Callable[[Tensor, Tensor], Tensor]:
         """The U-Net on (x_t, timesteps); compiled once, whatever is drawn with it."""
         return self._network(compiled)
 
-    def _network(self, compiled: bool) -> Callable[..., Tensor]:
+    def _network(self, compiled: Compiled) -> Callable[..., Tensor]:
         """The U-Net itself."""
-        if not compiled:
-            return lambda *inputs: self.unet(*inputs, return_dict=False)[0]
-        if self._compiled is None or self._compiled[0] is not self.unet:
-            self._compiled = (self.unet, compiled_unet(self.unet))
-        return self._compiled[1]
+        if self._compiled is None or self._compiled[0] is not self.unet or self._compiled[1] != compiled:
+            self._compiled = (self.unet, compiled, compiled_unet(self.unet, compiled))
+        return self._compiled[2]
 
     def __call__(
         self,
@@ -353,7 +351,7 @@ class GuidedSampling:
         with self._running(guidance, on_step, steps * count) as report:
             self._prepare(guidance)
             dtype = _dtype_of(precision, self.device)
-            compiled = self.wants_compiling(compile, count * steps * _forwards(guidance))
+            compiled = self.resolve_compile(compile, count * steps * _forwards(guidance))
             batches = _Batches(
                 self.noise_predictor(dtype, compiled, chain.network),
                 chain,
@@ -365,7 +363,7 @@ class GuidedSampling:
                 report,
                 self._finish,
                 # Kernels of half precision round by the shape of the batch, compiled ones are made for it.
-                one_shape=compiled or {dtype, floating_type(self.unet)} != {torch.float32},
+                one_shape=compiled != "off" or {dtype, floating_type(self.unet)} != {torch.float32},
             )
             drawn = in_batches(count, min(first_batch(batch_size, self.device, shape[1] * shape[2]), count), batches)
         seconds, traced = time.perf_counter() - began, Trace.join(batches.traces) if trace else None

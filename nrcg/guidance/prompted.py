@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from nrcg.devices import floating_type
+from nrcg.diffusion.compiling import Compiled
 from nrcg.guidance.engine import GuidedOutput
 from nrcg.guidance.latent import LatentPipeline
 from nrcg.guidance.pipeline import PROMPTED
@@ -89,7 +90,7 @@ class GuidedStableDiffusionPipeline(LatentPipeline, StableDiffusionPipeline):
         finally:
             self._prompt = None
 
-    def _forward(self, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def _forward(self, compiled: Compiled) -> Callable[[Tensor, Tensor], Tensor]:
         network, prompt = self._network(compiled), self._prompt
         if prompt is None:
             raise ValueError("prompt: the U-Net is asked without one")

@@ -142,7 +142,7 @@ def _unet_costs(
     size, schedule = settings.dataset.image_size, Schedule.from_config(settings.ddpm.schedule)
     pipe = GuidedDDPMPipeline(unet, build_scheduler(settings.ddpm.schedule))
     shard = min(settings.sampling.shard_size, settings.sampling.num_samples)
-    compiled = pipe.wants_compiling(settings.compile, 3 * shard * schedule.num_steps)  # as a guided job decides
+    compiled = pipe.resolve_compile(settings.compile, 3 * shard * schedule.num_steps)  # as a guided job decides
     predict = pipe.with_weights(settings.unet_weights).noise_predictor(precision, compiled)
     role = settings.classifiers.non_robust
     guidance = ClassifierGuidance(_classifier(settings, role.network).to(device), 0)
@@ -160,9 +160,10 @@ def _unet_costs(
 
     most = first_batch(settings.sampling.batch_size, device, size**2)
     one, both = (
-        seconds_per_image(work, most, device=device, budget=budget, compiled=compiled) for work in (forward, guided)
+        seconds_per_image(work, most, device=device, budget=budget, compiled=compiled != "off")
+        for work in (forward, guided)
     )
-    if compiled:
+    if compiled != "off":
         compile_in_place(unet)
     trainer = Trainer(unet.float().train().requires_grad_(True), settings.ddpm.optimizer, 1000, device, precision)
 
@@ -172,7 +173,7 @@ def _unet_costs(
         trainer.update()
 
     most = settings.ddpm.micro_batch_size or settings.ddpm.batch_size
-    training = seconds_per_image(step, most, device=device, budget=budget, compiled=compiled)
+    training = seconds_per_image(step, most, device=device, budget=budget, compiled=compiled != "off")
     return {"unet_forward": one, "unet_gradient": both, "unet_checkpoint": both + one, "unet_train": training}
 
 

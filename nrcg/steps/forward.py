@@ -63,7 +63,7 @@ def analyse_forward(
             to_unit(images[:count]).to(device),
             torch.from_numpy(labels[:count]).to(device),
             classifiers={role: model.to(device) for role, model in models.items()},
-            predict_noise=pipe.noise_predictor(precision, pipe.wants_compiling(settings.compile, 3 * passes)),
+            predict_noise=pipe.noise_predictor(precision, pipe.resolve_compile(settings.compile, 3 * passes)),
             schedule=schedule,
             stabilizers=smoothing,
             target=class_index(models["non_robust"].classes, settings.target),

@@ -12,7 +12,7 @@ from nrcg.classifiers.logits import predicted_class
 from nrcg.classifiers.specs import with_new_head
 from nrcg.config import ClassifierConfig, Compile
 from nrcg.devices import autocast, freeze
-from nrcg.diffusion.compiling import WORTH_STEPS, compile_in_place, wants_compiling
+from nrcg.diffusion.compiling import WORTH_STEPS, compile_in_place, resolve_compile
 from nrcg.diffusion.noise import spawn_seed
 from nrcg.diffusion.schedule import Schedule
 from nrcg.training.feed import TrainingImages, batches_from, steps_per_epoch
@@ -58,7 +58,7 @@ def fit_classifier(
     module = classifier.module.to(device, memory_format=torch.channels_last)
     classifier.to(device)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
-    if wants_compiling(compile, device, lambda: per_epoch * config.epochs, WORTH_STEPS):
+    if resolve_compile(compile, device, lambda: per_epoch * config.epochs, WORTH_STEPS) != "off":
         compile_in_place(module)
     trainer = Trainer(module, config.optimizer, per_epoch * config.epochs, device, precision)
     total = torch.zeros((), device=device)

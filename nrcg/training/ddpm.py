@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from nrcg.config import Compile, DDPMConfig
 from nrcg.devices import autocast, freeze
-from nrcg.diffusion.compiling import compile_in_place, forward_flop, wants_compiling
+from nrcg.diffusion.compiling import compile_in_place, forward_flop, resolve_compile
 from nrcg.diffusion.noise import spawn_seed
 from nrcg.diffusion.objectives import Objective, to_eps
 from nrcg.diffusion.schedule import Schedule
@@ -207,7 +207,8 @@ class _Training:
         """The U-Net that is trained; its average, which draws grids and validates, stays as it is."""
         # Backward takes as long as two forward passes.
         passes = 3 * self.trainer.total_steps * self.batch_size // self.ranks.count
-        if wants_compiling(choice, self.device, lambda: passes * forward_flop(self.ema_unet, shape)):
+        compiled = resolve_compile(choice, self.device, lambda: passes * forward_flop(self.ema_unet, shape))
+        if compiled != "off":
             compile_in_place(self.unet)
 
     def start_epoch(self) -> None:

@@ -11,7 +11,7 @@ from toys import TINY_STEPS, SmoothCNN, write_tiny_pipeline
 
 from nrcg import EMA, ClassifierGuidance, GuidedDDPMPipeline
 from nrcg.diffusion import compiling
-from nrcg.diffusion.compiling import forward_flop, wants_compiling
+from nrcg.diffusion.compiling import GRAPHS, compiled_unet, forward_flop, resolve_compile
 from nrcg.training.ddpm import ddpm_loss
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -125,21 +125,91 @@ def test_where_the_compiler_fails_the_network_runs_as_it_is(pipe, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_the_default_compiler_draws_the_same_samples(pipe):
+@pytest.mark.parametrize("how", ["on", "graphs"])  # on a CPU it makes no graphs, but takes the options
+def test_the_default_compiler_draws_the_same_samples(pipe, how):
     torch._dynamo.reset()
-    compiled = draw(pipe, guidance(skip_above=0.34), compile="on").samples
+    compiled = draw(pipe, guidance(skip_above=0.34), compile=how).samples
     torch.testing.assert_close(compiled, draw(pipe, guidance(skip_above=0.34)).samples, rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A compiler whose functions write their results, forward and backward, to the same memory at every call, as CUDA
+    graphs do; holds the options it was given."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def replayed(module, _):
+        kept = {}
+
+        def run(*inputs):
+            outputs = module(*inputs)
+            key = tuple(one.shape if isinstance(one, torch.Tensor) else one for one in outputs)
+            known = kept.setdefault(key, [one.clone() if isinstance(one, torch.Tensor) else one for one in outputs])
+            return [
+                memory.copy_(one).detach() if isinstance(one, torch.Tensor) else one
+                for memory, one in zip(known, outputs, strict=True)
+            ]
+
+        return make_boxed_func(run)
+
+    def backend(module, inputs, options=None):
+        seen.append(options)
+        return aot_autograd(fw_compiler=replayed, bw_compiler=replayed)(module, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    return seen
+
+
+def test_results_of_a_graph_outlive_its_next_replay(graphs):
+    """y = x^2 with gradient 2 x, each right after another pass."""
+
+    class Square(nn.Module):
+        def forward(self, x, t, return_dict):
+            return (x * x,)
+
+    compiled, plain = (compiled_unet(Square(), how) for how in ("graphs", "on"))
+
+    def both(run):
+        results = []
+        for value in (2.0, 3.0):
+            x = torch.full((1, 1), value, requires_grad=True)
+            y = run(x, torch.zeros(1))
+            results += [torch.autograd.grad(y.sum(), x)[0], y.detach()]
+        return [one.item() for one in results]
+
+    assert both(compiled) == [4.0, 4.0, 6.0, 9.0]
+    assert both(plain) == [6.0, 9.0, 6.0, 9.0], "this compiler does not do as graphs do"
+    assert graphs == [GRAPHS, None]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"every_k": 2}]
+    + [pytest.param(one, marks=pytest.mark.slow) for one in (None, {"skip_above": 0.34}, {"grad_mode": "no_jacobian"})],
+)
+def test_a_u_net_as_graphs_draws_the_same_samples(pipe, graphs, settings):
+    """every_k uses a gradient again after another pass of the U-Net."""
+    guide = None if settings is None else guidance(stabilizer=None, **settings)
+    compiled = draw(pipe, guide, compile="graphs").samples
+    torch.testing.assert_close(compiled, draw(pipe, guide).samples, rtol=0, atol=1e-4)
+    assert graphs and set(map(str, graphs)) == {str(GRAPHS)}
 
 
 def test_long_jobs_on_a_gpu_are_compiled():
     def refuse():
         raise AssertionError("counted without need")
 
-    assert wants_compiling("on", CPU, refuse) and not wants_compiling("off", CUDA, refuse)
-    assert not wants_compiling("auto", CPU, refuse)
-    assert wants_compiling("auto", CUDA, lambda: 7.0, worth=7.0) and not wants_compiling("auto", CUDA, lambda: 6.9, 7.0)
-    with pytest.raises(ValueError, match="compile: 'yes' is unknown; allowed: auto, on, off"):
-        wants_compiling("yes", CPU, refuse)
+    for choice in ("on", "off", "graphs"):
+        assert resolve_compile(choice, CPU, refuse) == resolve_compile(choice, CUDA, refuse) == choice
+    assert resolve_compile("auto", CPU, refuse) == "off"
+    assert resolve_compile("auto", CUDA, lambda: 7.0, worth=7.0) == "on"
+    assert resolve_compile("auto", CUDA, lambda: 6.9, worth=7.0) == "off"
+    with pytest.raises(ValueError, match="compile: 'yes' is unknown; allowed: auto, on, off, graphs"):
+        resolve_compile("yes", CPU, refuse)
 
 
 def test_arithmetic_by_hand():
