@@ -32,7 +32,7 @@ SECTIONS_OF_FIELD: dict[str, list[str]] = {
 
 def template() -> dict[str, Any]:
     """Stages and plots that each experiment has."""
-    return yaml.safe_load((importlib.resources.files(__package__) / "templates" / "dvc.yaml").read_text("utf-8"))
+    return yaml.safe_load((importlib.resources.files(__package__) / "templates" / "dvc_stages.yaml").read_text("utf-8"))
 
 
 def dvc_yaml(raw: dict, experiments: list[str]) -> str:

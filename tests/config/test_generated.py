@@ -24,6 +24,14 @@ def test_the_files_are_in_step_with_the_models():
     assert (ROOT / "docs/config.md").read_text() == config.config_reference(RAW)
 
 
+def test_dvc_opens_the_repository():
+    """It reads every file called dvc.yaml, wherever it lies."""
+    from dvc.repo import Repo
+
+    stages = {stage.addressing for stage in Repo(ROOT).index.stages}
+    assert {"dataset@sportballs20", "ddpm@quickstart", "report@quickstart"} <= stages
+
+
 @pytest.mark.parametrize("raw", [RAW, config.merge(RAW, TOY)], ids=["config.yaml", "toy.yaml"])
 def test_the_shipped_files_validate_against_the_schema(raw):
     validator = jsonschema.Draft202012Validator(config.json_schema())

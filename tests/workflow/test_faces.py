@@ -83,6 +83,7 @@ def test_the_whole_chain_at_toy_size(tree, name):
     toy = {key: value for key, value in TOY.items() if key not in ("dataset", "description", "classifiers")}
     toy["classifiers"] = {role: {**TOY["classifiers"][role], "batch_size": 16} for role in config.ROLES}
     toy |= {"dataset": {"image_size": 16}, "evaluation": {"features": "judge"}}
+    toy["explain"] = TOY["explain"] | {"pairs": [["female", "male"]]}
     if name == "celebahq":  # nothing is trained but the robust classifier and the judge
         toy |= pretrained_models(tree, toy)
     toy["sampling"] = TOY["sampling"] | {"trace": True}

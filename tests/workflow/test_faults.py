@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from workflow_runs import command, copy_tree, planned, processes_in
@@ -38,19 +39,41 @@ TOY = {
     "sweep": {"non_robust_x0_ema99": [1]},
 }
 EDITED = {"non_robust_x0_ema99": {"stabilizer": {"beta": 0.5}}}
-VOLATILE = ("seconds", "images_per_second", "peak_memory_mib", "mlflow_run_id", "record_sha256")
+VOLATILE = (
+    "seconds",
+    "seconds_lo",
+    "seconds_hi",
+    "images_per_second",
+    "peak_memory_mib",
+    "mlflow_run_id",
+    "record_sha256",
+)
 """What no two runs have in common: times, memory, names of runs."""
+WAYS = ("counterfactual", "nearest")
+CELLS = ("epsilon-simple", "v_prediction-simple")
+TABLES = (
+    ("results/toy/metrics.csv", "results/toy/summary.json"),
+    ("results/toy/likelihood/",),
+    ("results/toy/objectives/",),
+    ("results/toy/explanations/",),
+)
+"""Prefixes of what each table's job writes, beside what it is made of."""
 STAGES = (
     ("data/",),
     ("models/",),
-    ("results/toy/forward.csv", "results/toy/reference.json", "results/toy/samples/"),
-    ("results/toy/metrics/",),
-    ("results/toy/metrics.csv", "results/toy/summary.json"),
+    (
+        *("results/toy/forward.csv", "results/toy/reference.json", "results/toy/samples/"),
+        *("results/toy/likelihood/shard", *(f"results/toy/explanations/{way}/" for way in WAYS)),
+    ),
+    (
+        *("results/toy/metrics/", *(f"results/toy/explanations/{way}." for way in WAYS)),
+        *(f"results/toy/objectives/{cell}." for cell in CELLS),
+    ),
+    tuple(prefix for table in TABLES for prefix in table),
     ("results/toy/figures/",),
     ("results/toy/report.html", "results/toy/paper_comparison.md"),
 )
-"""Prefixes of the results, each stage made of those before it."""
-
+"""Prefixes of the results, each stage made of those before it; the first that fits counts."""
 
 WEIGHTS = (1, 2, 8, 5, 2, 2, 2)
 """How often a stage's results are lost, so that each has its share of the kills: what is lost early takes long."""
@@ -109,6 +132,9 @@ def content(path: Path) -> str:
             return json.dumps([steady(row) for row in csv.DictReader(file)])
     if path.suffix == ".html":
         return "report"  # holds times and memory
+    if path.suffix == ".npz" and "explanations" in path.parts:
+        arrays = sorted(np.load(path).items())
+        return str([(name, array.tobytes()) for name, array in arrays if not name.endswith("seconds")])
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -133,13 +159,13 @@ def whole(tree: Path) -> dict[str, tuple[int, int]]:
         if path.name.startswith(".") or name.endswith((".pt", ".partial", ".tmp")) or name in unfinished:
             continue
         # A folder with an unfinished file is one job's work.
-        if not any(other.startswith(group(name)) for other in unfinished):
+        if not any(other.startswith(group(name)) and stage(other) == stage(name) for other in unfinished):
             found[name] = (path.stat().st_ino, path.stat().st_mtime_ns)
     return found
 
 
 def group(name: str) -> tuple[str, ...]:
-    """What one job writes, as prefixes of names."""
+    """What one job writes, as prefixes of names of its stage."""
     parts = name.split("/")
     if parts[0] == "data":
         return ("data/",)
@@ -147,7 +173,7 @@ def group(name: str) -> tuple[str, ...]:
         return ("/".join(parts[: 3 if parts[2] == "ddpm" else 4]) + "/",)
     if stage(name) in (2, 3):
         return (name.rsplit(".", 1)[0] + ".",)
-    return STAGES[stage(name)]
+    return next((table for table in TABLES if name.startswith(table)), STAGES[stage(name)])
 
 
 def alone(tree: Path, seconds: float = 20.0) -> None:
@@ -199,7 +225,7 @@ def test_thirty_kills_at_random_moments(finished, undisturbed):
             levels = sorted({stage(name) for name in now})
             (level,) = rng.choices(levels, [WEIGHTS[level] for level in levels])
             lost = group(rng.choice(sorted(name for name in now if stage(name) == level)))
-            for name in [name for name in now if name.startswith(lost)]:
+            for name in [name for name in now if name.startswith(lost) and stage(name) == level]:
                 (tree / name).unlink()
                 del now[name]
             since[level + 1 :] = [time.time_ns()] * (len(STAGES) - level - 1)
@@ -338,7 +364,7 @@ def test_a_shard_of_another_method_is_refused_and_the_remedy_helps(finished, und
     (line,) = [line for line in log.splitlines() if line.startswith("nrcg: ")]
     name = stale.relative_to(finished).as_posix()
     assert line.startswith(f"nrcg: {name}: was made by another method")
-    assert line.endswith(f"delete it, then run: snakemake {name} --cores all --resources gpu=1")
+    assert line.endswith(f"make it anew: rm {name} && snakemake {name} --cores all --resources gpu=1")
     stale.unlink()
     rerun(finished)
     assert results(finished) == results(undisturbed)
