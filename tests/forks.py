@@ -1,10 +1,14 @@
 """Processes forked off one that has loaded what is heavy: a start of theirs costs a fraction of one of their own."""
 
 import atexit
+import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 SERVER = """
@@ -48,3 +52,69 @@ class Forks:
             subprocess.CompletedProcess(words, status, (folder / said).read_text())
             for (*_, words, said), status in zip(jobs, codes, strict=True)
         ]
+
+
+VERB_SERVER = """
+import array, json, os, signal, socket, sys
+from nrcg.cli import main
+from nrcg.cli.imports import import_step
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+for name in sys.argv[2:]:
+    import_step(name, True)
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listener.bind(sys.argv[1])
+listener.listen(64)
+print("ready", flush=True)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+while True:
+    asked, _ = listener.accept()
+    if os.fork():
+        asked.close()
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, files, *_ = socket.recv_fds(asked, 1 << 20, 3)
+    job = os.fork()
+    if not job:
+        words, folder, environment = json.loads(message)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        sys.argv[1:] = words
+        sys.exit(main())
+    asked.send(str(os.waitstatus_to_exitcode(os.waitpid(job, 0)[1])).encode())
+    os._exit(0)
+"""
+VERB = """\
+import json, os, socket, sys
+os.environ.pop("NRCG_WORKFLOW", None)
+asks = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+asks.connect({place!r})
+socket.send_fds(asks, [json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()], [0, 1, 2])
+sys.exit(int(asks.recv(16)))
+"""
+
+
+@contextlib.contextmanager
+def forked_verbs(steps: list[str]) -> Iterator[str]:
+    """While it lasts, jobs of a Snakemake that this Python code starts are forks of one process, which has loaded some
+    modules of nrcg.steps as verbs do. All else is a job's own: words, folder, environment, files, exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = str(Path(folder) / "socket")
+        for name, text in (
+            ("nrcg", f"#!{sys.executable} -SE\n{VERB.format(place=place)}"),
+            ("python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'),
+        ):
+            (Path(folder) / name).write_text(text)
+            (Path(folder) / name).chmod(0o755)
+        server = subprocess.Popen(
+            [sys.executable, "-c", VERB_SERVER, place, *steps], stdout=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            assert server.stdout.readline() == b"ready\n"
+            # The folder of Python is where jobs find nrcg first.
+            yield f"import sys; sys.executable = {str(Path(folder) / 'python')!r}"
+        finally:
+            server.kill()
+            server.communicate()

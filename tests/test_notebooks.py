@@ -9,7 +9,10 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "docs" / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem == "guide" else pytest.mark.slow, id=path.stem) for path in NOTEBOOKS],
+)
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("NRCG_NOTEBOOK_STEPS", "15")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))

@@ -114,6 +114,7 @@ def test_verbs_side_by_side(bench):
     assert child.returncode is not None and not run.children
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_makes_nothing_twice(bench, monkeypatch):
     stages, sample, evaluate = bench.paper_size_stages, *map(bench.paper_size_stages._steps, ("sample", "evaluate"))
     few = {method: [] for method in bench.paper_size_run.TOY["sweep"]} | FEW

@@ -34,7 +34,7 @@ def checkpoint(path):
     return Checkpoint(path, "a", minutes=1e-9 if "killed" in path.name else 60)
 
 
-@pytest.mark.parametrize("train", [ddpm_weights, classifier_weights])
+@pytest.mark.parametrize("train", [pytest.param(ddpm_weights, marks=pytest.mark.slow), classifier_weights])
 def test_a_compiled_training_gives_the_same_weights_also_after_a_kill(tmp_path, compiler, train):
     def killed(step):
         if step == 3:

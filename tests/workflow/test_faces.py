@@ -86,6 +86,7 @@ def test_the_whole_chain_at_toy_size(tree, name):
     toy["explain"] = TOY["explain"] | {"pairs": [["female", "male"]]}
     if name == "celebahq":  # nothing is trained but the robust classifier and the judge
         toy |= pretrained_models(tree, toy)
+        del toy["objectives"]
     toy["sampling"] = TOY["sampling"] | {"trace": True}
     toy["sweep"] = TOY["sweep"] | {"non_robust_x0_ema99": [1]}
     (tree / "toy.json").write_text(json.dumps({"experiments": {name: toy}}))
