@@ -46,7 +46,9 @@ def dvc_yaml(raw: dict, experiments: list[str]) -> str:
         ConfigError: the configuration is invalid or has no such experiment.
     """
     config, common = parse(raw), template()
-    sections = {name: _sections(name, stage["steps"]) for name, stage in common["stages"].items()}
+    sections = {
+        name: _sections(name, stage["steps"]) + stage.get("sections", []) for name, stage in common["stages"].items()
+    }
     read = sorted({section for names in sections.values() for section in names} - {"methods"})
     blocks, datasets = {}, {}
     for name in experiments:

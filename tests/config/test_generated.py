@@ -82,6 +82,8 @@ def test_a_stage_reads_the_sections_of_its_steps_where_they_stand():
         "defaults.ddpm.schedule", "experiments.quickstart.ddpm.schedule",
     }  # fmt: skip
     assert {"methods", "defaults.sampling", "experiments.quickstart.sampling"} <= params("samples", "quickstart")
+    # A scale more is a job more, whatever the settings of each.
+    assert all("experiments.quickstart.sweep" in params(stage, "quickstart") for stage in ("samples", "metrics"))
     assert {step for stage in template()["stages"].values() for step in stage["steps"]} | {"dataset", "density"} == set(
         STEPS
     )

@@ -161,6 +161,7 @@ def test_damaged_weights_are_not_committed_and_dvc_restores_them(adopted):
 
 
 END = {"collect": 1, "figures": 1, "report": 1}
+EXPLAINED = {"evaluate_explanations": 2, "explanations_table": 1}
 CHANGES = {
     "scale": (
         *("experiments.quickstart.sweep.non_robust_x0", [2]),
@@ -170,7 +171,7 @@ CHANGES = {
     # Whether the metrics change is known only when the judge is trained.
     "judge": (
         *("experiments.quickstart.classifiers.judge.epochs", 2),
-        {"train_classifier": 1, "reference": 1, "evaluate": 2} | END,
+        {"train_classifier": 1, "reference": 1, "evaluate": 2} | EXPLAINED | END,
         ["judge", "report"],
     ),
     "forward": (
@@ -180,8 +181,8 @@ CHANGES = {
     ),
     "reference": (
         *("defaults.evaluation.num_reference", 90),
-        {"reference": 1, "evaluate": 2} | END,
-        ["metrics", "report"],
+        {"reference": 1, "evaluate": 2} | EXPLAINED | END,
+        ["metrics", "explanations", "report"],
     ),
 }
 
