@@ -55,7 +55,7 @@ class Forks:
 
 
 VERB_SERVER = """
-import array, json, os, signal, socket, sys
+import json, os, socket, sys
 from nrcg.cli import main
 from nrcg.cli.imports import import_step
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -65,13 +65,15 @@ listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 listener.bind(sys.argv[1])
 listener.listen(64)
 print("ready", flush=True)
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+waiting = 0
 while True:
     asked, _ = listener.accept()
+    while waiting and os.waitpid(-1, os.WNOHANG)[0]:
+        waiting -= 1
     if os.fork():
         asked.close()
+        waiting += 1
         continue
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     message, files, *_ = socket.recv_fds(asked, 1 << 20, 3)
     job = os.fork()
     if not job:
