@@ -405,6 +405,7 @@ def test_a_second_snakemake_is_refused_and_harms_nothing(finished, undisturbed):
     (finished / "results/toy/forward.csv").unlink()
     run = start(finished)
     wait_for_job(finished, run, " forward ")
+    run.send_signal(signal.SIGSTOP)  # until the others have looked, however slow they are
     locks = {path.name for path in (finished / ".snakemake/locks").iterdir()}
     assert locks
     words = command("toy", "--cores", "1", "--configfile", "toy.yaml", "change.json")
@@ -414,6 +415,7 @@ def test_a_second_snakemake_is_refused_and_harms_nothing(finished, undisturbed):
     dry = subprocess.run([*words, "--dry-run"], cwd=finished, capture_output=True, text=True)
     assert dry.returncode == 0
     assert {path.name for path in (finished / ".snakemake/locks").iterdir()} == locks
+    run.send_signal(signal.SIGCONT)
     assert run.wait() == 0
     assert results(finished) == results(undisturbed)
 
