@@ -252,6 +252,11 @@ def weights_sha256(folder: str | Path) -> str | None:
     return None
 
 
+def may_be_hub_id(name: str | Path) -> bool:
+    """Whether a name can be a model's id on the hub, OWNER/NAME; what cannot is not looked for over the network."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None
+
+
 def refuse_pointer(path: str | Path) -> None:
     """Raises DataError where a file is a Git LFS pointer and not the weights themselves."""
     with open(path, "rb") as file:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +209,8 @@ def test_a_failed_write_names_the_file(tmp_path, error, number):
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(RuntimeError, match="shapes"), naming(tmp_path / "x"):
         raise RuntimeError("shapes do not match")
+
+
+def test_what_cannot_be_an_id_of_the_hub_is_not_looked_for_there():
+    assert all(map(files.may_be_hub_id, ("google/ddpm-cifar10-32", "a_b/c.d", Path("nobody/nothing"))))
+    assert not any(map(files.may_be_hub_id, ("nope", "models/quickstart/ddpm", "/tmp/ddpm", "./ddpm", "../ddpm", "")))

@@ -23,6 +23,7 @@ from nrcg.cli.arguments import (
 from nrcg.cli.imports import lean_imports
 from nrcg.config import COMPILE, GRAD_MODES, INPUTS, PRECISIONS, SAMPLERS, STARTS, WEIGHTS_TYPES, MethodConfig
 from nrcg.errors import ConfigError
+from nrcg.files import may_be_hub_id
 
 if TYPE_CHECKING:
     from nrcg.guidance.guidance import ClassifierGuidance
@@ -144,7 +145,9 @@ def _sample_images(arguments: argparse.Namespace) -> None:
 def _may_read_text(model: str) -> bool:
     """Whether a model may have a text encoder, which needs transformers: one of the hub, and a folder that says so."""
     index = Path(model) / "model_index.json"
-    return not Path(model).exists() or (index.is_file() and "text_encoder" in index.read_text(errors="replace"))
+    if not Path(model).exists():
+        return may_be_hub_id(model)
+    return index.is_file() and "text_encoder" in index.read_text(errors="replace")
 
 
 def _guidance(arguments: argparse.Namespace) -> ClassifierGuidance | None:
