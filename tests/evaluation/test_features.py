@@ -251,6 +251,7 @@ def torcheval_weights(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_torchevals_features_are_torchevals(torcheval_weights, monkeypatch):
     """Parity with torcheval's own network, made by its own path with the download replaced."""
     fid = pytest.importorskip("torcheval.metrics.image.fid")

@@ -583,6 +583,7 @@ def test_a_server_that_is_down_costs_one_line_and_little_time(tmp_path, monkeypa
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_what_was_begun_in_one_store_goes_whole_to_another(tmp_path, monkeypatch):
     """A job is killed; what it logged, sent or not, is found in the store that `sync` is pointed to."""
     from mlflow.tracking import MlflowClient
