@@ -70,13 +70,13 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the benchmark itself")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     arguments = parser.parse_args()
-    flags, end = SMALL_FLAGS if arguments.small else FLAGS, time.monotonic() + 60 * arguments.minutes
-    flags = TOY if arguments.toy else flags
+    kinds, flags = (SMALL, SMALL_FLAGS) if arguments.small else (VARIANTS, FLAGS)
+    flags, end = TOY if arguments.toy else flags, time.monotonic() + 60 * arguments.minutes
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         while not found or time.monotonic() < end:
-            for kind, variants in (SMALL if arguments.small else VARIANTS).items():
+            for kind, variants in kinds.items():
                 for variant in variants:
                     began = time.monotonic()
                     found[kind, variant].append(run(kind, variant, flags[kind]))

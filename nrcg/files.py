@@ -257,6 +257,12 @@ def may_be_hub_id(name: str | Path) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None
 
 
+def check_hub_id(name: str | Path, said: str | None = None) -> None:
+    """Raises DataError: a name, which is no folder, can be no id of the hub; `said`: how the user wrote it."""
+    if not may_be_hub_id(name):
+        raise DataError(f"{said or name}: no such folder, and no id of the hub, OWNER/NAME")
+
+
 def refuse_pointer(path: str | Path) -> None:
     """Raises DataError where a file is a Git LFS pointer and not the weights themselves."""
     with open(path, "rb") as file:

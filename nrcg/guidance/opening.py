@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from nrcg.errors import DataError
-from nrcg.files import may_be_hub_id
+from nrcg.files import check_hub_id
 from nrcg.guidance.pipeline import (
     INDEX,
     LATENT_PARTS,
@@ -54,8 +54,7 @@ def load_pipeline(folder_or_id: str | Path, **kwargs: Any) -> PipelineBase:
     path = Path(folder_or_id) / INDEX
     if Path(folder_or_id).exists():
         return pipeline_kind(read_index(path), path).from_pretrained(folder_or_id, **kwargs)
-    if not may_be_hub_id(folder_or_id):
-        raise DataError(f"{folder_or_id}: no such folder, and no id of the hub, OWNER/NAME")
+    check_hub_id(folder_or_id)
     try:
         index = DiffusionPipeline.load_config(str(folder_or_id))
     except Exception as error:

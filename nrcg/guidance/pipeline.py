@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline
 
 from nrcg.diffusion.storage import check_pipeline_files, forget_folder, read_data_mean
 from nrcg.errors import DataError
-from nrcg.files import may_be_hub_id
+from nrcg.files import check_hub_id
 from nrcg.guidance.engine import GuidedSampling
 
 INDEX = "model_index.json"
@@ -33,8 +33,8 @@ class PipelineBase(GuidedSampling):
         folder = Path(pretrained_model_name_or_path)
         if folder.exists():
             cls._check_index(folder / INDEX)
-        elif not may_be_hub_id(folder):
-            raise DataError(f"{folder}: no such folder, and no id of the hub, OWNER/NAME")
+        else:
+            check_hub_id(folder)
         check_pipeline_files(folder)
         try:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]

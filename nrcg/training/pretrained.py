@@ -15,7 +15,7 @@ from nrcg.config import ScheduleConfig
 from nrcg.diffusion.schedule import Schedule
 from nrcg.diffusion.storage import check_pipeline_files, forget_folder
 from nrcg.errors import ConfigError, DataError, NrcgError
-from nrcg.files import may_be_hub_id
+from nrcg.files import check_hub_id
 from nrcg.guidance.pipeline import GuidedDDPMPipeline
 from nrcg.training.ddpm import ddpm_validation_loss
 from nrcg.training.feed import TrainingImages
@@ -49,8 +49,7 @@ def open_pretrained(source: str, key: str = KEY) -> tuple[GuidedDDPMPipeline, di
     if Path(source).is_dir():
         return _open_folder(Path(source), source, key), {"source": source, "revision": None}
     name, _, revision = source.partition("@")
-    if not may_be_hub_id(name):
-        raise DataError(f"{key}: {source}: no such folder, and no id of the hub, OWNER/NAME")
+    check_hub_id(name, f"{key}: {source}")
     try:
         # Fetches what an unconditional DDPM consists of.
         folder = Path(DDPMPipeline.download(name, revision=revision or None))

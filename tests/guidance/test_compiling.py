@@ -97,6 +97,7 @@ def test_a_compiled_u_net_draws_the_same_samples(pipe, compiler, choices):
     # Without a gradient and with one, each once more for batches of any size; with one again where it checkpoints.
     assert 2 <= len(compiler) <= 6
     known = len(compiler)
+    draw(pipe, guide, seed=2)
     draw(pipe, guide, compile="on", seed=2)
     assert len(compiler) == known, "what was compiled is used again"
 
